@@ -1,0 +1,463 @@
+"""
+The target: the text model of Qwen3.5, a hybrid of Gated-DeltaNet and gated attention layers, in plain PyTorch.
+
+    target = load_target("data/nano/target")                  # config.json and safetensors of the public form
+    features, logits = target(tokens, taps=(1, 5), rows=slice(-1, None))   # training, scoring: a whole sequence
+    state, features, logits = target.prefill(tokens, length=512)           # decoding: once for the prompt, then
+    features, logits = target(block, state, taps=(1, 5))                   # a forward proposes K rows
+    state.commit(n)                                                        # and commit adopts the first n
+
+Glossary: B batch, T tokens, C chunk length of the delta rule, K rows of a decode forward, N chunks, H heads,
+D head width, V vocabulary. q k v g beta S: query, key, value, log decay, write strength and state of the gated
+delta rule (Yang, Kautz, Hatamizadeh, arXiv 2412.06464). taps: the layers whose outputs are the drafter's features.
+"""
+import json
+import os
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import safe_open
+
+CHUNK = 64  # tokens of a delta-rule chunk in training and prefill; decoding uses chunks of K, its block
+
+
+@dataclass
+class TargetConfig:
+    """The keys of text_config in a Qwen3.5 config.json that decide the computation; widths in channels."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    linear_num_key_heads: int
+    linear_num_value_heads: int
+    linear_key_head_dim: int
+    linear_value_head_dim: int
+    linear_conv_kernel_dim: int = 4
+    layer_types: tuple = ()             # empty: three linear layers, then one full, repeated
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e7
+    partial_rotary_factor: float = 0.25
+    tie_word_embeddings: bool = False
+    max_position_embeddings: int = 262144
+
+    def __post_init__(self):
+        if not self.layer_types:
+            pattern = ("linear_attention",) * 3 + ("full_attention",)
+            self.layer_types = tuple(pattern[i % 4] for i in range(self.num_hidden_layers))
+        assert len(self.layer_types) == self.num_hidden_layers, (len(self.layer_types), self.num_hidden_layers)
+        assert self.linear_num_value_heads % self.linear_num_key_heads == 0, \
+            (self.linear_num_value_heads, self.linear_num_key_heads)
+
+    @classmethod
+    def from_dict(cls, config):
+        """From a parsed config.json, nested (text_config) or flat. ValueError names the keys that are missing."""
+        text = {**config, **config.get("text_config", {})}
+        text |= text.get("rope_parameters") or {}
+        if "num_experts" in text:
+            raise ValueError("this config.json describes a mixture-of-experts target; only dense ones are supported")
+        known = {f.name for f in fields(cls)}
+        try:
+            return cls(**{k: tuple(v) if k == "layer_types" else v for k, v in text.items() if k in known})
+        except TypeError as error:
+            raise ValueError(f"config.json is not that of a Qwen3.5 text model: {error}") from None
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the gated delta rule:  S_t = exp(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,   o_t = S_t^T q_t / sqrt(D)
+
+
+def gated_delta_rule(q, k, v, g, beta, S=None, chunk=CHUNK, keep=None):
+    """The gated delta rule over chunks: parallel inside a chunk, one state update from chunk to chunk.
+
+    q, k (B, T, H, D) of unit length; v (B, T, Hv, Dv), Hv a multiple of H; g, beta (B, T, Hv); S (B, Hv, D, Dv).
+    Returns o (B, T, Hv, Dv) in v's dtype, and the state after `keep` chunks (None: after all), in fp32 or better.
+    Tokens with beta = g = 0 leave the state as it is, to the bit; so the last chunk is padded with them.
+    Source: arXiv 2412.06464, section 3.3 (the WY form of the product of Householder factors, solved, not inverted).
+    """
+    B, T, Hv, Dv = v.shape
+    dtype = torch.promote_types(v.dtype, torch.float32)  # decay, solve and state are an fp32 island
+    if q.shape[2] != Hv:
+        q, k = (x.repeat_interleave(Hv // x.shape[2], dim=2) for x in (q, k))
+
+    def chunks(x):                                                      # (B, T, H, ...) -> (B, H, N, C, ...)
+        x = x.to(dtype).transpose(1, 2)
+        x = F.pad(x, (0, 0) * (x.dim() - 3) + (0, -T % chunk)) if T % chunk else x
+        return x.unflatten(2, (-1, chunk))
+
+    q, k, v_beta, k_beta, c = chunks(q), chunks(k), chunks(v * beta[..., None]), chunks(k * beta[..., None]), chunks(g)
+    q = q * q.shape[-1] ** -0.5
+    c = c.cumsum(-1)                                                    # (B, H, N, C) log decay since the chunk began
+    future = torch.ones(chunk, chunk, dtype=torch.bool, device=v.device).triu(1)
+    # masked before exp: above the diagonal the difference is positive and would overflow
+    decay = (c[..., :, None] - c[..., None, :]).masked_fill(future, -torch.inf).exp()        # (B, H, N, C, C)
+    grow = c.exp()[..., None]
+    # row t of u is what token t writes, given what rows before it in the chunk wrote: (I + A) u = beta (v - k S)
+    A = k_beta @ k.mT * decay
+    u, w = torch.linalg.solve_triangular(A, torch.cat((v_beta, k_beta * grow), -1), upper=False,
+                                         unitriangular=True).split((Dv, k.shape[-1]), -1)
+    P, q, last = q @ k.mT * decay, q * grow, c[..., -1:]
+    k, fade = k * (last - c).exp()[..., None], last.exp()[..., None]
+    S = q.new_zeros(B, Hv, k.shape[-1], Dv) if S is None else S.to(dtype)
+    out, kept = [], S
+    for i in range(c.shape[2]):
+        write = u[:, :, i] - w[:, :, i] @ S
+        out.append(q[:, :, i] @ S + P[:, :, i] @ write)
+        S = S * fade[:, :, i] + k[:, :, i].mT @ write
+        kept = S if keep is None or i < keep else kept
+    o = torch.cat(out, 2)[:, :, :T] if len(out) > 1 else out[0][:, :, :T]
+    return o.transpose(1, 2).to(v.dtype), kept
+
+
+def delta_step(q, k, v, g, beta, S):
+    """One token of the gated delta rule, shapes as above with T = 1: the recurrence itself, the fastest one-row form."""
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    R = v.shape[2] // q.shape[2]
+    q, k = (x[:, 0].to(dtype).repeat_interleave(R, dim=1)[:, :, None] for x in (q, k))       # (B, H, 1, D)
+    S = S * g[:, 0].to(dtype).exp()[..., None, None]
+    S = S + k.mT @ ((v[:, 0, :, None] - k @ S) * beta[:, 0, :, None, None])
+    return (q * q.shape[-1] ** -0.5 @ S).transpose(1, 2).to(v.dtype), S
+
+# ----------------------------------------------------------------------------------------------------------------------
+# layers; parameter names are those of the public checkpoint
+
+
+class RMSNorm(nn.Module):
+    """Zero-centred: (1 + w) * x / rms(x), statistics in fp32. The drafter's norm, unlike this one, is plain."""
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.zeros(dim)), eps
+
+    def forward(self, x):
+        x32 = x.to(torch.promote_types(x.dtype, torch.float32))
+        return F.rms_norm(x32, x.shape[-1:], 1 + self.weight.to(x32.dtype), self.eps).to(x.dtype)
+
+
+class GatedRMSNorm(nn.Module):
+    """w * x / rms(x) * silu(z), a plain gain; statistics and gate in fp32."""
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x, z):
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        x32 = F.rms_norm(x.to(dtype), x.shape[-1:], None, self.eps).to(x.dtype)
+        return (self.weight * x32 * F.silu(z.to(dtype))).to(x.dtype)
+
+
+def linear(fan_in, fan_out):
+    return nn.Linear(fan_in, fan_out, bias=False)
+
+
+def unit(x):
+    """x / |x| over the last axis, in fp32 or better: keys of unit length keep I - beta k k^T a contraction."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+
+
+class GatedDeltaNet(nn.Module):
+    """Token mixing by the gated delta rule, after a short causal depthwise convolution; gated norm; projection."""
+    def __init__(self, c):
+        super().__init__()
+        self.heads, self.value_heads = c.linear_num_key_heads, c.linear_num_value_heads
+        keys, values = self.heads * c.linear_key_head_dim, self.value_heads * c.linear_value_head_dim
+        self.widths = (keys, keys, values)
+        self.in_proj_qkv = linear(c.hidden_size, sum(self.widths))
+        self.in_proj_z = linear(c.hidden_size, values)
+        self.in_proj_b = linear(c.hidden_size, self.value_heads)
+        self.in_proj_a = linear(c.hidden_size, self.value_heads)
+        self.conv1d = nn.Conv1d(sum(self.widths), sum(self.widths), c.linear_conv_kernel_dim, groups=sum(self.widths),
+                                bias=False)
+        self.A_log = nn.Parameter(torch.empty(self.value_heads).uniform_(0.01, 16).log())
+        self.dt_bias = nn.Parameter(torch.ones(self.value_heads))
+        self.norm = GatedRMSNorm(c.linear_value_head_dim, c.rms_norm_eps)
+        self.out_proj = linear(values, c.hidden_size)
+
+    def forward(self, x, index, state):
+        T, taps = x.shape[1], self.conv1d.weight.shape[-1]
+        qkv = self.in_proj_qkv(x)
+        # the convolution looks at the taps - 1 tokens before: zeros at the start, the state's memory in decoding
+        qkv = F.pad(qkv, (0, 0, taps - 1, 0)) if state is None else state.convolve(index, qkv)
+        weight = self.conv1d.weight[:, 0].T                                                  # (taps, channels)
+        qkv = F.silu(sum(weight[i] * qkv[:, i:i + T] for i in range(taps)))
+        q, k, v = qkv.split(self.widths, dim=-1)
+        q, k = unit(q.unflatten(-1, (self.heads, -1))), unit(k.unflatten(-1, (self.heads, -1)))
+        v = v.unflatten(-1, (self.value_heads, -1))
+        beta = self.in_proj_b(x).sigmoid()
+        a = self.in_proj_a(x)
+        g = -self.A_log.exp() * F.softplus(a.to(torch.promote_types(a.dtype, torch.float32)) + self.dt_bias)
+        if state is None:
+            with torch.autocast(x.device.type, enabled=False):  # it would turn the fp32 island's products into bf16
+                o, _ = gated_delta_rule(q, k, v, g, beta)
+        else:
+            o = state.delta_rule(index, q, k, v, g, beta)
+        return self.out_proj(self.norm(o, self.in_proj_z(x).unflatten(-1, (self.value_heads, -1))).flatten(-2))
+
+
+def rotary_table(positions, dim, theta):
+    """cos and sin (T, dim) of integer positions (T,), in fp32: the half-split form, frequencies theta^(-2i/dim)."""
+    frequency = theta ** (-torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
+    angle = positions[:, None].float() * frequency
+    return torch.cat((angle, angle), -1).cos(), torch.cat((angle, angle), -1).sin()
+
+
+def rotate(x, cos, sin):
+    """Rotary embedding of the first cos.shape[-1] channels of x (B, T, H, D); the rest pass (partial rotary)."""
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)                            # (T, 1, dim)
+    turned, rest = x[..., :cos.shape[-1]], x[..., cos.shape[-1]:]
+    a, b = turned.chunk(2, dim=-1)
+    return torch.cat((turned * cos + torch.cat((-b, a), -1) * sin, rest), -1)
+
+
+class GatedAttention(nn.Module):
+    """Grouped-query attention with normed heads, partial rotary and a sigmoid gate on its output."""
+    def __init__(self, c):
+        super().__init__()
+        self.heads, self.kv_heads, self.dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        self.q_proj = linear(c.hidden_size, 2 * self.heads * self.dim)  # a head's query, then its gate, head by head
+        self.k_proj = linear(c.hidden_size, self.kv_heads * self.dim)
+        self.v_proj = linear(c.hidden_size, self.kv_heads * self.dim)
+        self.o_proj = linear(self.heads * self.dim, c.hidden_size)
+        self.q_norm, self.k_norm = RMSNorm(self.dim, c.rms_norm_eps), RMSNorm(self.dim, c.rms_norm_eps)
+
+    def forward(self, x, index, state, rotary):
+        q, gate = self.q_proj(x).unflatten(-1, (self.heads, -1)).chunk(2, dim=-1)            # (B, T, H, D)
+        k, v = (proj(x).unflatten(-1, (self.kv_heads, -1)) for proj in (self.k_proj, self.v_proj))
+        q, k = rotate(self.q_norm(q), *rotary), rotate(self.k_norm(k), *rotary)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))                                     # (B, H, T, D)
+        mask = None
+        if state is not None:
+            k, v, mask = state.attention(index, k, v)
+        o = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
+        return self.o_proj((o.transpose(1, 2) * gate.sigmoid()).flatten(-2))
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+    def __init__(self, c):
+        super().__init__()
+        self.gate_proj = linear(c.hidden_size, c.intermediate_size)
+        self.up_proj = linear(c.hidden_size, c.intermediate_size)
+        self.down_proj = linear(c.intermediate_size, c.hidden_size)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """Mix tokens, then channels; both on a normed copy of the residual stream."""
+    def __init__(self, c, kind, index):
+        super().__init__()
+        self.index = index  # among the layers of its kind: the slot of its decode state
+        if kind == "linear_attention":
+            self.linear_attn = GatedDeltaNet(c)
+        else:
+            self.self_attn = GatedAttention(c)
+        self.mlp = MLP(c)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+    def forward(self, x, state, rotary):
+        y = self.input_layernorm(x)
+        if hasattr(self, "linear_attn"):
+            x = x + self.linear_attn(y, self.index, state)
+        else:
+            x = x + self.self_attn(y, self.index, state, rotary)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the decode state: a forward proposes, commit(n) adopts
+
+
+class DecodeState:
+    """What decoding remembers of B sequences at one common position. A forward of K rows reads it and fills scratch
+    rows only; commit(n) makes the first n of them part of the sequence. Nothing is cropped, copied back or replayed.
+
+    pos      tokens committed, a tensor, so that a round has static shapes and can be captured as a graph
+    kv       keys and values of `length` tokens for each full layer; rows past pos are scratch, hidden by the mask
+    S        delta-rule state of each linear layer after b tokens, b = pos rounded down to a multiple of C = K
+    window   q k v g beta of tokens b .. b + 2C - 1: the committed tail, the block, then zeros, which change nothing
+    conv     inputs of the short convolution: those of the taps - 1 tokens before pos, then the block's
+
+    The chunk grid is absolute, so a token meets the same chunks in the same order however the sequence was cut: this
+    makes its logits bit-identical for every cut. With K = 1 there is no window and the recurrence itself is run.
+    """
+    def __init__(self, target, batch, length, rows):
+        c, weight = target.config, target.embed_tokens.weight
+        assert length <= c.max_position_embeddings, (length, c.max_position_embeddings)
+        self.rows, self.length = rows, length
+        full = c.layer_types.count("full_attention")
+        layers, width = len(c.layer_types) - full, 1 if rows == 1 else 2 * rows
+        H, Hv, D, Dv = (c.linear_num_key_heads, c.linear_num_value_heads, c.linear_key_head_dim,
+                        c.linear_value_head_dim)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.pos = torch.zeros((), dtype=torch.long, device=weight.device)
+        self.kv = weight.new_zeros(2, full, batch, c.num_key_value_heads, length, c.head_dim)
+        self.S = weight.new_zeros(layers, batch, Hv, D, Dv, dtype=dtype)
+        self.S_next = torch.zeros_like(self.S)
+        self.window = [weight.new_zeros(layers, batch, width, *shape, dtype=kind) for shape, kind in (
+            ((H, D), dtype), ((H, D), dtype), ((Hv, Dv), weight.dtype), ((Hv,), dtype), ((Hv,), weight.dtype))]
+        self.conv = weight.new_zeros(layers, batch, c.linear_conv_kernel_dim - 1 + rows, 2 * H * D + Hv * Dv)
+        self.steps = torch.arange(length, device=weight.device)
+        self.cos, self.sin = rotary_table(self.steps, int(c.head_dim * c.partial_rotary_factor), c.rope_theta)
+
+    def begin(self, T):
+        """Set the rows of a forward of T tokens; returns their rotary table."""
+        self.bulk = T != self.rows  # the prompt, all at once, into an empty state
+        positions = self.pos + self.steps[:T]
+        self.positions, self.slots = positions, self.pos % self.rows + self.steps[:T]
+        self.mask = self.steps <= positions[:, None] if not self.bulk else None              # (K, length)
+        return self.cos.index_select(0, positions), self.sin.index_select(0, positions)
+
+    def convolve(self, index, qkv):
+        """The inputs (B, T, channels) with the taps - 1 that come before them."""
+        past = self.conv.shape[2] - self.rows
+        if self.bulk:
+            qkv = F.pad(qkv, (0, 0, past, 0))
+            self.conv[index, :, :past] = qkv[:, -past:]
+            return qkv
+        self.conv[index, :, past:] = qkv
+        return self.conv[index]
+
+    def delta_rule(self, index, *qkvgb):
+        """Outputs (B, T, Hv, Dv) of the rows, given the committed ones; keeps the next chunk's state aside."""
+        if self.bulk:
+            o, self.S[index] = gated_delta_rule(*qkvgb)
+        elif self.rows == 1:
+            o, self.S_next[index] = delta_step(*qkvgb, self.S[index])
+        else:
+            for kept, new in zip(self.window, qkvgb):
+                kept[index].index_copy_(1, self.slots, new)
+            window = (kept[index] for kept in self.window)
+            o, self.S_next[index] = gated_delta_rule(*window, self.S[index], chunk=self.rows, keep=1)
+            o = o.index_select(1, self.slots)
+        return o
+
+    def attention(self, index, k, v):
+        """All keys and values (B, H, length, D) after the rows' own, and the mask (K, length) of what a row may see."""
+        keys, values = self.kv[0, index], self.kv[1, index]
+        keys.index_copy_(2, self.positions, k)
+        values.index_copy_(2, self.positions, v)
+        return (k, v, None) if self.bulk else (keys, values, self.mask)
+
+    def commit(self, n):
+        """Adopt the first n rows (an int or a tensor, 0..K) of the last forward; after a bulk forward, all of them."""
+        if self.bulk:
+            self.pos += n
+            return
+        C, past = self.rows, self.conv.shape[2] - self.rows
+        passed = self.pos % C + n >= C  # the block's chunk is complete: its state was computed by the forward
+        torch.where(passed, self.S_next, self.S, out=self.S)
+        if C > 1:
+            for kept in self.window:
+                moved = torch.cat((kept[:, :, C:], torch.zeros_like(kept[:, :, C:])), 2)
+                torch.where(passed, moved, kept, out=kept)
+        self.conv[:, :, :past] = self.conv.index_select(2, n + self.steps[:past])
+        self.pos += n
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the model
+
+
+class Target(nn.Module):
+    """The text model of Qwen3.5; `config` is a TargetConfig."""
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(Layer(c, kind, c.layer_types[:i].count(kind))
+                                    for i, kind in enumerate(c.layer_types))
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        if not c.tie_word_embeddings:
+            self.lm_head = linear(c.hidden_size, c.vocab_size)
+        for p in self.parameters():
+            if p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
+
+    @property
+    def head(self):
+        """Weight (V, D) of the output head: the embedding's own where tied."""
+        return (self.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
+
+    def forward(self, tokens, state=None, taps=(), rows=None):
+        """tokens (B, T). Returns features (B, T, len(taps) * D), the residual stream after each tapped layer, before
+        any norm (None without taps), and logits (B, R, V) of the rows that `rows` indexes (None: no head is run).
+        With a state the tokens are the K rows that follow its position; without, they are whole sequences.
+        """
+        T = tokens.shape[1]
+        x = self.embed_tokens(tokens)
+        if state is None:
+            c = self.config
+            positions = torch.arange(T, device=tokens.device)
+            rotary = rotary_table(positions, int(c.head_dim * c.partial_rotary_factor), c.rope_theta)
+        else:
+            rotary = state.begin(T)
+        last = len(self.layers) if rows is not None or state is not None else max(taps) + 1
+        seen = {}
+        for i, layer in enumerate(self.layers[:last]):
+            x = layer(x, state, rotary)
+            if i in taps:
+                seen[i] = x
+        features = torch.cat([seen[i] for i in taps], -1) if taps else None
+        logits = F.linear(self.norm(x[:, rows]), self.head) if rows is not None else None
+        return features, logits
+
+    @torch.no_grad()
+    def prefill(self, tokens, length, taps=(), rows=16):
+        """Read prompts (B, n), 1 <= n <= length - rows. Returns a DecodeState of `length` tokens at position n, the
+        features (B, n, ...) of the prompt, and the logits (B, V) of its last token.
+
+        Whole chunks go through in bulk; the rest, 1 to K tokens, are a block whose rows are all accepted. So the
+        state starts on the chunk grid, and decoding and prefill share the code of a block.
+        """
+        B, n = tokens.shape
+        assert 1 <= n <= length - rows, (n, length - rows)
+        state, bulk, parts = DecodeState(self, B, length, rows), (n - 1) // rows * rows, []
+        if bulk:
+            parts.append(self(tokens[:, :bulk], state, taps)[0])
+            state.commit(bulk)
+        block = F.pad(tokens[:, bulk:], (0, bulk + rows - n))
+        features, logits = self(block, state, taps, rows=slice(n - bulk - 1, n - bulk))
+        state.commit(n - bulk)
+        parts.append(features[:, :n - bulk] if taps else None)
+        return state, torch.cat(parts, 1) if taps else None, logits[:, 0]
+
+
+def load_target(folder, device="cpu", dtype=torch.float32):
+    """A Target from a folder with config.json and safetensors in the public layout; frozen, in eval mode.
+
+    Raises ValueError, naming the file and what is wrong, when the folder does not hold such a target.
+    """
+    path = os.path.join(folder, "config.json")
+    if not os.path.isfile(path):
+        raise ValueError(f"no config.json in {folder!r}: give the folder of a Qwen3.5 checkpoint")
+    with open(path) as f:
+        config = TargetConfig.from_dict(json.load(f))
+    index = os.path.join(folder, "model.safetensors.index.json")
+    files = ["model.safetensors"]
+    if os.path.isfile(index):
+        with open(index) as f:
+            files = sorted(set(json.load(f)["weight_map"].values()))
+    weights = {}
+    for name in files:
+        try:
+            with safe_open(os.path.join(folder, name), "pt") as tensors:
+                for key in tensors.keys():
+                    short = key.removeprefix("model.").removeprefix("language_model.")
+                    if not short.startswith(("visual.", "mtp.")):
+                        fp32 = short.endswith(("linear_attn.A_log", "linear_attn.norm.weight"))
+                        weights[short] = tensors.get_tensor(key).to(device, torch.float32 if fp32 else dtype)
+        except Exception as error:  # safetensors raises its own type for a broken file, OSError for a missing one
+            raise ValueError(f"cannot read {os.path.join(folder, name)!r}: {error}") from None
+    with torch.device("meta"):
+        target = Target(config)
+    if config.tie_word_embeddings:
+        weights.pop("lm_head.weight", None)
+    try:
+        target.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"{folder!r} does not hold the weights that its config.json describes: {error}") from None
+    return target.requires_grad_(False).eval()
