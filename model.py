@@ -16,6 +16,7 @@ import shutil
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
@@ -219,6 +220,11 @@ class DFlashDraftModel(PreTrainedModel):
             x = layer(x, lambda y: layer.self_attn.decode_form(y, rotary, keys, values, rows))
         return self.norm(x)
 
+    def propose(self, anchor, target, state, pos):
+        """Guesses (B, K-1) for the tokens after the anchors (B,) at position pos: the most likely one of each slot."""
+        hidden = self.guess(self.block(anchor, target.embed_tokens.weight), state, pos)
+        return F.linear(hidden[:, 1:], target.head).argmax(-1)
+
 # ----------------------------------------------------------------------------------------------------------------------
 # training: anchors, labels, loss
 
@@ -299,20 +305,100 @@ def block_loss(hidden, head, labels, weights, chunk=1024):
 # checkpoints
 
 
-def drafter_config(target, layers, taps, mask_token_id, block_size=16, **shape):
-    """A Qwen3Config for a drafter of the given target config (the parsed text config of its config.json as a dict).
+def drafter_config(target, layers, taps, mask_token_id, heads, kv_heads, head_dim, mlp, block_size=16):
+    """A Qwen3Config of a drafter for a target with the given TargetConfig; ValueError if it has no such layers.
 
-    shape overrides widths: hidden_act and the rest follow the public checkpoints. ValueError if the taps cannot be.
+    rope_theta is the target's; its partial rotary factor is not taken over, the drafter rotates its whole head.
     """
-    if list(taps) != sorted(set(taps)) or taps[0] < 0 or taps[-1] > target["num_hidden_layers"] - 2:
-        raise ValueError(f"target_layer_ids {tuple(taps)} must ascend, differ and stay within 0 .. "
-                         f"{target['num_hidden_layers'] - 2} for a target of {target['num_hidden_layers']} layers")
-    rope_theta = target["rope_theta"]
+    if list(taps) != sorted(set(taps)) or not taps or taps[0] < 0 or taps[-1] > target.num_hidden_layers - 2:
+        raise ValueError(f"taps = {tuple(taps)} must ascend, differ and stay within 0 .. {target.num_hidden_layers - 2}"
+                         f", as the target has {target.num_hidden_layers} layers")
     return Qwen3Config(
-        architectures=["DFlashDraftModel"], auto_map={"AutoModel": "dflash.DFlashDraftModel"}, block_size=block_size,
+        block_size=block_size, num_target_layers=target.num_hidden_layers,
         dflash_config={"block_size": block_size, "mask_token_id": mask_token_id, "target_layer_ids": list(taps)},
-        num_target_layers=target["num_hidden_layers"], num_hidden_layers=layers,
-        layer_types=["full_attention"] * layers, hidden_size=target["hidden_size"],
-        rope_parameters={"rope_type": "default", "rope_theta": rope_theta}, vocab_size=target["vocab_size"],
-        max_position_embeddings=target["max_position_embeddings"], rms_norm_eps=target["rms_norm_eps"],
-        tie_word_embeddings=False, max_window_layers=layers, **shape)
+        num_hidden_layers=layers, layer_types=["full_attention"] * layers, hidden_size=target.hidden_size,
+        intermediate_size=mlp, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim,
+        rope_parameters={"rope_type": "default", "rope_theta": target.rope_theta}, rms_norm_eps=target.rms_norm_eps,
+        vocab_size=target.vocab_size, max_position_embeddings=target.max_position_embeddings,
+        tie_word_embeddings=False, eos_token_id=target.eos_token_id, pad_token_id=target.pad_token_id)
+
+
+def public_config(c):
+    """config.json's content as every loader reads it, from a Qwen3Config. It is written by hand because transformers 5
+    drops the top-level rope_theta, and readers of that key would fall back to 10000 without a word."""
+    theta, kinds = c.rope_parameters["rope_theta"], list(c.layer_types)
+    sliding = c.sliding_window if "sliding_attention" in kinds else None
+    return {
+        "architectures": ["DFlashDraftModel"], "model_type": "qwen3", "auto_map": {"AutoModel": "dflash.DFlashDraftModel"},
+        "block_size": c.dflash_config["block_size"], "dflash_config": dict(c.dflash_config),
+        "num_target_layers": c.num_target_layers, "num_hidden_layers": c.num_hidden_layers, "layer_types": kinds,
+        "hidden_size": c.hidden_size, "intermediate_size": c.intermediate_size,
+        "num_attention_heads": c.num_attention_heads, "num_key_value_heads": c.num_key_value_heads,
+        "head_dim": c.head_dim, "hidden_act": "silu", "rms_norm_eps": c.rms_norm_eps, "attention_bias": False,
+        "attention_dropout": 0.0, "initializer_range": c.initializer_range,
+        "max_position_embeddings": c.max_position_embeddings, "vocab_size": c.vocab_size, "tie_word_embeddings": False,
+        "use_cache": True, "rope_theta": theta, "rope_scaling": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta}, "use_sliding_window": sliding is not None,
+        "sliding_window": sliding, "max_window_layers": c.num_hidden_layers, "bos_token_id": None,
+        "eos_token_id": c.eos_token_id, "pad_token_id": c.pad_token_id, "dtype": "bfloat16", "torch_dtype": "bfloat16"}
+
+
+def save_drafter(drafter, folder, card, extra=None):
+    """Write a checkpoint as engines read it: config.json, model.safetensors (bf16), dflash.py, README.md (card).
+
+    extra: {file name: object} for torch.save beside them. The folder appears whole, under its name, or not at all.
+    """
+    part = folder.rstrip("/") + ".part"
+    shutil.rmtree(part, ignore_errors=True)
+    os.makedirs(part)
+    tensors = {k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in drafter.state_dict().items()}
+    save_file(tensors, os.path.join(part, "model.safetensors"), metadata={"format": "pt"})
+    for name, value in (extra or {}).items():
+        torch.save(value, os.path.join(part, name))
+    shutil.copyfile(__file__, os.path.join(part, "dflash.py"))
+    for name, text in (("config.json", json.dumps(public_config(drafter.config), indent=2) + "\n"), ("README.md", card)):
+        with open(os.path.join(part, name), "w") as f:
+            f.write(text)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(part, folder)
+
+
+def newest(folder):
+    """The folder itself if it is a checkpoint, or its last step-* one, as a training run writes them."""
+    steps = sorted(name for name in (os.listdir(folder) if os.path.isdir(folder) else ())
+                   if name.startswith("step-") and not name.endswith(".part"))
+    if os.path.isfile(os.path.join(folder, "config.json")) or not steps:
+        return folder
+    return os.path.join(folder, steps[-1])
+
+
+def load_drafter(folder, target, device="cpu", dtype=torch.float32):
+    """A frozen drafter from a checkpoint folder, checked against the TargetConfig it shall draft for.
+
+    Raises ValueError, with the two numbers that differ, when the folder holds none or it belongs to another target.
+    """
+    folder = newest(folder)
+    if not os.path.isfile(os.path.join(folder, "config.json")):
+        raise ValueError(f"no drafter in {folder!r}: give a folder with config.json, or train one: "
+                         "python train.py config/nano.py")
+    config = Qwen3Config.from_pretrained(folder)
+    if not hasattr(config, "dflash_config"):
+        raise ValueError(f"{folder}/config.json has no dflash_config: this is not a DFlash drafter")
+    taps, mask = config.dflash_config["target_layer_ids"], config.dflash_config["mask_token_id"]
+    for name, own, other in (("hidden_size", config.hidden_size, target.hidden_size),
+                             ("vocab_size", config.vocab_size, target.vocab_size),
+                             ("num_target_layers", config.num_target_layers, target.num_hidden_layers)):
+        if own != other:
+            raise ValueError(f"the drafter in {folder!r} does not fit this target: {name} is {own}, the target's {other}")
+    if max(taps) > target.num_hidden_layers - 2 or mask >= target.vocab_size:
+        raise ValueError(f"the drafter in {folder!r} does not fit this target: last tap {max(taps)} of "
+                         f"{target.num_hidden_layers} layers, mask id {mask} of {target.vocab_size} ids")
+    try:
+        drafter, report = DFlashDraftModel.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    except Exception as error:  # safetensors and transformers raise types of their own for broken files
+        raise ValueError(f"cannot read {folder}/model.safetensors: {error}") from None
+    wrong = [f"{kind.replace('_', ' ')}: {report[kind]}" for kind in ("missing_keys", "unexpected_keys",
+                                                                     "mismatched_keys") if report.get(kind)]
+    if wrong:
+        raise ValueError(f"{folder}/model.safetensors does not hold the drafter of its config.json; {'; '.join(wrong)}")
+    return drafter.to(device).requires_grad_(False).eval()

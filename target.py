@@ -19,6 +19,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
+from transformers import AutoTokenizer
+
+from model import rotary_table, rotate, wide
 
 CHUNK = 64  # tokens of a delta-rule chunk in training and prefill; decoding uses chunks of K, its block
 
@@ -44,6 +47,8 @@ class TargetConfig:
     partial_rotary_factor: float = 0.25
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 262144
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
 
     def __post_init__(self):
         if not self.layer_types:
@@ -132,8 +137,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.zeros(dim)), eps
 
     def forward(self, x):
-        x32 = x.to(torch.promote_types(x.dtype, torch.float32))
-        return F.rms_norm(x32, x.shape[-1:], 1 + self.weight.to(x32.dtype), self.eps).to(x.dtype)
+        return F.rms_norm(wide(x), x.shape[-1:], 1 + wide(self.weight), self.eps).to(x.dtype)
 
 
 class GatedRMSNorm(nn.Module):
@@ -143,9 +147,8 @@ class GatedRMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x, z):
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        x32 = F.rms_norm(x.to(dtype), x.shape[-1:], None, self.eps).to(x.dtype)
-        return (self.weight * x32 * F.silu(z.to(dtype))).to(x.dtype)
+        normed = F.rms_norm(wide(x), x.shape[-1:], None, self.eps).to(x.dtype)
+        return (self.weight * normed * F.silu(wide(z))).to(x.dtype)
 
 
 def linear(fan_in, fan_out):
@@ -154,7 +157,7 @@ def linear(fan_in, fan_out):
 
 def unit(x):
     """x / |x| over the last axis, in fp32 or better: keys of unit length keep I - beta k k^T a contraction."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = wide(x)
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
 
 
@@ -187,29 +190,13 @@ class GatedDeltaNet(nn.Module):
         q, k = unit(q.unflatten(-1, (self.heads, -1))), unit(k.unflatten(-1, (self.heads, -1)))
         v = v.unflatten(-1, (self.value_heads, -1))
         beta = self.in_proj_b(x).sigmoid()
-        a = self.in_proj_a(x)
-        g = -self.A_log.exp() * F.softplus(a.to(torch.promote_types(a.dtype, torch.float32)) + self.dt_bias)
+        g = -self.A_log.exp() * F.softplus(wide(self.in_proj_a(x)) + self.dt_bias)
         if state is None:
             with torch.autocast(x.device.type, enabled=False):  # it would turn the fp32 island's products into bf16
                 o, _ = gated_delta_rule(q, k, v, g, beta)
         else:
             o = state.delta_rule(index, q, k, v, g, beta)
         return self.out_proj(self.norm(o, self.in_proj_z(x).unflatten(-1, (self.value_heads, -1))).flatten(-2))
-
-
-def rotary_table(positions, dim, theta):
-    """cos and sin (T, dim) of integer positions (T,), in fp32: the half-split form, frequencies theta^(-2i/dim)."""
-    frequency = theta ** (-torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
-    angle = positions[:, None].float() * frequency
-    return torch.cat((angle, angle), -1).cos(), torch.cat((angle, angle), -1).sin()
-
-
-def rotate(x, cos, sin):
-    """Rotary embedding of the first cos.shape[-1] channels of x (B, T, H, D); the rest pass (partial rotary)."""
-    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)                            # (T, 1, dim)
-    turned, rest = x[..., :cos.shape[-1]], x[..., cos.shape[-1]:]
-    a, b = turned.chunk(2, dim=-1)
-    return torch.cat((turned * cos + torch.cat((-b, a), -1) * sin, rest), -1)
 
 
 class GatedAttention(nn.Module):
@@ -226,7 +213,7 @@ class GatedAttention(nn.Module):
     def forward(self, x, index, state, rotary):
         q, gate = self.q_proj(x).unflatten(-1, (self.heads, -1)).chunk(2, dim=-1)            # (B, T, H, D)
         k, v = (proj(x).unflatten(-1, (self.kv_heads, -1)) for proj in (self.k_proj, self.v_proj))
-        q, k = rotate(self.q_norm(q), *rotary), rotate(self.k_norm(k), *rotary)
+        q, k = rotate(self.q_norm(q), rotary), rotate(self.k_norm(k), rotary)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))                                     # (B, H, T, D)
         mask = None
         if state is not None:
@@ -461,3 +448,27 @@ def load_target(folder, device="cpu", dtype=torch.float32):
     except RuntimeError as error:
         raise ValueError(f"{folder!r} does not hold the weights that its config.json describes: {error}") from None
     return target.requires_grad_(False).eval()
+
+# ----------------------------------------------------------------------------------------------------------------------
+# prompts: one function for decoding, benchmarks and data, so that no two of them use different templates
+
+
+def load_tokenizer(folder):
+    """The target's tokenizer, with its chat template. ValueError when the folder holds none."""
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # transformers raises OSError, ValueError and others for missing and broken files
+        raise ValueError(f"no tokenizer in {folder!r}: {str(error).splitlines()[0]}") from None
+
+
+def chat_prompt(tokenizer, text, thinking=False):
+    """Token ids of a user's message and the opening of the answer. thinking is passed on explicitly, as the default
+    differs from one size of the public targets to another."""
+    return tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True,
+                                         enable_thinking=thinking, return_dict=False)
+
+
+def stop_ids(tokenizer):
+    """Ids that end an answer: those of <|im_end|> and <|endoftext|>, whichever the vocabulary has."""
+    vocabulary = tokenizer.get_vocab()
+    return {vocabulary[t] for t in ("<|im_end|>", "<|endoftext|>", tokenizer.eos_token) if t in vocabulary}
