@@ -1,7 +1,7 @@
 """
 Speculative decoding with a DFlash drafter, its output identical to the target's own to the bit.
 
-    python draft_decode.py --prompt "Ana has 12 pens and gives 5 to Ben and 3 to a friend. How many are left?"
+    python draft_decode.py --prompt "What is 7 * 34?"
     python draft_decode.py --target=DIR --drafter=DIR --prompt "..."      # other checkpoints
 
 A round is four steps: (1) draft K - 1 guesses in one forward of the drafter, (2) verify them in one forward of the
@@ -51,14 +51,15 @@ def generate(target, drafter, prompt_ids, max_new_tokens, stop_ids=(), rows=None
     """Yields a Round for each forward of the target, the prompt's own first (one token, no guess).
 
     prompt_ids: list of token ids, at least one. drafter: a DFlashDraftModel, anything with its block_size, taps and
-    `new_state`, `remember` and `propose`, or None for the target alone. rows: of a forward; None: the drafter's block size, or 16 without one.
+    `new_state`, `remember` and `propose`, or None for the target alone. rows: of a forward; None: the drafter's block
+    size, or 16 without one.
     rows=1 is the fastest target-only mode, whose products have another shape: equal up to rounding, not to the bit.
     Ends after a stop id, after max_new_tokens, or at the target's context limit; what lies past the end is dropped.
     """
     K = rows or (drafter.block_size if drafter else 16)
     n, device = len(prompt_ids), target.embed_tokens.weight.device
-    limit = min(max_new_tokens, target.config.max_position_embeddings - n - K)
-    check_prompt(prompt_ids, limit, target.config)
+    limit = min(max_new_tokens, target.config.max_position_embeddings - n - max(K, 16))  # all modes end alike
+    check_request(prompt_ids, max_new_tokens, limit, target.config)
     prompt = torch.tensor([prompt_ids], device=device)
     taps = drafter.taps if drafter else ()
     state, features, logits = target.prefill(prompt, n + limit + K, taps, K)
@@ -98,10 +99,12 @@ def generate(target, drafter, prompt_ids, max_new_tokens, stop_ids=(), rows=None
         result, done = finish(tokens[:count + 1], count)
 
 
-def check_prompt(prompt_ids, limit, config):
+def check_request(prompt_ids, max_new_tokens, limit, config):
     """ValueError with one clear line for a prompt that cannot be continued."""
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens = {max_new_tokens}: ask for at least one token")
     if not prompt_ids:
-        raise ValueError("the prompt is empty: give at least one token, e.g. --prompt \"What is 7 * 34?\"")
+        raise ValueError("the prompt is empty: give at least one token")
     if limit < 1:
         raise ValueError(f"the prompt has {len(prompt_ids)} tokens, too many for the target's context of "
                          f"{config.max_position_embeddings}, which also has to hold the answer and one block")
@@ -151,12 +154,12 @@ def printer(tokenizer, color):
 
 def summary(ours, alone, step):
     """The line under the text, from run()'s results with the drafter, target-only at the same shape, and by steps."""
-    tokens, rounds, seconds = ours
+    tokens, rounds, _ = ours
     tau = sum(len(r.tokens) for r in rounds) / max(1, len(rounds))
-    line = f"{len(tokens)} tokens | {len(rounds)} rounds | tau {tau:.2f} | {(len(tokens) - 1) / max(seconds, 1e-9):,.0f} tokens/s"
+    speed = [(len(t) - 1) / max(s, 1e-9) for t, _, s in (ours, step or ours)]
+    line = f"{len(tokens)} tokens | {len(rounds)} rounds | tau {tau:.2f} | {speed[0]:,.0f} tokens/s"
     if alone is None:
         return line
-    speed = [(len(t) - 1) / max(s, 1e-9) for t, _, s in (ours, step)]
     same = next((i for i, (a, b) in enumerate(zip(tokens, alone[0])) if a != b), min(len(tokens), len(alone[0])))
     verdict = "identical" if tokens == alone[0] else f"first difference at token {same}"
     return f"{line} | target alone {speed[1]:,.0f} tokens/s | speedup {speed[0] / speed[1]:.2f} | {verdict}"
@@ -165,11 +168,11 @@ def summary(ours, alone, step):
 def main():
     configure(globals())
     try:
-        tokenizer = load_tokenizer(target)
-        model = load_target(target, device, getattr(torch, dtype))
-        draft = load_drafter(drafter, model.config, device, getattr(torch, dtype))
         if not prompt.strip():
             raise ValueError("the prompt is empty: give one, e.g. --prompt=\"What is 7 * 34?\"")
+        model = load_target(target, device, dtype)
+        tokenizer = load_tokenizer(target)
+        draft = load_drafter(drafter, model.config, device, dtype)
         ids = tokenizer.encode(prompt) if raw else chat_prompt(tokenizer, prompt, thinking)
         stops = () if raw else stop_ids(tokenizer)
         if compare:

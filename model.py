@@ -16,7 +16,7 @@ import shutil
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
@@ -267,21 +267,20 @@ class FrozenHeadLoss(torch.autograd.Function):
     """
     @staticmethod
     def forward(ctx, hidden, weight, labels, w, chunk):
-        total, nll, correct = wide(hidden).new_zeros(()), wide(hidden).new_empty(len(hidden)), torch.empty_like(labels)
-        grad = torch.empty_like(hidden)
+        dtype, weight = torch.promote_types(hidden.dtype, torch.float32), weight.to(hidden.dtype)
+        nll, correct, grad = torch.empty_like(w, dtype=dtype), torch.empty_like(labels), torch.empty_like(hidden)
         for i in range(0, len(hidden), chunk):
             rows = slice(i, i + chunk)
-            logits = wide(F.linear(hidden[rows], weight.to(hidden.dtype)))                   # (chunk, V)
-            correct[rows] = logits.argmax(-1) == labels[rows]
+            logits = F.linear(hidden[rows], weight).to(dtype)                                # (chunk, V)
+            correct[rows] = (logits.argmax(-1) == labels[rows]).long()
             p = logits.log_softmax(-1)
             nll[rows] = -p.gather(1, labels[rows, None])[:, 0]
             p = p.exp_()
             p.scatter_add_(1, labels[rows, None], p.new_full((len(p), 1), -1.0))
-            grad[rows] = (p * w[rows, None]).to(hidden.dtype) @ weight.to(hidden.dtype)
-        total += (nll * w).sum()
+            grad[rows] = (p * w[rows, None]).to(hidden.dtype) @ weight
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(nll, correct)
-        return total, nll, correct
+        return (nll * w).sum(), nll, correct
 
     @staticmethod
     def backward(ctx, scale, *_):
@@ -297,8 +296,7 @@ def block_loss(hidden, head, labels, weights, chunk=1024):
     Row 0 of a block is its anchor: it has no loss and never meets the head.
     """
     rows = hidden[:, :, 1:].flatten(0, 2)
-    loss, nll, correct = FrozenHeadLoss.apply(rows, head, labels.flatten(), weights.flatten().to(wide(rows).dtype),
-                                              chunk)
+    loss, nll, correct = FrozenHeadLoss.apply(rows, head, labels.flatten(), weights.flatten(), chunk)
     return loss, nll.view_as(labels), correct.view_as(labels).bool()
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -329,7 +327,8 @@ def public_config(c):
     theta, kinds = c.rope_parameters["rope_theta"], list(c.layer_types)
     sliding = c.sliding_window if "sliding_attention" in kinds else None
     return {
-        "architectures": ["DFlashDraftModel"], "model_type": "qwen3", "auto_map": {"AutoModel": "dflash.DFlashDraftModel"},
+        "architectures": ["DFlashDraftModel"], "model_type": "qwen3",
+        "auto_map": {"AutoModel": "dflash.DFlashDraftModel"},
         "block_size": c.dflash_config["block_size"], "dflash_config": dict(c.dflash_config),
         "num_target_layers": c.num_target_layers, "num_hidden_layers": c.num_hidden_layers, "layer_types": kinds,
         "hidden_size": c.hidden_size, "intermediate_size": c.intermediate_size,
@@ -356,7 +355,8 @@ def save_drafter(drafter, folder, card, extra=None):
     for name, value in (extra or {}).items():
         torch.save(value, os.path.join(part, name))
     shutil.copyfile(__file__, os.path.join(part, "dflash.py"))
-    for name, text in (("config.json", json.dumps(public_config(drafter.config), indent=2) + "\n"), ("README.md", card)):
+    config = json.dumps(public_config(drafter.config), indent=2) + "\n"
+    for name, text in (("config.json", config), ("README.md", card)):
         with open(os.path.join(part, name), "w") as f:
             f.write(text)
     shutil.rmtree(folder, ignore_errors=True)
@@ -372,7 +372,7 @@ def newest(folder):
     return os.path.join(folder, steps[-1])
 
 
-def load_drafter(folder, target, device="cpu", dtype=torch.float32):
+def load_drafter(folder, target, device="cpu", dtype="float32"):
     """A frozen drafter from a checkpoint folder, checked against the TargetConfig it shall draft for.
 
     Raises ValueError, with the two numbers that differ, when the folder holds none or it belongs to another target.
@@ -389,16 +389,17 @@ def load_drafter(folder, target, device="cpu", dtype=torch.float32):
                              ("vocab_size", config.vocab_size, target.vocab_size),
                              ("num_target_layers", config.num_target_layers, target.num_hidden_layers)):
         if own != other:
-            raise ValueError(f"the drafter in {folder!r} does not fit this target: {name} is {own}, the target's {other}")
+            raise ValueError(f"the drafter in {folder!r} does not fit this target: {name} is {own}, "
+                             f"the target's {other}")
     if max(taps) > target.num_hidden_layers - 2 or mask >= target.vocab_size:
         raise ValueError(f"the drafter in {folder!r} does not fit this target: last tap {max(taps)} of "
                          f"{target.num_hidden_layers} layers, mask id {mask} of {target.vocab_size} ids")
+    with torch.device("meta"):
+        drafter = DFlashDraftModel(config)
     try:
-        drafter, report = DFlashDraftModel.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    except Exception as error:  # safetensors and transformers raise types of their own for broken files
-        raise ValueError(f"cannot read {folder}/model.safetensors: {error}") from None
-    wrong = [f"{kind.replace('_', ' ')}: {report[kind]}" for kind in ("missing_keys", "unexpected_keys",
-                                                                     "mismatched_keys") if report.get(kind)]
-    if wrong:
-        raise ValueError(f"{folder}/model.safetensors does not hold the drafter of its config.json; {'; '.join(wrong)}")
-    return drafter.to(device).requires_grad_(False).eval()
+        weights = load_file(os.path.join(folder, "model.safetensors"))
+        drafter.load_state_dict({k: v.to(device, getattr(torch, dtype)) for k, v in weights.items()}, assign=True)
+    except Exception as error:  # safetensors raises types of its own for broken files, torch a RuntimeError for keys
+        raise ValueError(f"{folder}/model.safetensors does not hold the drafter of its config.json: "
+                         f"{' '.join(str(error).split())}") from None
+    return drafter.requires_grad_(False).eval()

@@ -118,7 +118,7 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=CHUNK, keep=None):
 
 
 def delta_step(q, k, v, g, beta, S):
-    """One token of the gated delta rule, shapes as above with T = 1: the recurrence itself, the fastest one-row form."""
+    """One token of the gated delta rule, shapes as above with T = 1: the recurrence itself, the fastest form for it."""
     dtype = torch.promote_types(v.dtype, torch.float32)
     R = v.shape[2] // q.shape[2]
     q, k = (x[:, 0].to(dtype).repeat_interleave(R, dim=1)[:, :, None] for x in (q, k))       # (B, H, 1, D)
@@ -413,11 +413,21 @@ class Target(nn.Module):
         return state, torch.cat(parts, 1) if taps else None, logits[:, 0]
 
 
-def load_target(folder, device="cpu", dtype=torch.float32):
+def check_device(device, dtype):
+    """The torch dtype of a name, or ValueError when this machine has no such device or the name is none we run in."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device = {device!r}, but torch sees no GPU here: use --device=cpu")
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype = {dtype!r}: use float32 or bfloat16 (fp16 overflows in the decay's gate)")
+    return getattr(torch, dtype)
+
+
+def load_target(folder, device="cpu", dtype="float32"):
     """A Target from a folder with config.json and safetensors in the public layout; frozen, in eval mode.
 
     Raises ValueError, naming the file and what is wrong, when the folder does not hold such a target.
     """
+    dtype = check_device(device, dtype)
     path = os.path.join(folder, "config.json")
     if not os.path.isfile(path):
         raise ValueError(f"no config.json in {folder!r}: give the folder of a Qwen3.5 checkpoint")
@@ -446,7 +456,8 @@ def load_target(folder, device="cpu", dtype=torch.float32):
     try:
         target.load_state_dict(weights, assign=True)
     except RuntimeError as error:
-        raise ValueError(f"{folder!r} does not hold the weights that its config.json describes: {error}") from None
+        raise ValueError(f"{folder!r} does not hold the weights that its config.json describes: "
+                         f"{' '.join(str(error).split())}") from None
     return target.requires_grad_(False).eval()
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -3,12 +3,12 @@ Trains a DFlash drafter for a frozen target, online: the target makes the featur
 
     python train.py config/nano.py                           # the shipped nano pair, two CPU cores, minutes
     python train.py config/nano.py --resume                  # go on after an interruption
-    python train.py config/phase1_2.py                       # Qwen3.5-0.8B, one GPU
 
 The defaults below are the recipe of Phase 1.2; a config file holds what another run changes. A checkpoint is a folder
 out_dir/step-000123 that engines load; beside it stand log.jsonl, and loss and tau as a picture.
 """
 import argparse
+import functools
 import json
 import math
 import os
@@ -22,7 +22,8 @@ import torch
 from configurator import configure
 from data.rows import Rows
 from draft_decode import run
-from model import (DFlashDraftModel, block_labels, block_loss, drafter_config, newest, sample_anchors, save_drafter)
+from model import (DFlashDraftModel, block_labels, block_loss, drafter_config, load_drafter, newest, sample_anchors,
+                   save_drafter)
 from target import load_target, load_tokenizer, stop_ids
 
 # what
@@ -73,18 +74,14 @@ def micro_batch(rows, index, rank=0, world=1):
     chosen = []
     for i in range(batch_size):
         epoch, place = divmod((index * world + rank) * batch_size + i, len(rows))
-        chosen.append(rows[order(len(rows), epoch)[place]])
+        chosen.append(rows[order(seed, epoch, len(rows))[place]])
     return pad(chosen)
 
 
-_order = {}  # permutation of the epoch at hand
-
-
-def order(count, epoch):
-    if epoch not in _order:
-        _order.clear()
-        _order[epoch] = np.random.default_rng((seed, epoch)).permutation(count)
-    return _order[epoch]
+@functools.lru_cache(2)  # a batch may reach into the next epoch
+def order(seed, epoch, count):
+    """The order of `count` rows in an epoch."""
+    return np.random.default_rng((seed, epoch)).permutation(count)
 
 
 def pad(chosen):
@@ -182,9 +179,9 @@ def save(drafter, optimizer, step, steps, config):
     state = {"epoch": 0, "global_step": step, "args": argparse.Namespace(**config),
              "optimizer_state_dict": optimizer.state_dict(), "scheduler_state_dict": {"last_epoch": step},
              "master_weights": drafter.state_dict()}
-    card = (f"# DFlash drafter for {os.path.basename(os.path.normpath(target))}\n\nBlock-diffusion speculative decoding "
-            f"(arXiv 2602.06036): {layers} layers, blocks of {block_size}, features of target layers {list(taps)}.\n"
-            f"Step {step} of {steps}; data: {os.path.basename(os.path.normpath(data))}.\n")
+    card = (f"# DFlash drafter for {os.path.basename(os.path.normpath(target))}\n\nBlock-diffusion speculative "
+            f"decoding (arXiv 2602.06036): {layers} layers, blocks of {block_size}, features of target layers "
+            f"{list(taps)}.\nStep {step} of {steps}; data: {os.path.basename(os.path.normpath(data))}.\n")
     folder = os.path.join(out_dir, f"step-{step:06d}")
     save_drafter(drafter, folder, card, {"training_state.pt": state})
     return folder
@@ -234,9 +231,9 @@ def plot(path):
 # the run
 
 
-def decode_held_out(model, drafter, rows, stops):
-    """tau (micro) of real greedy decoding on held-out prompts: all tokens over all rounds."""
-    tokens = rounds = 0
+def decode_held_out(model, folder, rows, stops):
+    """tau (micro), all tokens over all rounds, of real greedy decoding on held-out prompts with a saved checkpoint."""
+    drafter, tokens, rounds = load_drafter(folder, model.config, device, dtype), 0, 0
     for i in range(min(decode_rows, len(rows))):
         ids, mask = rows[i]
         _, result, _ = run(model, drafter, ids[:int(mask.argmax())].tolist(), decode_tokens, stops)
@@ -252,7 +249,7 @@ def setup(config):
                          "--out_dir=... starts another")
     if resume and folder == out_dir:
         raise ValueError(f"nothing to resume: {out_dir} holds no step-* checkpoint")
-    tokenizer, model = load_tokenizer(target), load_target(target, device, getattr(torch, dtype))
+    model, tokenizer = load_target(target, device, dtype), load_tokenizer(target)
     ensure_data(data)
     rows = [Rows(data, split, model.config.vocab_size) for split in ("train", "val")]
     mask_id = len(tokenizer) if mask_token_id is None else mask_token_id
@@ -278,13 +275,15 @@ def loop(model, drafter, optimizer, rows, held_out, step, steps, config):
             log.write(json.dumps({"kind": "train", "step": step, "lr": rate(step - 1, steps), **entry,
                                   "tokens_per_s": tokens / seconds}) + "\n")
             left = (steps - step) * seconds / (step - first)
-            print(f"step {step}/{steps} | loss {entry['loss']:.4f} | tau {entry['tau']:.2f} | norm {entry['norm']:.2f} | "
-                  f"lr {rate(step - 1, steps):.1e} | {tokens / seconds:,.0f} tokens/s | {left / 60:.1f} min left", flush=True)
+            print(f"step {step}/{steps} | loss {entry['loss']:.4f} | tau {entry['tau']:.2f} | norm {entry['norm']:.2f}"
+                  f" | lr {rate(step - 1, steps):.1e} | {tokens / seconds:,.0f} tokens/s | {left / 60:.1f} min left",
+                  flush=True)
         if step % eval_every == 0 or step == steps:
             loss, tau, slots = estimate(model, drafter, held_out)
             log.write(json.dumps({"kind": "val", "step": step, "loss": loss, "tau": tau, "slots": slots}) + "\n")
-            print(f"step {step}/{steps} | held out: loss {loss:.4f} | tau {tau:.2f} | accepted up to slot "
-                  + " ".join(f"{k}:{slots[k - 1]:.2f}" for k in (1, 2, 4, 8, len(slots)) if k <= len(slots)), flush=True)
+            shown = " ".join(f"{k}:{slots[k - 1]:.2f}" for k in (1, 2, 4, 8, len(slots)) if k <= len(slots))
+            print(f"step {step}/{steps} | held out: loss {loss:.4f} | tau {tau:.2f} | accepted up to slot {shown}",
+                  flush=True)
         if step % save_every == 0 or step == steps:
             folder = save(drafter, optimizer, step, steps, config)
     log.close()
@@ -296,15 +295,16 @@ def main():
     try:
         model, drafter, optimizer, rows, held_out, stops, step = setup(config)
         steps = int(epochs * len(rows)) // (batch_size * accumulation)
-        print(f"{sum(p.numel() for p in drafter.parameters()):,} parameters to train for a target of "
-              f"{sum(p.numel() for p in model.parameters()):,} | {len(rows):,} rows, {steps:,} steps on {device}", flush=True)
+        sizes = [sum(p.numel() for p in m.parameters()) for m in (drafter, model)]
+        print(f"{sizes[0]:,} parameters to train for a target of {sizes[1]:,} | {len(rows):,} rows, {steps:,} steps on "
+              f"{device}", flush=True)
         if steps < 1:
             raise ValueError(f"{len(rows)} rows make no step of {batch_size} x {accumulation} rows: lower batch_size")
         folder = loop(model, drafter, optimizer, rows, held_out, step, steps, config)
     except ValueError as error:
         sys.exit(f"error: {error}")
     plot(os.path.join(out_dir, "training.png"))
-    tau = decode_held_out(model, drafter, held_out, stops)
+    tau = decode_held_out(model, folder, held_out, stops)
     print(f"wrote {folder} and {out_dir}/training.png\n"
           f"try it: python draft_decode.py --drafter={folder} --prompt \"...\"\n"
           f"held-out tau from real decoding: {tau:.3f} ({min(decode_rows, len(held_out))} prompts)")

@@ -55,16 +55,20 @@ class Rows:
         except json.JSONDecodeError as error:
             raise ValueError(f"{folder}/meta.json is broken ({error}): {hint} again") from None
         if meta.get("format") != FORMAT or meta.get("vocab_size") != vocab_size:
-            raise ValueError(f"{folder}/meta.json has format {meta.get('format')} and vocab_size {meta.get('vocab_size')}, "
-                             f"this target wants {FORMAT} and {vocab_size}: {hint} with this target")
+            raise ValueError(f"{folder}/meta.json has format {meta.get('format')} and vocab_size "
+                             f"{meta.get('vocab_size')}, this target wants {FORMAT} and {vocab_size}: {hint} for it")
         if not meta["splits"].get(split, {}).get("rows"):
             raise ValueError(f"{folder} has no rows in split {split!r}: {hint}")
-        self.tokens, self.mask, self.offsets = (
-            np.memmap(os.path.join(folder, f"{split}.{kind}.bin"), dtype, "r")
-            for kind, dtype in (("tokens", np.uint32), ("mask", np.uint8), ("offsets", np.uint64)))
+        try:
+            self.tokens, self.mask, self.offsets = (
+                np.memmap(os.path.join(folder, f"{split}.{kind}.bin"), dtype, "r")
+                for kind, dtype in (("tokens", np.uint32), ("mask", np.uint8), ("offsets", np.uint64)))
+        except (OSError, ValueError) as error:  # missing; empty, or cut in the middle of a number
+            raise ValueError(f"cannot read the {split} rows in {folder!r} ({error}): {hint} again") from None
         size = meta["splits"][split]["tokens"]
         if not len(self.tokens) == len(self.mask) == self.offsets[-1] == size:
-            raise ValueError(f"{folder}/{split}.*.bin hold {len(self.tokens)} tokens, meta.json says {size}: {hint} again")
+            raise ValueError(f"{folder}/{split}.*.bin hold {len(self.tokens)} tokens, meta.json says {size}: "
+                             f"{hint} again")
 
     def __len__(self):
         return len(self.offsets) - 1

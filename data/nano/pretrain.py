@@ -68,7 +68,7 @@ def encode(tokenizer, rows):
 
 
 def batches(tokenizer, rows, start):
-    """Batches (tokens, weights) from step `start` on; a weight is that of the token's own loss, 0 for prompt and padding."""
+    """Batches (tokens, weights) from step `start` on; a weight is that of a token's own loss, 0 for prompts."""
     size = POOL * batch_size
     for pool in range(start // POOL, math.ceil(steps / POOL)):
         encoded = sorted(encode(tokenizer, rows[pool * size:(pool + 1) * size]), key=lambda row: len(row[0]))

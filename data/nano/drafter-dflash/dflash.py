@@ -1,0 +1,405 @@
+"""
+The drafter of DFlash and its loss. A copy of this file ships in every checkpoint as dflash.py; it needs torch and
+transformers only, so that AutoModel.from_pretrained(folder, trust_remote_code=True) loads it anywhere.
+
+DFlash (Chen, Liang, Liu, arXiv 2602.06036): a few bidirectional layers guess a block of K tokens in one forward. Their
+input is [x_n, MASK, .., MASK], the embeddings of the last known token, the *anchor*, and of K - 1 masks; what they know
+of the past are the target's own hidden states, the *features*, mixed by `fc` and given to every layer as keys and
+values. Row k of the block guesses the token at position n + k (no shift); row 0 is the anchor and guesses nothing.
+
+Glossary: B batch, T tokens, A anchors of a row, K block size, L layers, H heads, D head width, V vocabulary.
+"""
+import json
+import os
+import shutil
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
+
+
+def wide(x):
+    """x in fp32, or as it is if wider: statistics, softmax and loss are computed there."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def rotary_table(positions, dim, theta):
+    """cos and sin (..., dim) of integer positions, in fp32: the half-split form, frequencies theta^(-2i/dim)."""
+    frequency = theta ** (-torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
+    angle = positions[..., None].float() * frequency
+    angle = torch.cat((angle, angle), -1)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, rotary):
+    """Rotary embedding of the first channels of x (..., T, H, D), as many as the table (..., T, dim) has."""
+    cos, sin = (y[..., None, :].to(x.dtype) for y in rotary)
+    turned, rest = x[..., :cos.shape[-1]], x[..., cos.shape[-1]:]
+    a, b = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat((-b, a), -1) * sin
+    return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
+
+# ----------------------------------------------------------------------------------------------------------------------
+# layers; names, shapes and order are those of the public checkpoints
+
+
+class RMSNorm(nn.Module):
+    """Plain: w * x / rms(x), statistics in fp32. The target's, unlike this one, is zero-centred."""
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x):
+        return F.rms_norm(wide(x), x.shape[-1:], wide(self.weight), self.eps).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention from the rows of a block to [context | the block itself], the whole head rotated."""
+    def __init__(self, c, kind):
+        super().__init__()
+        self.heads, self.kv_heads, self.dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        # a sliding layer is causal inside the block, and its window counts the token itself; a full one sees it whole
+        self.window = c.sliding_window if kind == "sliding_attention" else None
+        self.q_proj = nn.Linear(c.hidden_size, self.heads * self.dim, bias=c.attention_bias)
+        self.k_proj = nn.Linear(c.hidden_size, self.kv_heads * self.dim, bias=c.attention_bias)
+        self.v_proj = nn.Linear(c.hidden_size, self.kv_heads * self.dim, bias=c.attention_bias)
+        self.o_proj = nn.Linear(self.heads * self.dim, c.hidden_size, bias=c.attention_bias)
+        self.q_norm, self.k_norm = RMSNorm(self.dim, c.rms_norm_eps), RMSNorm(self.dim, c.rms_norm_eps)
+
+    def keys_values(self, x, rotary):
+        """k and v (..., T, Hkv, D) of x (..., T, hidden): of context, which has no layer norm, or of normed rows."""
+        k, v = (proj(x).unflatten(-1, (self.kv_heads, self.dim)) for proj in (self.k_proj, self.v_proj))
+        return rotate(self.k_norm(k), rotary), v
+
+    def queries(self, x, rotary):
+        return rotate(self.q_norm(self.q_proj(x).unflatten(-1, (self.heads, self.dim))), rotary)
+
+    def visible(self, query, key):
+        """Whether a row at position `query` may see a block key at `key`, both integer tensors that broadcast."""
+        if self.window is None:
+            return torch.ones_like(query - key, dtype=torch.bool)
+        return (key <= query) & (key > query - self.window)
+
+    def train_form(self, x, context, anchors, rotary, context_rotary):
+        """x (B, A, K, hidden), context (B, T, hidden), anchors (B, A). A block sees the context strictly before its
+        anchor and its own K rows; the scores between blocks are never formed."""
+        B, A, K, _ = x.shape
+        R, T = self.heads // self.kv_heads, context.shape[1]
+        ck, cv = (y.transpose(1, 2) for y in self.keys_values(context, context_rotary))      # (B, Hkv, T, D)
+        k, v = (y.permute(0, 3, 1, 2, 4) for y in self.keys_values(x, rotary))               # (B, Hkv, A, K, D)
+        q = self.queries(x, rotary).unflatten(3, (self.kv_heads, R)) * self.dim ** -0.5
+        q = q.permute(0, 3, 1, 4, 2, 5)                                                      # (B, Hkv, A, R, K, D)
+        far = (q.flatten(2, 4) @ ck.mT).view(B, self.kv_heads, A, R, K, T)
+        near = q @ k[:, :, :, None].mT                                                       # (B, Hkv, A, R, K, K)
+        row = anchors[:, :, None] + torch.arange(K, device=x.device)                         # (B, A, K)
+        token = torch.arange(T, device=x.device)
+        before = (token < anchors[:, :, None, None]).expand(B, A, K, T)
+        if self.window is not None:
+            before = before & (token > row[..., None] - self.window)
+        far = far.masked_fill(~before[:, None, :, None], -torch.inf)
+        near = near.masked_fill(~self.visible(row[..., :, None], row[..., None, :])[:, None, :, None], -torch.inf)
+        p = torch.cat((wide(far), wide(near)), -1).softmax(-1).to(v.dtype)
+        o = (p[..., :T].flatten(2, 4) @ cv).view(B, self.kv_heads, A, R, K, self.dim) + p[..., T:] @ v[:, :, :, None]
+        return self.o_proj(o.permute(0, 2, 4, 1, 3, 5).flatten(3))
+
+    def decode_form(self, x, rotary, keys, values, rows):
+        """x (B, K, hidden) at positions `rows` (K,); keys and values (B, Hkv, length, D), whose rows before the block
+        hold the context. The block's own are written after it, where the next context will replace them."""
+        k, v = self.keys_values(x, rotary)
+        keys.index_copy_(2, rows, k.transpose(1, 2).to(keys.dtype))
+        values.index_copy_(2, rows, v.transpose(1, 2).to(values.dtype))
+        token = torch.arange(keys.shape[2], device=x.device)
+        mask = (token <= rows[-1]) & self.visible(rows[:, None], token)
+        q = self.queries(x, rotary).transpose(1, 2)
+        o = F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True)
+        return self.o_proj(o.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+    def __init__(self, c):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, c, kind):
+        super().__init__()
+        self.self_attn = Attention(c, kind)
+        self.mlp = MLP(c)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+    def forward(self, x, attend):
+        """x (..., K, hidden); attend maps the normed rows to what attention adds to them."""
+        x = x + attend(self.input_layernorm(x))
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the drafter
+
+
+class DFlashDraftModel(PreTrainedModel):
+    """The drafter. It has no embedding and no head of its own: the target's are used, for blocks and for guesses."""
+    config_class = Qwen3Config
+    base_model_prefix = ""
+    _no_split_modules = ["Layer"]
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.block_size = config.dflash_config.get("block_size", getattr(config, "block_size", None))
+        self.taps = tuple(config.dflash_config["target_layer_ids"])
+        self.mask_token_id = config.dflash_config["mask_token_id"]
+        self.layers = nn.ModuleList(Layer(config, kind) for kind in config.layer_types)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.fc = nn.Linear(len(self.taps) * config.hidden_size, config.hidden_size, bias=False)
+        self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_init()
+
+    def _init_weights(self, module):
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        elif isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
+
+    def rotary(self, positions):
+        return rotary_table(positions, self.config.head_dim, self.config.rope_parameters["rope_theta"])
+
+    def context(self, features):
+        """What every layer sees of the past, (B, T, hidden), from features (B, T, taps * hidden)."""
+        return self.hidden_norm(self.fc(features))
+
+    def block(self, tokens, embedding):
+        """Embeddings (..., K, hidden) of [token, MASK, .., MASK] for each of the anchor tokens (...)."""
+        ids = torch.full((*tokens.shape, self.block_size), self.mask_token_id, device=tokens.device)
+        ids[..., 0] = tokens
+        return F.embedding(ids, embedding)
+
+    def forward(self, features, blocks, anchors):
+        """Training: many blocks of each row at once.
+
+        features (B, T, taps * hidden) of whole rows; blocks (B, A, K, hidden) from block(); anchors (B, A), positions
+        in the row. Returns the hidden states (B, A, K, hidden) that the target's head turns into guesses.
+        """
+        context = self.context(features)
+        positions = anchors[:, :, None] + torch.arange(blocks.shape[2], device=anchors.device)
+        rotary, past = self.rotary(positions), self.rotary(torch.arange(features.shape[1], device=features.device))
+        x = blocks
+        for layer in self.layers:
+            x = layer(x, lambda y: layer.self_attn.train_form(y, context, anchors, rotary, past))
+        return self.norm(x)
+
+    def new_state(self, batch, length, like):
+        """Keys and values of `length` positions for each layer, (L, 2, B, Hkv, length, D)."""
+        c = self.config
+        return like.new_zeros(len(self.layers), 2, batch, c.num_key_value_heads, length, c.head_dim)
+
+    def remember(self, features, state, pos):
+        """Write the keys and values of features (B, T, ...) that begin at position pos (an int or a tensor). Of a
+        verified block all K rows may be given: those past the accepted ones are overwritten before they are seen."""
+        rows = pos + torch.arange(features.shape[1], device=features.device)
+        context, rotary = self.context(features), self.rotary(rows)
+        for layer, kv in zip(self.layers, state):
+            for kept, new in zip(kv, layer.self_attn.keys_values(context, rotary)):
+                kept.index_copy_(2, rows, new.transpose(1, 2).to(kept.dtype))
+
+    def guess(self, block, state, pos):
+        """Decoding: the hidden states (B, K, hidden) of one block whose anchor stands at position pos, all before it
+        being remembered in `state`."""
+        rows = pos + torch.arange(block.shape[1], device=block.device)
+        rotary, x = self.rotary(rows), block
+        for layer, (keys, values) in zip(self.layers, state):
+            x = layer(x, lambda y: layer.self_attn.decode_form(y, rotary, keys, values, rows))
+        return self.norm(x)
+
+    def propose(self, anchor, target, state, pos):
+        """Guesses (B, K-1) for the tokens after the anchors (B,) at position pos: the most likely one of each slot."""
+        hidden = self.guess(self.block(anchor, target.embed_tokens.weight), state, pos)
+        return F.linear(hidden[:, 1:], target.head).argmax(-1)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# training: anchors, labels, loss
+
+
+def sample_anchors(supervised, count, generator):
+    """Anchors (B, count), ascending, and whether each is real, (B, count).
+
+    supervised (B, T) marks the tokens of responses. An anchor and the token after it are both supervised; anchors of
+    a row differ. A row with fewer candidates than `count` is filled with unreal ones at position 0, so that shapes
+    never vary. The generator alone decides: same seed, same anchors.
+    """
+    B, T = supervised.shape
+    allowed = F.pad(supervised[:, :-1] & supervised[:, 1:], (0, max(1, count - T + 1)))
+    score = torch.rand(allowed.shape, generator=generator).to(supervised.device).masked_fill(~allowed, -1.0)
+    score, anchors = score.topk(count, dim=1)
+    anchors = torch.where(score >= 0, anchors, T).sort(dim=1).values  # unreal ones last
+    return torch.where(anchors < T, anchors, 0), anchors < T
+
+
+def block_labels(tokens, supervised, anchors, real, K, gamma):
+    """Labels x_{anchor+k} and weights exp(-(k-1)/gamma), k = 1..K-1, both (B, A, K-1).
+
+    The weight is zero past the end of the response that holds the anchor, and for unreal anchors.
+    Source: arXiv 2602.06036, equation for the position-decayed loss.
+    """
+    B, T = tokens.shape
+    k = torch.arange(1, K, device=tokens.device)
+    at = anchors[:, :, None] + k                                                             # (B, A, K-1)
+    inside = F.pad(supervised, (0, K)).gather(1, at.flatten(1)).view_as(at)
+    labels = F.pad(tokens, (0, K)).gather(1, at.flatten(1)).view_as(at)
+    inside = inside.long().cumprod(-1)  # a later response of the same row is not the anchor's
+    return labels, inside * real[:, :, None] * torch.exp(-(k - 1) / gamma)
+
+
+class FrozenHeadLoss(torch.autograd.Function):
+    """sum_i w_i nll_i over rows (N, hidden) and the gradient by the rows, in one pass over chunks of them.
+
+    The head is frozen, so its gradient is not needed, and (softmax - onehot) W is known as soon as a chunk's logits
+    are: they are computed once and never stored. Peak memory is chunk x V, not N x V.
+    """
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, w, chunk):
+        dtype, weight = torch.promote_types(hidden.dtype, torch.float32), weight.to(hidden.dtype)
+        nll, correct, grad = torch.empty_like(w, dtype=dtype), torch.empty_like(labels), torch.empty_like(hidden)
+        for i in range(0, len(hidden), chunk):
+            rows = slice(i, i + chunk)
+            logits = F.linear(hidden[rows], weight).to(dtype)                                # (chunk, V)
+            correct[rows] = (logits.argmax(-1) == labels[rows]).long()
+            p = logits.log_softmax(-1)
+            nll[rows] = -p.gather(1, labels[rows, None])[:, 0]
+            p = p.exp_()
+            p.scatter_add_(1, labels[rows, None], p.new_full((len(p), 1), -1.0))
+            grad[rows] = (p * w[rows, None]).to(hidden.dtype) @ weight
+        ctx.save_for_backward(grad)
+        ctx.mark_non_differentiable(nll, correct)
+        return (nll * w).sum(), nll, correct
+
+    @staticmethod
+    def backward(ctx, scale, *_):
+        return ctx.saved_tensors[0] * scale, None, None, None, None
+
+
+def block_loss(hidden, head, labels, weights, chunk=1024):
+    """The loss of training blocks as a *sum*; divide by the sum of all weights of the step, over micro-batches and
+    ranks, so that neither split changes it.
+
+    hidden (B, A, K, hidden) from forward; head (V, hidden); labels, weights (B, A, K-1). Returns the scalar
+    sum of weight * nll, and per slot, both (B, A, K-1): nll, and whether the greedy guess is right.
+    Row 0 of a block is its anchor: it has no loss and never meets the head.
+    """
+    rows = hidden[:, :, 1:].flatten(0, 2)
+    loss, nll, correct = FrozenHeadLoss.apply(rows, head, labels.flatten(), weights.flatten(), chunk)
+    return loss, nll.view_as(labels), correct.view_as(labels).bool()
+
+# ----------------------------------------------------------------------------------------------------------------------
+# checkpoints
+
+
+def drafter_config(target, layers, taps, mask_token_id, heads, kv_heads, head_dim, mlp, block_size=16):
+    """A Qwen3Config of a drafter for a target with the given TargetConfig; ValueError if it has no such layers.
+
+    rope_theta is the target's; its partial rotary factor is not taken over, the drafter rotates its whole head.
+    """
+    if list(taps) != sorted(set(taps)) or not taps or taps[0] < 0 or taps[-1] > target.num_hidden_layers - 2:
+        raise ValueError(f"taps = {tuple(taps)} must ascend, differ and stay within 0 .. {target.num_hidden_layers - 2}"
+                         f", as the target has {target.num_hidden_layers} layers")
+    return Qwen3Config(
+        block_size=block_size, num_target_layers=target.num_hidden_layers,
+        dflash_config={"block_size": block_size, "mask_token_id": mask_token_id, "target_layer_ids": list(taps)},
+        num_hidden_layers=layers, layer_types=["full_attention"] * layers, hidden_size=target.hidden_size,
+        intermediate_size=mlp, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim,
+        rope_parameters={"rope_type": "default", "rope_theta": target.rope_theta}, rms_norm_eps=target.rms_norm_eps,
+        vocab_size=target.vocab_size, max_position_embeddings=target.max_position_embeddings,
+        tie_word_embeddings=False, eos_token_id=target.eos_token_id, pad_token_id=target.pad_token_id)
+
+
+def public_config(c):
+    """config.json's content as every loader reads it, from a Qwen3Config. It is written by hand because transformers 5
+    drops the top-level rope_theta, and readers of that key would fall back to 10000 without a word."""
+    theta, kinds = c.rope_parameters["rope_theta"], list(c.layer_types)
+    sliding = c.sliding_window if "sliding_attention" in kinds else None
+    return {
+        "architectures": ["DFlashDraftModel"], "model_type": "qwen3",
+        "auto_map": {"AutoModel": "dflash.DFlashDraftModel"},
+        "block_size": c.dflash_config["block_size"], "dflash_config": dict(c.dflash_config),
+        "num_target_layers": c.num_target_layers, "num_hidden_layers": c.num_hidden_layers, "layer_types": kinds,
+        "hidden_size": c.hidden_size, "intermediate_size": c.intermediate_size,
+        "num_attention_heads": c.num_attention_heads, "num_key_value_heads": c.num_key_value_heads,
+        "head_dim": c.head_dim, "hidden_act": "silu", "rms_norm_eps": c.rms_norm_eps, "attention_bias": False,
+        "attention_dropout": 0.0, "initializer_range": c.initializer_range,
+        "max_position_embeddings": c.max_position_embeddings, "vocab_size": c.vocab_size, "tie_word_embeddings": False,
+        "use_cache": True, "rope_theta": theta, "rope_scaling": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta}, "use_sliding_window": sliding is not None,
+        "sliding_window": sliding, "max_window_layers": c.num_hidden_layers, "bos_token_id": None,
+        "eos_token_id": c.eos_token_id, "pad_token_id": c.pad_token_id, "dtype": "bfloat16", "torch_dtype": "bfloat16"}
+
+
+def save_drafter(drafter, folder, card, extra=None):
+    """Write a checkpoint as engines read it: config.json, model.safetensors (bf16), dflash.py, README.md (card).
+
+    extra: {file name: object} for torch.save beside them. The folder appears whole, under its name, or not at all.
+    """
+    part = folder.rstrip("/") + ".part"
+    shutil.rmtree(part, ignore_errors=True)
+    os.makedirs(part)
+    tensors = {k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in drafter.state_dict().items()}
+    save_file(tensors, os.path.join(part, "model.safetensors"), metadata={"format": "pt"})
+    for name, value in (extra or {}).items():
+        torch.save(value, os.path.join(part, name))
+    shutil.copyfile(__file__, os.path.join(part, "dflash.py"))
+    config = json.dumps(public_config(drafter.config), indent=2) + "\n"
+    for name, text in (("config.json", config), ("README.md", card)):
+        with open(os.path.join(part, name), "w") as f:
+            f.write(text)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(part, folder)
+
+
+def newest(folder):
+    """The folder itself if it is a checkpoint, or its last step-* one, as a training run writes them."""
+    steps = sorted(name for name in (os.listdir(folder) if os.path.isdir(folder) else ())
+                   if name.startswith("step-") and not name.endswith(".part"))
+    if os.path.isfile(os.path.join(folder, "config.json")) or not steps:
+        return folder
+    return os.path.join(folder, steps[-1])
+
+
+def load_drafter(folder, target, device="cpu", dtype="float32"):
+    """A frozen drafter from a checkpoint folder, checked against the TargetConfig it shall draft for.
+
+    Raises ValueError, with the two numbers that differ, when the folder holds none or it belongs to another target.
+    """
+    folder = newest(folder)
+    if not os.path.isfile(os.path.join(folder, "config.json")):
+        raise ValueError(f"no drafter in {folder!r}: give a folder with config.json, or train one: "
+                         "python train.py config/nano.py")
+    config = Qwen3Config.from_pretrained(folder)
+    if not hasattr(config, "dflash_config"):
+        raise ValueError(f"{folder}/config.json has no dflash_config: this is not a DFlash drafter")
+    taps, mask = config.dflash_config["target_layer_ids"], config.dflash_config["mask_token_id"]
+    for name, own, other in (("hidden_size", config.hidden_size, target.hidden_size),
+                             ("vocab_size", config.vocab_size, target.vocab_size),
+                             ("num_target_layers", config.num_target_layers, target.num_hidden_layers)):
+        if own != other:
+            raise ValueError(f"the drafter in {folder!r} does not fit this target: {name} is {own}, "
+                             f"the target's {other}")
+    if max(taps) > target.num_hidden_layers - 2 or mask >= target.vocab_size:
+        raise ValueError(f"the drafter in {folder!r} does not fit this target: last tap {max(taps)} of "
+                         f"{target.num_hidden_layers} layers, mask id {mask} of {target.vocab_size} ids")
+    with torch.device("meta"):
+        drafter = DFlashDraftModel(config)
+    try:
+        weights = load_file(os.path.join(folder, "model.safetensors"))
+        drafter.load_state_dict({k: v.to(device, getattr(torch, dtype)) for k, v in weights.items()}, assign=True)
+    except Exception as error:  # safetensors raises types of its own for broken files, torch a RuntimeError for keys
+        raise ValueError(f"{folder}/model.safetensors does not hold the drafter of its config.json: "
+                         f"{' '.join(str(error).split())}") from None
+    return drafter.requires_grad_(False).eval()

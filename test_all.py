@@ -1,0 +1,1234 @@
+r"""
+Every test of the project. None needs the network, a GPU or files that are not in the repository.
+
+    python test_all.py                    # all, three minutes on two cores
+    python test_all.py cuts               # those with "cuts" in the name; also -k EXPR, or plain pytest
+
+Each test's docstring names the failure it catches. The numbers are those of the table of failures people reported with
+this method (training 0.99, acceptance 0.12; greedy output that differs; ...):
+
+    1  training leaks, or is off by one    test_leak_*, test_training_form_predicts_decoded_rounds
+    2  labels, mask or blocks not as served  test_drafter_*, test_labels_*, test_leak_*
+    3  rotary of the drafter               test_drafter_equals_dense_restatement
+    4  taps off by one                     test_target_equals_transformers, test_taps_are_refused
+    5  output differs from target-only     test_cuts_*, test_generate_is_identical_for_every_drafter
+    6  a rejected block leaves traces      test_cuts_rejected_block, test_cuts_propose_twice
+    7  logits of all anchors at once       test_loss_never_holds_all_logits
+    8  wrong state after a block of 16     test_kernel_*, test_state_after_blocks_equals_recurrence
+    9  another chat template when served   test_chat_*, test_prepared_rows_begin_with_chat_prompt
+    10 rope_theta dropped, wrong target    test_checkpoint_*, test_drafter_of_another_target_is_refused
+    12 resume is another run               test_resume_equals_uninterrupted_run
+    13 loss depends on the split           test_step_does_not_depend_on_the_split (the ranks wait for train.py's)
+    14 shapes that vary                    test_anchors_*, test_batches_*
+    15 tokens past the stop counted        test_generate_ends_* (the rest waits for bench.py)
+    11 sampling waits for temperature, which draft_decode.py does not have yet
+"""
+import functools
+import json
+import math
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+
+MODULES = tempfile.TemporaryDirectory()  # where transformers copies the code of checkpoints it loads; goes at exit
+os.environ.update(HF_HUB_OFFLINE="1", HF_MODULES_CACHE=MODULES.name, TOKENIZERS_PARALLELISM="false")
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModel, Qwen3_5ForCausalLM, Qwen3_5TextConfig
+
+ROOT = os.path.dirname(os.path.abspath(__file__))
+NANO = os.path.join(ROOT, "data", "nano")
+sys.path[:0] = [path for path in (ROOT, NANO) if path not in sys.path]
+
+import draft_decode
+import prepare
+import pretrain
+import train
+from configurator import configure
+from data.rows import Rows, write_rows
+from draft_decode import accept, generate, run
+from model import (DFlashDraftModel, block_labels, block_loss, drafter_config, load_drafter, newest, sample_anchors,
+                   save_drafter)
+from problems import boxed, problem, problems, split_of
+from target import (DecodeState, Target, TargetConfig, chat_prompt, delta_step, gated_delta_rule, load_target,
+                    load_tokenizer, stop_ids)
+
+V, K, MASK = 300, 16, 299   # of the small models
+TAPS = (0, 3, 6)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# small models; random gains and biases, as freshly made ones hide a gain that is read as w where 1 + w is meant
+
+
+def small_config(shape):
+    """Two layer patterns of the 0.8B: its own, and that of larger sizes with more value heads and an untied head."""
+    own = {"tied": {"linear_num_value_heads": 4, "tie_word_embeddings": True},
+           "untied": {"linear_num_value_heads": 8, "tie_word_embeddings": False}}[shape]
+    return TargetConfig(vocab_size=V, hidden_size=64, intermediate_size=96, num_hidden_layers=8, num_attention_heads=4,
+                        num_key_value_heads=2, head_dim=32, linear_num_key_heads=4, linear_key_head_dim=16,
+                        linear_value_head_dim=16, max_position_embeddings=512, **own)
+
+
+def perturb(model, seed=0, scale=1.0):
+    """Random gains, biases and, for scale > 1, larger matrices, so that no part of the model is next to nothing."""
+    g = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        if p.dim() == 1 and "A_log" not in name:
+            p.data += 0.2 * torch.randn(p.shape, generator=g)
+        elif p.dim() == 2:
+            p.data *= scale
+    return model.eval().requires_grad_(False)
+
+
+@functools.cache
+def small_target(shape="tied", dtype=torch.float32):
+    torch.manual_seed(0)
+    return perturb(Target(small_config(shape)), scale=5.0).to(dtype)
+
+
+def small_drafter(kinds=("full_attention",) * 2, window=None, seed=0, target="tied"):
+    torch.manual_seed(seed)
+    config = drafter_config(small_config(target), len(kinds), TAPS, MASK, 4, 2, 16, 96, K)
+    config.layer_types, config.sliding_window, config.use_sliding_window = list(kinds), window, window is not None
+    return perturb(DFlashDraftModel(config), seed, 5.0)
+
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+DRAFTERS = [((FULL, FULL), None), ((SLIDING, SLIDING), 5), ((SLIDING, FULL), 20)]  # windows below and above a block
+
+
+@functools.cache
+def nano():
+    return load_target(os.path.join(NANO, "target")), load_tokenizer(os.path.join(NANO, "target"))
+
+
+@functools.cache
+def shipped():
+    return load_drafter(os.path.join(NANO, "drafter-dflash"), nano()[0].config)
+
+
+@functools.cache
+def questions():
+    return [question for question, _, _ in problems("val", 64)]
+
+
+def tokens_of(*shape, seed=0):
+    return torch.randint(0, V - 1, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def apart(a, b):
+    """Relative error |a - b| / |b|."""
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the kernel, against its definition
+
+
+def recurrence(q, k, v, g, beta, S):
+    """The gated delta rule, one token after another: what gated_delta_rule computes in chunks."""
+    R, out = v.shape[2] // q.shape[2], []
+    for t in range(v.shape[1]):
+        q_t, k_t = (x[:, t].double().repeat_interleave(R, 1) for x in (q, k))
+        S = S * g[:, t].double().exp()[..., None, None]
+        u = beta[:, t, :, None].double() * (v[:, t].double() - torch.einsum("bhdv,bhd->bhv", S, k_t))
+        S = S + torch.einsum("bhd,bhv->bhdv", k_t, u)
+        out.append(torch.einsum("bhdv,bhd->bhv", S, q_t) / q.shape[-1] ** 0.5)
+    return torch.stack(out, 1), S
+
+
+def kernel_inputs(T, B=2, H=2, Hv=4, D=8, Dv=6, seed=0):
+    """q k v g beta, and S; a tenth of the decays is -50, which forgets all, and a tenth 0, which forgets nothing."""
+    r = functools.partial(torch.randn, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    q, k = (F.normalize(r(B, T, H, D), dim=-1) for _ in range(2))
+    kind, g = r(B, T, Hv), -F.softplus(r(B, T, Hv))
+    g = g.masked_fill(kind > 1.3, -50.0).masked_fill(kind < -1.3, 0.0)
+    return (q, k, r(B, T, Hv, Dv), g, r(B, T, Hv).sigmoid()), r(B, Hv, D, Dv)
+
+
+@pytest.mark.parametrize("chunk", (4, 16, 64))
+@pytest.mark.parametrize("T", (1, 15, 16, 17, 63, 64, 65, 130))
+def test_kernel_equals_recurrence(T, chunk):
+    """Failure 8: the chunked form sums, decays or pads other than the recurrence does, or overflows on strong decay."""
+    inputs, S = kernel_inputs(T)
+    o, state = gated_delta_rule(*inputs, S, chunk=chunk)
+    o_true, S_true = recurrence(*inputs, S)
+    assert apart(o, o_true) < 1e-9 and apart(state, S_true) < 1e-9
+    assert apart(gated_delta_rule(*inputs, chunk=chunk)[0], recurrence(*inputs, 0 * S)[0]) < 1e-9
+
+
+@pytest.mark.parametrize("T", (33, 64))
+def test_kernel_any_split_in_two_calls(T):
+    """Failure 8: a state handed from one call to the next lacks the last, unfinished chunk."""
+    inputs, S = kernel_inputs(T)
+    whole, last = recurrence(*inputs, S)
+    for cut in range(1, T):
+        head, middle = gated_delta_rule(*(x[:, :cut] for x in inputs), S, chunk=16)
+        tail, end = gated_delta_rule(*(x[:, cut:] for x in inputs), middle, chunk=16)
+        assert apart(torch.cat((head, tail), 1), whole) < 1e-9 and apart(end, last) < 1e-9, cut
+
+
+def test_kernel_keeps_the_state_of_an_earlier_chunk():
+    """Failure 8: keep=1 returns the state after the window, not after its first chunk; or padding changes the state."""
+    inputs, S = kernel_inputs(48)
+    for keep in (0, 1, 2, 3):
+        _, kept = gated_delta_rule(*inputs, S, chunk=16, keep=keep)
+        assert apart(kept, recurrence(*(x[:, :16 * keep] for x in inputs), S)[1] if keep else S) < 1e-9
+    padded = [F.pad(x, (0, 0) * (x.dim() - 2) + (0, 16)) for x in inputs]
+    assert torch.equal(gated_delta_rule(*padded, S, chunk=16)[1], gated_delta_rule(*inputs, S, chunk=16)[1])
+
+
+def test_kernel_step_equals_recurrence():
+    """Failure 8: the one-token form drifts from the definition, with value heads a multiple of key heads."""
+    inputs, S = kernel_inputs(20)
+    o_true, S_true = recurrence(*inputs, S)
+    out = []
+    for t in range(20):
+        o, S = delta_step(*(x[:, t:t + 1] for x in inputs), S)
+        out.append(o)
+    assert apart(torch.cat(out, 1), o_true) < 1e-9 and apart(S, S_true) < 1e-9
+
+
+def test_kernel_is_finite_in_fp32():
+    """A decay of exp(50) above the diagonal: inf times a zero of the mask is nan."""
+    inputs, S = kernel_inputs(130)
+    g = torch.where(torch.arange(130)[None, :, None] % 3 > 0, -50.0, 0.0).expand(2, 130, 4)
+    inputs = [x.float() for x in (*inputs[:3], g, inputs[4])]
+    o, state = gated_delta_rule(*inputs, S.float())
+    o_true, S_true = recurrence(*inputs, S)
+    assert o.isfinite().all() and state.isfinite().all()
+    assert apart(o, o_true) < 1e-5 and apart(state, S_true) < 1e-5
+
+
+@pytest.mark.parametrize("cuts", ((16, 16, 16, 16), (1,) * 40, (7, 16, 12, 0, 3, 16, 15, 1), (15, 1, 16, 9, 7)))
+def test_state_after_blocks_equals_recurrence(cuts):
+    """Failure 8: the state kept is right after one token at a time only, not after a block of 16 or a part of it."""
+    target = small_target("untied", torch.float64)
+    inputs, S = kernel_inputs(sum(cuts), 1, 4, 8, 16, 16)
+    state, S, pos = DecodeState(target, 1, 128, K), 0 * S, 0
+    o_true, _ = recurrence(*inputs, S)
+    for n in cuts:
+        garbage, _ = kernel_inputs(K, 1, 4, 8, 16, 16, seed=pos + 1)
+        block = [torch.cat((x[:, pos:pos + n], y[:, n:]), 1) for x, y in zip(inputs, garbage)]
+        state.begin(K)
+        o = state.delta_rule(0, *block)
+        state.commit(n)
+        assert n == 0 or apart(o[:, :n], o_true[:, pos:pos + n]) < 1e-9, pos
+        pos += n
+        whole = pos // K * K
+        assert apart(state.S[0], recurrence(*(x[:, :whole] for x in inputs), S)[1]) < 1e-9 if whole else pos < K
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the target, against transformers
+
+
+@functools.cache
+def peer(shape):
+    """A random Qwen3_5ForCausalLM of transformers, and our Target with its weights under their public names."""
+    c, names = small_config(shape), set(small_config(shape).__dict__) - {"rope_theta", "partial_rotary_factor"}
+    torch.manual_seed(1)
+    theirs = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**{k: getattr(c, k) for k in names} | {
+        "layer_types": list(c.layer_types), "rope_parameters": {
+            "rope_type": "default", "rope_theta": c.rope_theta, "partial_rotary_factor": 0.25,
+            "mrope_section": [2, 1, 1]}}))
+    perturb(theirs, scale=5.0)
+    weights = {name.removeprefix("model."): w for name, w in theirs.state_dict().items()}
+    if c.tie_word_embeddings:
+        weights.pop("lm_head.weight", None)
+    ours = Target(c).eval()
+    ours.load_state_dict(weights)  # strict: the names are those of the public checkpoint
+    return theirs, ours
+
+
+@pytest.mark.parametrize("T", (1, 15, 16, 17, 63, 64, 65, 130))
+@pytest.mark.parametrize("shape", ("tied", "untied"))
+@torch.no_grad()
+def test_target_equals_transformers(shape, T):
+    """Failure 4: a feature is not the residual stream after its layer; and any departure of the target's own math."""
+    theirs, ours = peer(shape)
+    x = tokens_of(2, T, seed=T)
+    reference = theirs(x, output_hidden_states=True)
+    features, logits = ours(x, taps=TAPS, rows=slice(None))
+    assert apart(logits, reference.logits) < 1e-4
+    for j, i in enumerate(TAPS):
+        assert apart(features[..., 64 * j:64 * j + 64], reference.hidden_states[i + 1]) < 1e-4, i
+    assert torch.equal(ours(x, taps=TAPS)[0], features)  # features alone stop at the last tap
+
+
+@torch.no_grad()
+def test_nano_target_is_a_public_checkpoint():
+    """Failure 10: the shipped target has another form than the public one, so that only this project can read it."""
+    theirs = Qwen3_5ForCausalLM.from_pretrained(os.path.join(NANO, "target"), dtype=torch.float32).eval()
+    x = torch.tensor([chat_prompt(nano()[1], questions()[0])])
+    assert apart(nano()[0](x, rows=slice(None))[1], theirs(x).logits) < 1e-4
+    assert sum(p.numel() for p in nano()[0].parameters()) < 5e6
+
+
+def test_load_target_reads_shards_and_nesting(tmp_path):
+    """The public layout: text_config, shards, model.language_model., a visual tower and mtp layers to be dropped."""
+    target = small_target("untied")
+    config = {k: v for k, v in target.config.__dict__.items() if k not in ("rope_theta", "partial_rotary_factor")}
+    config["rope_parameters"] = {"rope_theta": 1e7, "partial_rotary_factor": 0.25}
+    weights = {"lm_head.weight" if k == "lm_head.weight" else "model.language_model." + k: v.clone()
+               for k, v in target.state_dict().items()}
+    weights |= {"model.visual.x": torch.ones(1), "mtp.x": torch.ones(1)}
+    index = {k: f"model-{i % 2}.safetensors" for i, k in enumerate(weights)}
+    for name in set(index.values()):
+        save_file({k: v for k, v in weights.items() if index[k] == name}, tmp_path / name)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": config}))
+    loaded, x = load_target(str(tmp_path)), tokens_of(1, 20)
+    assert torch.equal(loaded(x, rows=slice(None))[1], target(x, rows=slice(None))[1])
+    kinds = {k: v.dtype for k, v in load_target(str(tmp_path), dtype="bfloat16").state_dict().items()}
+    fp32 = {k for k, v in kinds.items() if v == torch.float32}
+    assert fp32 == {k for k in kinds if k.endswith(("A_log", "linear_attn.norm.weight"))}
+    (tmp_path / "model-1.safetensors").unlink()
+    with pytest.raises(ValueError, match="model-1.safetensors"):
+        load_target(str(tmp_path))
+    with pytest.raises(ValueError, match="mixture-of-experts"):
+        TargetConfig.from_dict({"text_config": config | {"num_experts": 4}})
+    with pytest.raises(ValueError, match="hidden_size"):
+        TargetConfig.from_dict({k: v for k, v in config.items() if k != "hidden_size"})
+
+
+def test_sizes_of_phase_1_2():
+    """A layer, gain or bias too many or too few at the published widths."""
+    target = TargetConfig(vocab_size=248320, hidden_size=1024, intermediate_size=3584, num_hidden_layers=24,
+                          num_attention_heads=8, num_key_value_heads=2, head_dim=256, linear_num_key_heads=16,
+                          linear_num_value_heads=16, linear_key_head_dim=128, linear_value_head_dim=128,
+                          tie_word_embeddings=True)
+    with torch.device("meta"):
+        drafter = DFlashDraftModel(drafter_config(target, 5, (3, 7, 11, 15, 19), 248077, 8, 2, 256, 3584))
+        sizes = [sum(p.numel() for p in m.parameters()) for m in (Target(target), drafter)]
+    assert sizes == [752_393_024, 86_522_368]
+
+# ----------------------------------------------------------------------------------------------------------------------
+# decoding: a token's logits do not depend on how the sequence was cut
+
+
+@torch.no_grad()
+def decode(target, x, prompt, cuts, rows=K):
+    """Logits and features of tokens prompt - 1 .. of x, committed in the given cuts, with garbage in rejected rows."""
+    g, pos, cuts = torch.Generator().manual_seed(len(cuts)), prompt, list(cuts)
+    state, features, logits = target.prefill(x[:, :prompt], x.shape[1] + rows, TAPS, rows)
+    parts, taps = [logits[:, None]], [features]
+    while pos < x.shape[1]:
+        n = min(cuts.pop(), x.shape[1] - pos)
+        block = torch.randint(0, V, (len(x), rows), generator=g)
+        block[:, :n] = x[:, pos:pos + n]
+        features, logits = target(block, state, TAPS, rows=slice(None))
+        state.commit(n)
+        parts, taps, pos = parts + [logits[:, :n]], taps + [features[:, :n]], pos + n
+    assert state.pos.item() == x.shape[1]
+    return torch.cat(parts, 1), torch.cat(taps, 1)
+
+
+def targets():
+    return {"tied": lambda: small_target(), "untied": lambda: small_target("untied"),
+            "bf16": lambda: small_target("untied", torch.bfloat16), "nano": lambda: nano()[0]}
+
+
+@pytest.mark.parametrize("name", targets())
+def test_cuts_do_not_change_a_bit(name):
+    """Failure 5: verifying sixteen rows sums in another order than one row a step. Over 100 commits, all bits equal."""
+    target, r, commits = targets()[name](), random.Random(0), 0
+    for prompt, T in ((1, 70), (16, 90), (33, 110)):
+        x = tokens_of(1 if name == "nano" else 2, T, seed=prompt)
+        one, one_features = decode(target, x, prompt, [1] * T)
+        for trial in range(8):
+            cuts = [r.choice((1, 2, 15, 16) if trial < 2 else range(1, 17)) for _ in range(T)]
+            logits, features = decode(target, x, prompt, cuts)
+            assert torch.equal(logits, one) and torch.equal(features, one_features), (prompt, cuts)
+            commits += math.ceil((T - prompt) / 16)
+        if name != "bf16":  # and they are right: those of the whole sequence at once, and of one-row forwards
+            whole = target(x, None, TAPS, slice(None))
+            assert apart(one, whole[1][:, prompt - 1:]) < 1e-4 and apart(one_features, whole[0]) < 1e-4
+            assert apart(decode(target, x, prompt, [1] * T, rows=1)[0], one) < 1e-4
+    assert commits > 100
+
+
+@torch.no_grad()
+def test_cuts_propose_twice():
+    """Failure 6: a forward changes the committed sequence, or commit(0) does."""
+    target, x = small_target("untied"), tokens_of(1, 60)
+    states = [target.prefill(x[:, :20], 100, TAPS)[0] for _ in range(2)]
+    for pos in range(20, 60, 10):
+        states[0].commit(0) if pos > 20 else None
+        for seed in range(2):
+            target(tokens_of(1, K, seed=pos + seed), states[0], TAPS)
+            states[0].commit(0) if seed else None
+        block = F.pad(x[:, pos:pos + 10], (0, 6))
+        ours, clean = (target(block, state, TAPS, slice(None)) for state in states)
+        assert torch.equal(ours[0], clean[0]) and torch.equal(ours[1], clean[1]), pos
+        for n, state in zip((torch.tensor(10), 10), states):  # a number on the device, or here
+            state.commit(n)
+
+
+@pytest.mark.parametrize("accepted", (1, 5, 12, 15))
+@torch.no_grad()
+def test_cuts_rejected_block(accepted):
+    """Failure 6: the KV is cropped after a rejection, the recurrent state or the convolution's memory is not."""
+    target, x = small_target(), tokens_of(1, 60)
+    n = 20 + accepted
+    state, _, _ = target.prefill(x[:, :20], n + 1 + K)  # of one length in all three: it decides the order of sums
+    block = tokens_of(1, K, seed=9)
+    block[:, :accepted] = x[:, 20:20 + accepted]
+    target(block, state)
+    state.commit(accepted)
+    _, logits = target(F.pad(x[:, n:n + 1], (0, K - 1)), state, rows=slice(None))
+    fresh = target.prefill(x[:, :n + 1], n + 1 + K)[2]
+    stepped, _ = decode(target, x[:, :n + 1], 20, [1] * 60)
+    assert apart(logits[:, 0], fresh) < 1e-4 and torch.equal(logits[:, 0], stepped[:, -1]), n
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the loop: output identical to the target's own
+
+
+class Oracle:
+    """Knows the continuation of a prompt of n tokens. right() says how many of a round's guesses are right."""
+    block_size, taps = K, ()
+
+    def __init__(self, n, answer, right):
+        self.n, self.right = n, right
+        self.answer = torch.tensor(answer + [0] * 2 * K)
+
+    def new_state(self, batch, length, like):
+        return None
+
+    def remember(self, features, state, pos):
+        pass
+
+    def propose(self, anchor, target, state, pos):
+        i, right = int(pos) - self.n, self.right()
+        assert self.answer[i] == anchor, "the loop hands the drafter another anchor or position"
+        guesses = self.answer[i + 1:i + K].clone()
+        guesses[right:] = (guesses[right:] + 1) % 500
+        return guesses[None]
+
+
+@functools.cache
+def untrained():
+    torch.manual_seed(0)
+    return DFlashDraftModel(shipped().config).requires_grad_(False).eval()
+
+
+def decode_all(i):
+    """{drafter: rounds} for question i and target-only; at module level, as it runs in other processes."""
+    target, tokenizer = nano()
+    prompt, r = chat_prompt(tokenizer, questions()[i]), random.Random(i)
+    alone = [round.tokens for round in generate(target, None, prompt, 64, rows=K)]
+    answer = sum(alone, [])
+    drafters = {"random": untrained(), "shipped": shipped(),
+                "half-right": Oracle(len(prompt), answer, lambda: r.randrange(K)),
+                "perfect": Oracle(len(prompt), answer, lambda: K - 1)}
+    return {"alone": alone} | {name: [round.tokens for round in generate(target, drafter, prompt, 64)]
+                               for name, drafter in drafters.items()}
+
+
+def test_generate_is_identical_for_every_drafter():
+    """Failure 5: speculative output is not the target's. 64 prompts of 64 new tokens, four drafters, no difference."""
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        results = list(pool.map(decode_all, range(64), chunksize=4))
+    tau = {}
+    for name in results[0]:
+        for i, result in enumerate(results):
+            assert sum(result[name], []) == sum(result["alone"], []), (name, questions()[i])
+        rounds = [tokens for result in results for tokens in result[name][1:]]
+        tau[name] = sum(map(len, rounds)) / len(rounds)
+    for result in results:  # nothing but the end keeps a perfect drafter from a whole block
+        assert all(len(tokens) == K for tokens in result["perfect"][1:-1])
+    assert tau["alone"] == 1 and tau["random"] < 1.2 and tau["perfect"] == 63 / 4, tau
+    assert 1.2 < tau["half-right"] < tau["perfect"] and tau["shipped"] > 1.2, tau
+
+
+@torch.no_grad()
+def test_training_form_predicts_decoded_rounds():
+    """Failure 1: accuracy in training, no acceptance in decoding. The training form over a finished answer, block after
+    block, must accept exactly what decoding accepted."""
+    (target, tokenizer), drafter = nano(), shipped()
+    for question in questions()[:4]:
+        prompt = chat_prompt(tokenizer, question)
+        rounds = [round.tokens for round in generate(target, drafter, prompt, 64, stop_ids(tokenizer))]
+        x, at, predicted = torch.tensor([prompt + sum(rounds, [])]), len(prompt), []
+        features, _ = target(x, taps=drafter.taps)
+        while at < x.shape[1] - 1:
+            block = drafter.block(x[:, at:at + 1], target.embed_tokens.weight)
+            hidden = drafter(features, block, torch.tensor([[at]]))
+            guesses = F.linear(hidden[:, 0, 1:], target.head).argmax(-1)
+            truth = F.pad(x[:, at + 1:at + K], (0, max(0, at + K - x.shape[1])), value=-1)
+            predicted.append(min(int(accept(guesses, truth)[0]) + 1, x.shape[1] - 1 - at))
+            at += predicted[-1]
+        assert predicted == [len(tokens) for tokens in rounds[1:]]
+
+
+def test_accept_counts_up_to_the_first_difference():
+    """A guess that is right after a wrong one is counted; or row k is compared with another slot's choice."""
+    choices = torch.tensor([[5, 6, 7, 8, 9]] * 5)
+    guesses = torch.tensor([[5, 6, 7, 8], [5, 0, 7, 8], [0, 6, 7, 8], [6, 7, 8, 9], [5, 6, 7, 0]])
+    assert accept(guesses, choices).tolist() == [4, 1, 0, 0, 3]
+
+
+@functools.cache
+def reference():
+    """(prompt, 40 tokens) of the small target; a prompt of 21, so that rounds straddle chunks."""
+    prompt = tokens_of(21, seed=5).tolist()
+    return prompt, sum((r.tokens for r in generate(small_target(), None, prompt, 40)), [])
+
+
+def arms(limit, stops=()):
+    """Rounds of target-only and of drafters right in 15, 3 and 0 guesses."""
+    prompt, answer = reference()
+    drafters = [None] + [Oracle(len(prompt), answer, lambda right=right: right) for right in (15, 3, 0)]
+    return [list(generate(small_target(), drafter, prompt, limit, stops)) for drafter in drafters]
+
+
+@pytest.mark.parametrize("limit", (1, 2, 5, 16, 17, 18, 30))
+def test_generate_ends_at_the_limit(limit):
+    """Failure 15: a round's tokens past max_new_tokens are returned, or counted as accepted."""
+    for rounds in arms(limit):
+        assert sum((r.tokens for r in rounds), []) == reference()[1][:limit]
+        assert all(0 <= r.accepted <= len(r.tokens) <= K for r in rounds) and rounds[0].accepted == 0
+
+
+@pytest.mark.parametrize("at", (0, 1, 2, 7, 16, 20))
+def test_generate_ends_at_a_stop(at):
+    """Failure 15: tokens after a stop id in mid-round are returned; or it ends a round later with a drafter."""
+    stop = reference()[1][at]
+    expected = reference()[1][:reference()[1].index(stop) + 1]
+    for rounds in arms(40, {stop}):
+        assert sum((r.tokens for r in rounds), []) == expected and all(r.tokens for r in rounds)
+    prompt, answer = reference()
+    tokens, rounds, _ = run(small_target(), Oracle(len(prompt), answer, lambda: 15), prompt, 40, {stop})
+    assert len(tokens) == len(expected) == 1 + sum(len(r.tokens) for r in rounds)  # tau counts what is returned
+
+
+def test_generate_ends_at_the_context(monkeypatch):
+    """A block that runs past the target's last position; a prompt that leaves no room, or is empty or foreign."""
+    monkeypatch.setattr(small_target().config, "max_position_embeddings", 50)
+    for rounds in arms(40):
+        assert sum((r.tokens for r in rounds), []) == reference()[1][:50 - 21 - K]
+    for prompt, hint in (([], "empty"), ([1] * 40, "40 tokens.*context of 50"), ([V], "vocabulary of 300")):
+        with pytest.raises(ValueError, match=hint):
+            next(generate(small_target(), None, prompt, 5))
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the drafter, against the contract in words
+
+
+def slow_block(drafter, features, block, n):
+    """Hidden states (K, hidden) of one block at position n: dense and in fp64, as the contract says it.
+    features (T, ...) of a row, block (K, hidden)."""
+    c, w = drafter.config, {k: v.double() for k, v in drafter.state_dict().items()}
+    D, H, R = c.head_dim, c.num_attention_heads, c.num_attention_heads // c.num_key_value_heads
+
+    def norm(x, name):
+        return x / (x.square().mean(-1, keepdim=True) + c.rms_norm_eps).sqrt() * w[name + ".weight"]
+
+    def turn(x, positions):  # (T, heads, D), channel i paired with i + D/2, at the angle p * theta^(-2i/D)
+        angle = positions[:, None].double() * c.rope_parameters["rope_theta"] ** (-torch.arange(0, D, 2).double() / D)
+        z = torch.complex(x[..., :D // 2], x[..., D // 2:]) * torch.polar(torch.ones_like(angle), angle)[:, None]
+        return torch.cat((z.real, z.imag), -1)
+
+    context = norm(features[:n].double() @ w["fc.weight"].T, "hidden_norm")
+    position, x = torch.arange(n + len(block)), block.double()
+    for i, kind in enumerate(c.layer_types):
+        def project(y, name):
+            return (y @ w[f"layers.{i}.self_attn.{name}_proj.weight"].T).unflatten(-1, (-1, D))
+        y = norm(x, f"layers.{i}.input_layernorm")
+        seen = torch.cat((context, y))  # the context goes without the layer's norm
+        q = turn(norm(project(y, "q"), f"layers.{i}.self_attn.q_norm"), position[n:])
+        k, v = turn(norm(project(seen, "k"), f"layers.{i}.self_attn.k_norm"), position), project(seen, "v")
+        o = []
+        for row in range(len(block)):
+            see = torch.ones(len(seen), dtype=torch.bool)
+            if kind == SLIDING:
+                see = (position <= n + row) & (position > n + row - c.sliding_window)
+            o.append(torch.cat([(q[row, h] @ k[see, h // R].T / D ** 0.5).softmax(-1) @ v[see, h // R]
+                                for h in range(H)]))
+        x = x + torch.stack(o) @ w[f"layers.{i}.self_attn.o_proj.weight"].T
+        y, mlp = norm(x, f"layers.{i}.post_attention_layernorm"), f"layers.{i}.mlp."
+        x = x + (F.silu(y @ w[mlp + "gate_proj.weight"].T) * (y @ w[mlp + "up_proj.weight"].T)) \
+            @ w[mlp + "down_proj.weight"].T
+    return norm(x, "norm")
+
+
+def drafting(T, A=5, seed=0):
+    """Random features (2, T, ...), blocks (2, A, K, hidden) and ascending anchors (2, A)."""
+    r = functools.partial(torch.randn, generator=torch.Generator().manual_seed(seed))
+    return r(2, T, 3 * 64), r(2, A, K, 64), torch.stack([r(T - 1).topk(A)[1].sort()[0] + 1 for _ in range(2)])
+
+
+@pytest.mark.parametrize("kinds, window", DRAFTERS)
+def test_drafter_equals_dense_restatement(kinds, window):
+    """Failures 2 and 3: causal inside a full block; part of the head rotated; positions not absolute."""
+    drafter, (features, blocks, anchors) = small_drafter(kinds, window), drafting(40)
+    anchors[0, 0] = 0  # a block without any context
+    hidden = drafter(features, blocks, anchors)
+    for b in range(2):
+        for a, n in enumerate(anchors[b].tolist()):
+            assert apart(hidden[b, a], slow_block(drafter, features[b], blocks[b, a], n)) < 1e-5, n
+
+
+@pytest.mark.parametrize("kinds, window", DRAFTERS)
+def test_drafter_decodes_as_it_was_trained(kinds, window):
+    """Failure 2: 98 % in training, 10 % served. Context arrives in blocks of 16 whose rejected rows are stale."""
+    drafter, (features, _, _) = small_drafter(kinds, window), drafting(70)
+    target, stale, r = small_target(), drafting(K, seed=1)[0], random.Random(0)
+    anchors = [1, 2, 15, 16, 17, 30, 33, 49, 50]
+    tokens = tokens_of(2, len(anchors))
+    blocks = drafter.block(tokens, target.embed_tokens.weight)
+    trained = drafter(features, blocks, torch.tensor([anchors] * 2))
+    state, pos = drafter.new_state(2, 100, target.embed_tokens.weight), 0
+    for i, n in enumerate(anchors):
+        while pos < n:
+            new = r.randint(1, min(K, n - pos))
+            rows = torch.cat((features[:, pos:pos + new], stale[:, new:]), 1)
+            drafter.remember(rows, state, torch.tensor(pos))
+            pos += new
+        assert apart(drafter.guess(blocks[:, i], state, torch.tensor(n)), trained[:, i]) < 1e-5, n
+        guesses = drafter.propose(tokens[:, i], target, state, torch.tensor(n))
+        assert torch.equal(guesses, (trained[:, i, 1:] @ target.head.T).argmax(-1)), n  # row k is slot k's: no shift
+
+
+@pytest.mark.parametrize("kinds, window", DRAFTERS)
+def test_leak_from_future_features_or_other_blocks(kinds, window):
+    """Failures 1 and 2: a block sees features at or after its anchor, or another block."""
+    drafter, (features, blocks, anchors) = small_drafter(kinds, window), drafting(40)
+    hidden = drafter(features, blocks, anchors)
+    for a in range(anchors.shape[1]):
+        later, other = features.clone(), blocks + 1
+        for b in range(2):
+            later[b, anchors[b, a]:] += 1
+        other[:, a] = blocks[:, a]
+        assert torch.equal(drafter(later, other, anchors)[:, a], hidden[:, a])
+        nearest, own = features.clone(), blocks.clone()
+        for b in range(2):
+            nearest[b, anchors[b, a] - 1] += 1
+        own[:, a, 0] += 1
+        assert not torch.allclose(drafter(nearest, blocks, anchors)[:, a], hidden[:, a], rtol=1e-2)
+        assert not torch.allclose(drafter(features, own, anchors)[:, a, 1], hidden[:, a, 1], rtol=1e-2)
+
+
+def test_leak_from_future_tokens_through_the_whole(monkeypatch):
+    """Failure 1: tokens after the anchor reach its guesses, through the target's features or the block's ids."""
+    for name, value in {"anchors": 6, "device": "cpu", "dtype": "float32"}.items():
+        monkeypatch.setattr(train, name, value)
+    seen, real = [], train.sample_anchors
+    monkeypatch.setattr(train, "sample_anchors", lambda *args: seen.append(real(*args)) or seen[-1])
+    monkeypatch.setattr(train, "block_loss", lambda hidden, *args: seen.append(hidden) or block_loss(hidden, *args))
+    target, drafter, x, supervised = small_target(), small_drafter(), tokens_of(1, 130), torch.zeros(1, 130) > 0
+    supervised[:, 20:] = True
+
+    def hidden(tokens):
+        seen.clear()
+        train.block_forward(target, drafter, tokens, supervised, torch.Generator().manual_seed(0))
+        return seen[0][0][0].tolist(), seen[1]
+
+    anchors, clean = hidden(x)
+    for i, n in enumerate(anchors):
+        later, before, own = x.clone(), x.clone(), x.clone()
+        later[:, n + 1:] = tokens_of(1, 129 - n, seed=1)
+        before[:, n - 1], own[:, n] = (x[:, n - 1] + 1) % V, (x[:, n] + 1) % V
+        assert torch.equal(hidden(later)[1][:, i], clean[:, i])
+        assert apart(hidden(before)[1][:, i], clean[:, i]) > 1e-3 and apart(hidden(own)[1][:, i], clean[:, i]) > 1e-3
+
+
+def test_taps_are_refused():
+    """Failure 4: the last layer as a tap, which transformers returns normed; taps in another order than fc's."""
+    for taps in ((1, 7), (3, 1), (1, 1), (-1, 2), ()):
+        with pytest.raises(ValueError, match=r"0 \.\. 6"):
+            drafter_config(small_config("tied"), 1, taps, MASK, 4, 2, 16, 96)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# anchors, labels and loss
+
+
+def masks():
+    """Supervised masks (., 40): no response, one token, two tokens, two responses, everything."""
+    m = torch.zeros(5, 40, dtype=torch.bool)
+    m[1, 5], m[2, 38:], m[3, 4:12], m[3, 20:30], m[4, :] = True, True, True, True, True
+    return m
+
+
+@pytest.mark.parametrize("count", (1, 8, 39, 64))
+def test_anchors_are_supervised_distinct_and_static(count):
+    """Failure 14: shapes that follow a row's length; and anchors outside the response, or twice."""
+    anchors, real = sample_anchors(masks(), count, torch.Generator().manual_seed(3))
+    again, _ = sample_anchors(masks(), count, torch.Generator().manual_seed(3))
+    assert anchors.shape == real.shape == (5, count) and torch.equal(anchors, again)
+    for row, at, ok, candidates in zip(masks(), anchors, real, (0, 0, 1, 16, 39)):
+        chosen = at[ok]
+        assert len(chosen) == len(set(chosen.tolist())) == min(count, candidates)
+        assert (row[chosen] & row[chosen + 1]).all() and chosen.tolist() == sorted(chosen.tolist())
+        assert not at[~ok].any()
+
+
+def test_anchors_follow_the_generator_alone():
+    """Failures 12 and 14: anchors from the global generator, or always the same."""
+    torch.manual_seed(0)
+    first = sample_anchors(masks(), 8, torch.Generator().manual_seed(0))[0]
+    torch.manual_seed(1)
+    assert torch.equal(sample_anchors(masks(), 8, torch.Generator().manual_seed(0))[0], first)
+    seen = [sample_anchors(masks()[4:], 8, torch.Generator().manual_seed(s))[0] for s in range(200)]
+    assert set(torch.cat(seen).flatten().tolist()) == set(range(39))
+
+
+def test_labels_are_not_shifted_and_end_with_the_response():
+    """Failure 2: row k learns the token after its own; or a later response of the row, or padding, is learned."""
+    tokens, anchors = tokens_of(5, 40), torch.tensor([[0, 0], [5, 0], [38, 0], [10, 20], [0, 30]])
+    real = torch.tensor([[0, 0], [0, 0], [1, 0], [1, 1], [1, 1]]) > 0
+    labels, weights = block_labels(tokens, masks(), anchors, real, K, gamma=7.0)
+    assert labels.shape == weights.shape == (5, 2, K - 1)
+    for b in range(5):
+        for a in range(2):
+            n, alive = anchors[b, a].item(), real[b, a].item()
+            for k in range(1, K):
+                alive = alive and n + k < 40 and masks()[b, n + k].item()
+                assert weights[b, a, k - 1].item() == pytest.approx(math.exp(-(k - 1) / 7) if alive else 0)
+                assert not alive or labels[b, a, k - 1] == tokens[b, n + k]
+
+
+def loss_inputs(dtype=torch.float64):
+    r = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weights = r(2, 6, K - 1).abs() * (r(2, 6, K - 1) > 0)
+    return r(2, 6, K, 12).to(dtype).requires_grad_(), r(V, 12).to(dtype), tokens_of(2, 6, K - 1), weights
+
+
+@pytest.mark.parametrize("chunk", (1, 7, 1000))
+def test_loss_and_gradient_equal_slow_loop(chunk):
+    """The one-pass loss weighs, scales or chunks other than cross entropy over full logits; row 0 has a loss."""
+    hidden, head, labels, weights = loss_inputs()
+    loss, nll, correct = block_loss(hidden, head, labels, weights, chunk)
+    (loss * 3).backward()
+    grad, hidden.grad, total = hidden.grad, None, 0
+    for b in range(2):
+        for a in range(6):
+            logits = hidden[b, a, 1:] @ head.T
+            each = F.cross_entropy(logits, labels[b, a], reduction="none")
+            total = total + (each * weights[b, a]).sum()
+            assert apart(nll[b, a], each.detach()) < 1e-12
+            assert torch.equal(correct[b, a], logits.argmax(-1) == labels[b, a])
+    (total * 3).backward()
+    assert apart(loss.detach(), total.detach()) < 1e-12 and apart(grad, hidden.grad) < 1e-12
+    assert not grad[:, :, 0].any()
+
+
+def test_loss_in_bf16_is_summed_in_fp32():
+    """A softmax or a sum of thousands of losses in bf16, which has three digits."""
+    hidden, head, labels, weights = loss_inputs(torch.bfloat16)
+    loss, _, _ = block_loss(hidden, head, labels, weights.float(), 7)
+    loss.backward()
+    true, _, _ = block_loss(hidden.detach().double(), head.double(), labels, weights, 7)
+    assert loss.dtype == torch.float32 and apart(loss.detach(), true) < 5e-3 and hidden.grad.dtype == torch.bfloat16
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation made."""
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            self.size = max(self.size, x.numel() if isinstance(x, torch.Tensor) else 0)
+        return out
+
+
+def test_loss_never_holds_all_logits():
+    """Failure 7: out of memory, as logits of anchors x slots x vocabulary exist at once, forward or backward."""
+    hidden, head, labels, weights = loss_inputs()
+    with Largest() as largest:
+        block_loss(hidden, head, labels, weights, 10)[0].backward()
+    assert 10 * V <= largest.size <= max(10 * V, head.numel(), hidden.numel()) < labels.numel() * V / 4
+
+# ----------------------------------------------------------------------------------------------------------------------
+# training
+
+
+@pytest.fixture
+def small_run(monkeypatch, tmp_path):
+    """train.py's variables for a run of seconds on the nano target; rows (tokens, mask) of unequal lengths."""
+    r = np.random.default_rng(0)
+    rows = [(r.integers(0, 500, n), (np.arange(n) >= n // 2).astype(np.int64)) for n in r.integers(10, 60, 20)]
+    folder = str(tmp_path / "data")
+    write_rows(folder, {"train": rows, "val": rows[:3]}, {"vocab_size": 512})
+    for name, value in dict(target=os.path.join(NANO, "target"), data=folder, out_dir=str(tmp_path / "run-dflash"),
+                            resume=False, layers=1, heads=4, kv_heads=2, head_dim=32, mlp=64, taps=(1, 6),
+                            anchors=64, batch_size=2, accumulation=2, max_length=128, lr=1e-2, warmup=0.2, clip=1.0,
+                            log_every=1, eval_every=3, eval_rows=3, save_every=3, device="cpu",
+                            dtype="float32").items():
+        monkeypatch.setattr(train, name, value)
+    return rows
+
+
+def test_batches_are_a_function_of_seed_and_index(small_run, monkeypatch):
+    """Failures 12 and 14: batches that depend on the order of calls, repeat or miss rows, or have any length."""
+    first = [train.micro_batch(small_run, i) for i in range(20)]
+    for i in (13, 2, 19, 2):
+        assert all(torch.equal(a, b) for a, b in zip(train.micro_batch(small_run, i), first[i]))
+    key = {tuple(t.tolist()): i for i, (t, _) in enumerate(small_run)}
+
+    def which(batch):  # a row is known by its unpadded start
+        return [next(i for t, i in key.items() if tuple(row[:len(t)].tolist()) == t) for row in batch[0]]
+
+    epochs = [sum((which(batch) for batch in first[e:e + 10]), []) for e in (0, 10)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(20)) and epochs[0] != epochs[1]
+    ranks = [which(train.micro_batch(small_run, i, rank, 2)) for i in range(5) for rank in range(2)]
+    assert sum(ranks, []) == epochs[0]  # two ranks share the same order between them
+    assert all(t.shape == m.shape == (2, 64) for t, m in first)
+    monkeypatch.setattr(train, "max_length", 20)
+    tokens, mask = train.pad(small_run)
+    assert tokens.shape == (20, 64) and not tokens[:, 20:].any() and not mask[:, 20:].any()
+    for row, (t, m) in zip(zip(tokens, mask), small_run):
+        n = min(20, len(t))
+        assert row[0][:n].tolist() == t[:n].tolist() and row[1][:n].tolist() == (m[:n] > 0).tolist()
+
+
+def test_step_does_not_depend_on_the_split(small_run, monkeypatch):
+    """Failure 13: a mean of means. The same rows as 1 x 8 and 4 x 2 give one loss and one gradient."""
+    monkeypatch.setattr(train, "clip", 1e9)
+    grads, logged = [], []
+
+    class Keep(torch.optim.SGD):
+        def step(self):
+            grads.append(torch.cat([p.grad.flatten() for group in self.param_groups for p in group["params"]]))
+
+    for rows, micro in ((8, 1), (2, 4)):
+        monkeypatch.setattr(train, "batch_size", rows)
+        monkeypatch.setattr(train, "accumulation", micro)
+        drafter = small_drafter().requires_grad_()  # 64 anchors hold every candidate, so both splits have the same
+        data = [(t % V, m) for t, m in small_run[:8]]
+        logged.append(train.train_step(small_target(), drafter, Keep(drafter.parameters(), 1.0), data, 0, 10)[0])
+    assert apart(grads[1], grads[0]) < 1e-4 and grads[0].norm() > 0
+    assert logged[0]["loss"] == pytest.approx(logged[1]["loss"], rel=1e-5) and logged[0]["tau"] == logged[1]["tau"]
+    counts = {int(train.micro_batch(data, i)[1].sum()) for i in range(4)}
+    assert len(counts) > 1  # else a mean of means would pass
+
+
+def test_rate_warms_up_and_ends_at_zero(monkeypatch):
+    """A schedule that starts at zero (a lost step), never reaches its peak or ends above zero."""
+    monkeypatch.setattr(train, "lr", 2.0), monkeypatch.setattr(train, "warmup", 0.1)
+    rates = [train.rate(step, 100) for step in range(101)]
+    assert rates[0] == 0.2 and rates[9] == rates[10] == 2.0 and rates[55] == pytest.approx(1.0) and rates[100] < 1e-9
+    assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_resume_equals_uninterrupted_run(small_run, monkeypatch, tmp_path):
+    """Failure 12: repeated data, moments or master weights lost to bf16. All is equal bit for bit, the log too."""
+    def go(folder, resume):
+        monkeypatch.setattr(train, "out_dir", str(folder)), monkeypatch.setattr(train, "resume", resume)
+        model, drafter, optimizer, rows, held_out, _, step = train.setup({})
+        assert step == (3 if resume else 0)
+        last = train.loop(model, drafter, optimizer, rows, held_out, step, 6, {"seed": 0})
+        assert last == newest(str(folder)) and last.endswith("step-000006")
+        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        return drafter.state_dict(), optimizer.state_dict()["state"], \
+            [{k: v for k, v in entry.items() if k != "tokens_per_s"} for entry in log]
+
+    whole, broken = tmp_path / "whole-dflash", tmp_path / "broken-dflash"
+    weights, moments, log = go(whole, False)
+    assert [(e["kind"], e["step"]) for e in log if e["step"] in (3, 6)] == [("train", 3), ("val", 3), ("train", 6),
+                                                                           ("val", 6)]
+    # as an interruption leaves it: the log runs ahead of the checkpoint, its last line is torn
+    shutil.copytree(whole / "step-000003", broken / "step-000003")
+    lines = (whole / "log.jsonl").read_text().splitlines(True)
+    (broken / "log.jsonl").write_text("".join(lines[:6]) + lines[6][:20])
+    weights2, moments2, log2 = go(broken, True)
+    assert log2 == log and weights.keys() == weights2.keys()
+    assert all(torch.equal(weights[k], weights2[k]) for k in weights)
+    assert all(torch.equal(moments[i][k], moments2[i][k]) for i in moments for k in moments[i])
+    train.plot(str(tmp_path / "loss.png"))
+    assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(ValueError, match="holds a run.*--resume"):
+        monkeypatch.setattr(train, "resume", False), train.setup({})
+
+# ----------------------------------------------------------------------------------------------------------------------
+# checkpoints
+
+
+def saved(folder, drafter):
+    save_drafter(drafter, str(folder), "# card\n", {"training_state.pt": {"step": 1}})
+    return json.loads((folder / "config.json").read_text())
+
+
+def test_checkpoint_is_what_engines_read(tmp_path):
+    """Failure 10: rope_theta at one place only, the target's partial rotary inherited, tensors renamed or not bf16."""
+    drafter = small_drafter()
+    config = saved(tmp_path / "a-dflash", drafter)
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 1e7
+    assert "partial_rotary" not in json.dumps(config) and "mrope" not in json.dumps(config)
+    expected = {
+        "architectures": ["DFlashDraftModel"], "model_type": "qwen3",
+        "auto_map": {"AutoModel": "dflash.DFlashDraftModel"},
+        "block_size": 16, "dflash_config": {"block_size": 16, "mask_token_id": MASK, "target_layer_ids": list(TAPS)},
+        "num_target_layers": 8, "num_hidden_layers": 2, "layer_types": [FULL] * 2, "hidden_size": 64,
+        "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "hidden_act": "silu", "rms_norm_eps": 1e-6, "attention_bias": False, "max_position_embeddings": 512,
+        "vocab_size": V, "tie_word_embeddings": False, "rope_scaling": None, "use_sliding_window": False,
+        "sliding_window": None, "max_window_layers": 2, "dtype": "bfloat16", "torch_dtype": "bfloat16"}
+    assert {k: config.get(k, "missing") for k in expected} == expected
+    own = ("input_layernorm", "post_attention_layernorm", *(f"self_attn.{x}_proj" for x in "qkvo"), "self_attn.q_norm",
+           "self_attn.k_norm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    names = {f"{x}.weight" for x in ("fc", "hidden_norm", "norm", *(f"layers.{i}.{x}" for i in (0, 1) for x in own))}
+    with safe_open(tmp_path / "a-dflash" / "model.safetensors", "pt") as f:
+        assert set(f.keys()) == names and len(names) == 3 + 11 * 2 and f.metadata() == {"format": "pt"}
+        assert all(f.get_tensor(name).dtype == torch.bfloat16 for name in names)
+        assert f.get_tensor("fc.weight").shape == (64, 3 * 64)
+    files = {"config.json", "model.safetensors", "dflash.py", "README.md", "training_state.pt"}
+    assert set(os.listdir(tmp_path / "a-dflash")) == files and os.listdir(tmp_path) == ["a-dflash"]
+    with open(os.path.join(ROOT, "model.py")) as f:
+        assert (tmp_path / "a-dflash" / "dflash.py").read_text() == f.read()
+
+
+@pytest.mark.parametrize("kinds, window", DRAFTERS)
+@torch.no_grad()
+def test_checkpoint_loads_by_auto_model(kinds, window, tmp_path):
+    """Failure 10: the shipped dflash.py needs the project around it, or a window, theta or mask is lost on the way."""
+    drafter, (features, blocks, anchors) = small_drafter(kinds, window), drafting(40)
+    saved(tmp_path / "b-dflash", drafter)
+    ours = load_drafter(str(tmp_path / "b-dflash"), small_config("tied"))
+    theirs = AutoModel.from_pretrained(str(tmp_path / "b-dflash"), trust_remote_code=True, dtype=torch.float32).eval()
+    assert type(theirs) is not DFlashDraftModel and type(theirs).__name__ == "DFlashDraftModel"
+    hidden = ours(features, blocks, anchors)
+    assert torch.equal(theirs(features, blocks, anchors), hidden)
+    # and they are the drafter's own, but for its weights in bf16
+    assert torch.equal(hidden, drafter.bfloat16().float()(features, blocks, anchors))
+    for loaded in (ours, theirs):
+        assert (loaded.taps, loaded.block_size, loaded.mask_token_id) == (TAPS, K, MASK)
+
+
+def test_checkpoint_of_a_step_is_the_newest_whole_one(tmp_path):
+    """A half-written folder, or step 9 before step 10, is taken for the newest."""
+    for name in ("step-000009", "step-000010", "step-000011.part", "notes"):
+        (tmp_path / name).mkdir()
+    assert newest(str(tmp_path)) == str(tmp_path / "step-000010")
+    (tmp_path / "config.json").write_text("{}")
+    assert newest(str(tmp_path)) == str(tmp_path) and newest("nowhere") == "nowhere"
+
+
+def test_drafter_of_another_target_is_refused(tmp_path):
+    """Failure 10: acceptance collapses without a word, as the drafter reads another target's features or head."""
+    folder, target = tmp_path / "c-dflash", small_config("tied")
+    config = saved(folder, small_drafter())
+
+    def refused(hint, **change):
+        (folder / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(ValueError, match=hint):
+            load_drafter(str(folder), target)
+
+    refused("hidden_size is 128, the target's 64", hidden_size=128)
+    refused("vocab_size is 512, the target's 300", vocab_size=512)
+    refused("num_target_layers is 24, the target's 8", num_target_layers=24)
+    refused("mask id 300 of 300", dflash_config=config["dflash_config"] | {"mask_token_id": 300})
+    refused("last tap 7 of 8", dflash_config=config["dflash_config"] | {"target_layer_ids": [0, 3, 7]})
+    refused("layers.2", num_hidden_layers=3, layer_types=[FULL] * 3)
+    refused("layers.1", num_hidden_layers=1, layer_types=[FULL])
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "dflash_config"}))
+    with pytest.raises(ValueError, match="no dflash_config"):
+        load_drafter(str(folder), target)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# data, tokenizer, template
+
+
+def test_rows_round_trip(tmp_path):
+    """Ids above 65,535 wrap in uint16; rows without a supervised token train on nothing."""
+    rows = [([1, 70_000, 248_319], [0, 1, 1]), ([5], [0]), ([65_536], [1])]
+    meta = write_rows(str(tmp_path), {"train": rows, "val": []}, {"vocab_size": 248_320})
+    read = Rows(str(tmp_path), "train", 248_320)
+    assert [(t.tolist(), m.tolist()) for t, m in (read[i] for i in range(len(read)))] == [rows[0], rows[2]]
+    assert meta["splits"]["train"] == {"rows": 2, "dropped": 1, "tokens": 4, "supervised": 3}
+    for split, vocab, hint in (("train", 512, "248320.*512"), ("val", 248_320, "no rows"), ("x", 248_320, "no rows")):
+        with pytest.raises(ValueError, match=hint + ".*run python.*prepare.py"):
+            Rows(str(tmp_path), split, vocab)
+    with open(tmp_path / "train.tokens.bin", "ab") as f:
+        f.write(b"1234")
+    with pytest.raises(ValueError, match="5 tokens, meta.json says 4"):
+        Rows(str(tmp_path), "train", 248_320)
+    (tmp_path / "meta.json").unlink()  # written last, so the folder counts as unfinished
+    with pytest.raises(ValueError, match="no meta.json.*prepare.py"):
+        Rows(str(tmp_path), "train", 248_320)
+
+
+def test_problems_are_disjoint_and_right():
+    """A question in two splits, another stream at every run, a solution whose box is not the answer."""
+    splits = {name: list(problems(name, 60)) for name in ("train", "val", "test")}
+    asked = [q for rows in splits.values() for q, _, _ in rows]
+    assert len(set(asked)) == 180 and all(split_of(q) == name for name, rows in splits.items() for q, _, _ in rows)
+    assert list(problems("train", 10, start=50)) == splits["train"][50:] and problem(7) == problem(7)
+    for rows in splits.values():
+        for _, solution, answer in rows:
+            assert boxed(solution) == answer
+            sums = re.findall(r"(?<![-+*/] )\b(\d+ [-+*/] \d+) = (\d+)\b(?! [-+*/=])", solution)
+            assert sums and all(eval(left) == int(right) for left, right in sums), solution
+    assert boxed(r"\boxed{1} \boxed{\frac{1}{2}}") == r"\frac{1}{2}" and boxed(r"\boxed{1") is boxed("1") is None
+
+
+def test_tokenizer_ids():
+    """Digits merged to numbers, special tokens elsewhere, a mask id that is a token, text that does not survive."""
+    _, tokenizer = nano()
+    assert len(tokenizer) == 507 and nano()[0].config.vocab_size == 512
+    assert tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]) \
+        == [502, 503, 504, 505, 506]
+    assert [tokenizer.decode([i]) for i in tokenizer.encode("1234567890")] == list("1234567890")
+    for text in ("What is 12 * 34 ?\n\nSo 5.", "héé → 漢字 \t end", questions()[0]):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_chat_prompt_has_the_empty_thought():
+    """Failure 9: a drafter trained with one template and served with another; stop ids of another tokenizer."""
+    _, tokenizer = nano()
+    opening = "<|im_start|>user\nHi 12<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    assert tokenizer.decode(chat_prompt(tokenizer, "Hi 12")) == opening + "\n</think>\n\n"
+    assert tokenizer.decode(chat_prompt(tokenizer, "Hi 12", thinking=True)) == opening
+    assert stop_ids(tokenizer) == {502, 504}
+    conversation = [{"role": "user", "content": "Hi 12"}, {"role": "assistant", "content": "34"}]
+    whole = tokenizer.apply_chat_template(conversation, return_dict=False)
+    assert whole == chat_prompt(tokenizer, "Hi 12") + tokenizer.encode("34<|im_end|>\n")
+
+
+def test_prepared_rows_begin_with_chat_prompt():
+    """Failure 9: rows of another template than decoding's; answers that are not the target's own."""
+    target, tokenizer = nano()
+    rows = prepare.answer(target, tokenizer, questions()[:3], 100, batch_size=2)
+    for question, (prompt, answer) in zip(questions(), rows):
+        assert prompt == chat_prompt(tokenizer, question)
+        alone = generate(target, None, prompt, 100, stop_ids(tokenizer), rows=1)
+        assert answer == sum((r.tokens for r in alone), [])
+        (ids, n), = pretrain.encode(tokenizer, [(question, "34.")])
+        assert ids == prompt + tokenizer.encode("34.<|im_end|>") and n == len(prompt)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# command lines
+
+
+@pytest.fixture
+def main(monkeypatch, capsys):
+    """main(script, *args) as from a shell: what it printed, or for a failure its one line. Variables are put back."""
+    def call(script, *args):
+        for name, value in list(vars(script).items()):
+            monkeypatch.setattr(script, name, value)
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", [script.__file__, *args])
+        try:
+            script.main()
+        except SystemExit as end:
+            assert isinstance(end.code, str) and "\n" not in end.code, end.code  # a string: printed, and status 1
+            return end.code
+        return capsys.readouterr().out
+    return call
+
+
+@pytest.mark.parametrize("args, hint", (
+    (("--prompt= ",), "error: the prompt is empty"),
+    (("--raw", "--prompt=" + "7 " * 600), r"error: the prompt has 1\d\d\d tokens, too many .* 1024"),
+    (("--target=nowhere", "--prompt=x"), "error: no .* in 'nowhere'"),
+    (("--drafter=nowhere", "--prompt=x"), "error: no drafter in 'nowhere'.*train.py"),
+    (("--dtype=float16", "--prompt=x"), "error: dtype = 'float16'"),
+    (("--max_new_tokens=0", "--prompt=x"), "error: max_new_tokens = 0"),
+    (("--promt=x",), "command line: unknown key 'promt', the nearest is 'prompt'")))
+def test_cli_mistakes_end_in_one_line(main, args, hint):
+    """A traceback, or success, for what a user can get wrong."""
+    assert re.match(hint, main(draft_decode, *args))
+
+
+def test_cli_decodes_and_compares(main):
+    """Failure 15: a speedup reported without comparing outputs, or a rate that counts tokens it did not print."""
+    out = main(draft_decode, "--prompt=What is 3 * 14?", "--max_new_tokens=12", "--device=cpu", "--dtype=float32")
+    assert "12 tokens | " in out and out.rstrip().endswith("identical") and "speedup" in out
+
+
+@pytest.mark.parametrize("args, hint", (
+    (("--resume",), "error: nothing to resume"), (("--data=nowhere",), "error: no meta.json in 'nowhere'"),
+    (("--mask_token_id=512",), "error: mask_token_id = 512 .* 512"), (("--taps=1,11",), "error: taps = .*0 .. 10"),
+    (("--target=nowhere",), "error: no .* 'nowhere'"), (("--batch_size=64",), "error: 20 rows make no step")))
+def test_cli_training_mistakes_end_in_one_line(main, small_run, args, hint):
+    """A traceback after an hour, or a run that overwrites another."""
+    assert re.match(hint, main(train, *args))
+
+# ----------------------------------------------------------------------------------------------------------------------
+# configuration
+
+SCRIPT = '''"""
+Trains a thing.
+
+    python script.py --help
+"""
+import os
+lr = 3e-4    # peak learning rate
+steps = 100    # optimizer steps
+compile = False    # torch.compile
+prompt = "a # b"    # text; 'c' # d
+limit: int | None = None    # prompts at most; None: all
+revision: str | None = "main"
+extra = None
+ids = (3, 7)    # taps
+betas = (0.9, 0.95)
+names = ("q", "k")
+free = ()
+wide: tuple[int, ...] | None = None
+out_dir = (
+    "out"
+)    # where checkpoints go
+late: float = None
+window = ("full", 128)
+_hidden = 1
+a, d = 1, 2
+b = c = 3
+N = 5
+table = {}
+def f():
+    inner = 1
+'''
+
+
+@pytest.fixture
+def script(tmp_path):
+    """configure() over a fresh namespace of SCRIPT; config files are (name, text) pairs among the arguments."""
+    def call(*args):
+        path, argv = tmp_path / "script.py", []
+        path.write_text(SCRIPT)
+        namespace = {"__file__": str(path), "__name__": "script"}
+        exec(compile(SCRIPT, str(path), "exec"), namespace)
+        for arg in args:
+            if isinstance(arg, tuple):
+                (tmp_path / arg[0]).write_text(arg[1])
+                arg = str(tmp_path / arg[0])
+            argv.append(arg)
+        values = configure(namespace, argv)
+        assert all(namespace[k] == v and type(namespace[k]) is type(v) for k, v in values.items())
+        assert "json" not in namespace and namespace["os"] is os
+        return values
+    return call
+
+
+def message(script, *args):
+    with pytest.raises(SystemExit) as end:
+        script(*args)
+    assert isinstance(end.value.code, str) and "\n" not in end.value.code  # a string: one line, and exit status 1
+    return end.value.code
+
+
+def test_config_defaults_in_source_order(script, capsys):
+    """Keys that are not configuration (pairs, chains, constants), lost order, and noise."""
+    keys = "lr steps compile prompt limit revision extra ids betas names free wide out_dir late window"
+    assert list(script()) == keys.split() and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("args, expected", (
+    (("--compile", "--out-dir", "x y"), {"compile": True, "out_dir": "x y"}),
+    (("--prompt=-a=b=", "--steps", "-1", "--lr", "-.5"), {"prompt": "-a=b=", "steps": -1, "lr": -.5}),
+    (("--compile", ("c.py", "steps = 1")), {"compile": True, "steps": 1}), (("--compile", "0"), {"compile": False}),
+    (("--compile=false",), {"compile": False}), (("--compile", "True"), {"compile": True}),
+    (("--steps=1", "--steps=2"), {"steps": 2}), (("--lr=2",), {"lr": 2.0}), (("--lr=1e-4",), {"lr": 1e-4}),
+    (("--prompt=1e-4",), {"prompt": "1e-4"}), (("--prompt=None",), {"prompt": "None"}),
+    (("--prompt=",), {"prompt": ""}),
+    (("--prompt", "x.py"), {"prompt": "x.py"}), (("--prompt='q'",), {"prompt": "'q'"}),
+    (("--ids=1",), {"ids": (1,)}), (("--ids=[1,2]",), {"ids": (1, 2)}), (("--ids", "-1,2"), {"ids": (-1, 2)}),
+    (("--ids=()",), {"ids": ()}), (("--betas=1,0.5",), {"betas": (1.0, 0.5)}),
+    (("--names=a, b",), {"names": ("a", "b")}),
+    (("--names=('a', 'b')",), {"names": ("a", "b")}), (("--free=1,'x',2.5",), {"free": (1, "x", 2.5)}),
+    (("--wide=1,2",), {"wide": (1, 2)}), (("--wide=None",), {"wide": None}),
+    (("--window='full',64",), {"window": ("full", 64)}), (("--limit=3", "--limit", "none"), {"limit": None}),
+    (("--revision=None",), {"revision": None}), (("--revision=7",), {"revision": "7"}),
+    (("--late=1",), {"late": 1.0}), (("--extra=(1, 2)",), {"extra": (1, 2)}), (("--extra=a b",), {"extra": "a b"}),
+    (("--lr=1", ("a.py", "lr = 2 ** -3\nsteps = 5\n"), ("b.py", "steps = 6\nids = [1, 2]\n")),
+     {"lr": 1.0, "steps": 6, "ids": (1, 2)}),
+    ((("c.py", "import json\ndef f(): return 4\n_two = 2\nsteps = f() * _two\nfrom math import sqrt\nlr = sqrt(4)\n"),),
+     {"steps": 8, "lr": 2.0})))
+def test_config_values(script, args, expected):
+    """A bool that eats the next word, strings evaluated as Python, '--ids=1' an int, a file that beats a flag."""
+    values = script(*args)
+    assert {k: (values[k], type(values[k])) for k in expected} == {k: (v, type(v)) for k, v in expected.items()}
+
+
+@pytest.mark.parametrize("args, hint", (
+    (("--step=5",), "command line: unknown key 'step', the nearest is 'steps'; --help"),
+    (("--compile", "yes"), "stray 'yes'"), (("5",), "stray '5'"), (("-x.py",), "stray '-x.py'"), (("",), "stray ''"),
+    (("--lr",), "--lr needs a value"), (("--lr", "--compile"), "--lr needs a value"),
+    (("--prompt", "-"), "needs a value"),
+    (("--",), "unknown key"), (("--_hidden=1",), "unknown key"), (("--N=1",), "unknown key"),
+    (("--inner=1",), "unknown key"),
+    (("--lr=fast",), "command line: lr = 'fast' is str, expected float"), (("--lr=None",), "lr"),
+    (("--lr=True",), "lr"),
+    (("--steps=1.5",), "steps"), (("--steps=True",), "steps"), (("--steps=1e3",), "steps"), (("--steps=",), "steps"),
+    (("--compile=2",), "compile"), (("--compile=None",), "compile"), (("--limit=1.5",), "NoneType or int"),
+    (("--ids=1,x",), "ids"), (("--ids=1,2.5",), "tuple of int"), (("--ids=1,True",), "tuple of int"),
+    (("--window=full,64",), "tuple of"), (("--names=(1, 2)",), "tuple of str"), (("--betas=1,None",), "tuple of float"),
+    (("none.py",), "none.py: no such config file"),
+    ((("bad.py", "lrr = 1e-3\n"),), "bad.py: unknown key 'lrr', the nearest is 'lr'; --help lists all; a helper"),
+    ((("bad.py", "steps = '9'"),), "bad.py: steps = '9' is str, expected int"),
+    ((("bad.py", "compile = 1"),), "bad.py: "), ((("bad.py", "steps = True"),), "bad.py: "),
+    ((("bad.py", "prompt = None"),), "bad.py: "), ((("bad.py", "ids = 3"),), "bad.py: "),
+    ((("bad.py", "import os as lr"),), "bad.py: "), ((("bad.py", "extra = {}"),), "bad.py: "),
+    ((("c.py", "lr = 1\nsteps = = 2\n"),), "c.py, line 2: SyntaxError"),
+    ((("c.py", "exit()"),), "c.py, line 1: SystemExit"),
+    ((("c.py", "import json\nlr = json.loads('{')\n"),), "c.py, line 2: JSONDecodeError"),
+    ((("c.py", "def f():\n    raise ValueError('a\\nb')\nf()\n"),), "c.py, line 2: ValueError: a b")))
+def test_config_mistakes(script, args, hint):
+    """A typo or a wrong type that passes, and costs a run with the default; a traceback in place of a line."""
+    assert hint in message(script, *args)
+
+
+def test_config_prints_where_values_come_from(script, capsys):
+    """Overrides that go unreported."""
+    script("--lr=1", ("one.py", "lr = 0.5\nsteps = 5\n"), ("two.py", "steps = 6\n"))
+    assert [line.rpartition("/")[2] for line in capsys.readouterr().out.splitlines()] == [
+        "one.py: lr = 0.5", "one.py: steps = 5", "two.py: steps = 6", "command line: lr = 1.0"]
+
+
+def test_config_second_call_keeps_types(tmp_path):
+    """The type of a None key taken from what an earlier call in the same process put there."""
+    (tmp_path / "s.py").write_text("extra = None\nlimit: int | None = None\n")
+    namespace = {"__file__": str(tmp_path / "s.py"), "extra": None, "limit": None}
+    configure(namespace, ["--extra=1", "--limit=2"])
+    assert configure(namespace, ["--extra=word", "--limit=None"]) == {"extra": "word", "limit": None}
+
+
+def test_config_help(script, capsys):
+    """Comments cut at a '#' in a string or lost on a long assignment, missing keys, a failing status."""
+    for flag in ("--help", "-h"):
+        with pytest.raises(SystemExit) as end:
+            script("--lr=1", flag)
+        out = capsys.readouterr().out
+        rows = [line for line in out.splitlines() if line.startswith("  --")]
+        assert end.value.code == 0 and out.startswith("Trains a thing.\n\n") and len(rows) == 15
+        assert len({row.index(" = ") for row in rows}) == len({row.index("  # ") for row in rows if "  # " in row}) == 1
+        assert "'a # b'" in out and "# text; 'c' # d" in out and "# where checkpoints go" in out and "0.0003   " in out
+
+
+def test_config_from_a_shell(tmp_path):
+    """globals() of a real script not updated; errors on stdout, with a traceback or a zero status."""
+    (tmp_path / "run.py").write_text("from configurator import configure\nx = 1    # one\ndef main(argv=None):\n"
+                                     "    configure(globals(), argv)\n    print('x is', x)\nmain()\n")
+
+    def shell(*args):
+        return subprocess.run([sys.executable, "run.py", *args], cwd=tmp_path, env={**os.environ, "PYTHONPATH": ROOT},
+                              capture_output=True, text=True)
+    assert shell("--x", "2").stdout == "command line: x = 2\nx is 2\n" and shell("--help").returncode == 0
+    bad = shell("--y=2")
+    assert bad.returncode == 1 and bad.stdout == "" and bad.stderr.count("\n") == 1 and "'x'" in bad.stderr
+
+
+def test_runs_ship_valid_configs():
+    """A config file with a key or a type that train.py does not know: found at the start of a run of hours."""
+    for name in sorted(os.listdir(os.path.join(ROOT, "config"))):
+        if name.endswith(".py"):
+            values = configure(dict(vars(train)), [os.path.join(ROOT, "config", name)])
+            assert os.path.basename(values["out_dir"]).endswith("dflash"), name  # how vLLM knows the method
+
+
+if __name__ == "__main__":
+    words = sys.argv[1:]
+    picked = ["-k", " or ".join(words)] if words and not any(w.startswith("-") for w in words) else words
+    sys.exit(pytest.main([__file__, *picked]))
