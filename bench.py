@@ -8,7 +8,8 @@ Measures a drafter. Each command prints a table and, as its last line, JSON; fig
 tau, the acceptance length, is the number of tokens returned in a round, the target's own included. micro: all tokens
 over all rounds. macro: the mean over prompts of each prompt's mean. Tokens past the end of an answer do not count, and
 neither does the prompt's own first token, which no round made. The baseline is our fastest target-only mode, one row a
-step; both arms run prompt by prompt in one process, in alternating order, every round of both timed.
+step; both arms run prompt by prompt in one process, in alternating order. Every round of both is timed, the drafter's
+first guess too; the prefill, which they share, is not.
 """
 import json
 import os
@@ -112,7 +113,7 @@ def statistics(results, tokenizer, block_size):
         "accuracy": {"target": accuracy("target"), "speculative": accuracy("speculative")},
         "tokens_per_s": {"target": speed("target"), "target_same_shape": speed("alone"),
                          "speculative": speed("speculative")},
-        "speedup": speed("speculative") / speed("target")}
+        "speedup": speed("speculative") / max(1e-9, speed("target"))}
 
 
 def write(path, text):

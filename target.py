@@ -13,6 +13,7 @@ delta rule (Yang, Kautz, Hatamizadeh, arXiv 2412.06464). taps: the layers whose 
 """
 import json
 import os
+import zlib
 from dataclasses import dataclass, fields
 
 import torch
@@ -93,8 +94,8 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=CHUNK, keep=None):
         x = F.pad(x, (0, 0) * (x.dim() - 3) + (0, -T % chunk)) if T % chunk else x
         return x.unflatten(2, (-1, chunk))
 
-    q, k, v_beta, k_beta, c = chunks(q), chunks(k), chunks(v * beta[..., None]), chunks(k * beta[..., None]), chunks(g)
-    q = q * q.shape[-1] ** -0.5
+    q, k, u, beta, c = chunks(q), chunks(k), chunks(v), chunks(beta)[..., None], chunks(g)
+    q, v_beta, k_beta = q * q.shape[-1] ** -0.5, u * beta, k * beta
     c = c.cumsum(-1)                                                    # (B, H, N, C) log decay since the chunk began
     future = torch.ones(chunk, chunk, dtype=torch.bool, device=v.device).triu(1)
     # masked before exp: above the diagonal the difference is positive and would overflow
@@ -275,7 +276,7 @@ class DecodeState:
     def __init__(self, target, batch, length, rows):
         c, weight = target.config, target.embed_tokens.weight
         assert length <= c.max_position_embeddings, (length, c.max_position_embeddings)
-        self.rows, self.length = rows, length
+        self.rows, self.length, self.empty = rows, length, True
         full = c.layer_types.count("full_attention")
         layers, width = len(c.layer_types) - full, 1 if rows == 1 else 2 * rows
         H, Hv, D, Dv = (c.linear_num_key_heads, c.linear_num_value_heads, c.linear_key_head_dim,
@@ -293,7 +294,8 @@ class DecodeState:
 
     def begin(self, T):
         """Set the rows of a forward of T tokens; returns their rotary table."""
-        self.bulk = T != self.rows  # the prompt, all at once, into an empty state
+        self.bulk = T != self.rows  # the prompt, all at once
+        assert self.empty or not self.bulk, f"{T} tokens for a state that takes {self.rows} rows after its prompt"
         positions = self.pos + self.steps[:T]
         self.positions, self.slots = positions, self.pos % self.rows + self.steps[:T]
         self.mask = self.steps <= positions[:, None] if not self.bulk else None              # (K, length)
@@ -332,6 +334,7 @@ class DecodeState:
 
     def commit(self, n):
         """Adopt the first n rows (an int or a tensor, 0..K) of the last forward; after a bulk forward, all of them."""
+        self.empty = False
         if self.bulk:
             self.pos += n
             return
@@ -431,13 +434,16 @@ def load_target(folder, device="cpu", dtype="float32"):
     path = os.path.join(folder, "config.json")
     if not os.path.isfile(path):
         raise ValueError(f"no config.json in {folder!r}: give the folder of a Qwen3.5 checkpoint")
-    with open(path) as f:
-        config = TargetConfig.from_dict(json.load(f))
-    index = os.path.join(folder, "model.safetensors.index.json")
-    files = ["model.safetensors"]
-    if os.path.isfile(index):
-        with open(index) as f:
-            files = sorted(set(json.load(f)["weight_map"].values()))
+    index, files = os.path.join(folder, "model.safetensors.index.json"), ["model.safetensors"]
+    try:
+        with open(path) as f:
+            config = TargetConfig.from_dict(json.load(f))
+        path = index
+        if os.path.isfile(index):
+            with open(index) as f:
+                files = sorted(set(json.load(f)["weight_map"].values()))
+    except (ValueError, KeyError, AssertionError) as error:  # not JSON, keys missing, or numbers that do not fit
+        raise ValueError(f"cannot use {path}: {' '.join(str(error).split())}") from None
     weights = {}
     for name in files:
         try:
@@ -469,7 +475,18 @@ def load_tokenizer(folder):
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # transformers raises OSError, ValueError and others for missing and broken files
-        raise ValueError(f"no tokenizer in {folder!r}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"no tokenizer in {folder!r}: {' '.join(str(error).split())}") from None
+
+
+def fingerprint(folder):
+    """A checksum of a target's tokenizer and chat template, as rows made with another one would train in silence."""
+    total = 0
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        path = os.path.join(folder, name)
+        if os.path.isfile(path):
+            with open(path, "rb") as f:
+                total = zlib.crc32(f.read(), total)
+    return total
 
 
 def chat_prompt(tokenizer, text, thinking=False):

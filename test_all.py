@@ -17,12 +17,13 @@ this method (training 0.99, acceptance 0.12; greedy output that differs; ...):
     8  wrong state after a block of 16     test_kernel_*, test_state_after_blocks_equals_recurrence
     9  another chat template when served   test_chat_*, test_prepared_rows_begin_with_chat_prompt
     10 rope_theta dropped, wrong target    test_checkpoint_*, test_drafter_of_another_target_is_refused
+    11 temperature ignored                 test_sampled_*, test_noise_* (coupled acceptance waits for bench.py)
     12 resume is another run               test_resume_equals_uninterrupted_run
     13 loss depends on the split           test_step_does_not_depend_on_the_split (the ranks wait for train.py's)
     14 shapes that vary                    test_anchors_*, test_batches_*
     15 tokens past the stop counted        test_generate_ends_* (the rest waits for bench.py)
-    11 sampling waits for temperature, which draft_decode.py does not have yet
 """
+import dataclasses
 import functools
 import json
 import math
@@ -52,18 +53,19 @@ ROOT = os.path.dirname(os.path.abspath(__file__))
 NANO = os.path.join(ROOT, "data", "nano")
 sys.path[:0] = [path for path in (ROOT, NANO) if path not in sys.path]
 
+import bench
 import draft_decode
 import prepare
 import pretrain
 import train
 from configurator import configure
 from data.rows import Rows, write_rows
-from draft_decode import accept, generate, run
+from draft_decode import Sampling, accept, generate, gumbel, run
 from model import (DFlashDraftModel, block_labels, block_loss, drafter_config, load_drafter, newest, sample_anchors,
                    save_drafter)
 from problems import boxed, problem, problems, split_of
-from target import (DecodeState, Target, TargetConfig, chat_prompt, delta_step, gated_delta_rule, load_target,
-                    load_tokenizer, stop_ids)
+from target import (DecodeState, Target, TargetConfig, chat_prompt, delta_step, fingerprint, gated_delta_rule,
+                    load_target, load_tokenizer, stop_ids)
 
 V, K, MASK = 300, 16, 299   # of the small models
 TAPS = (0, 3, 6)
@@ -409,7 +411,7 @@ class Oracle:
     def remember(self, features, state, pos):
         pass
 
-    def propose(self, anchor, target, state, pos):
+    def propose(self, anchor, target, state, pos, pick):
         i, right = int(pos) - self.n, self.right()
         assert self.answer[i] == anchor, "the loop hands the drafter another anchor or position"
         guesses = self.answer[i + 1:i + K].clone()
@@ -450,6 +452,75 @@ def test_generate_is_identical_for_every_drafter():
         assert all(len(tokens) == K for tokens in result["perfect"][1:-1])
     assert tau["alone"] == 1 and tau["random"] < 1.2 and tau["perfect"] == 63 / 4, tau
     assert 1.2 < tau["half-right"] < tau["perfect"] and tau["shipped"] > 1.2, tau
+
+
+@pytest.mark.parametrize("temperature", (0.7, 1.0, 3.0))
+def test_sampled_output_is_identical_for_every_drafter(temperature):
+    """Failure 11: temperature ignored, or sampled output that depends on the drafter. One seed, one output."""
+    target, tokenizer = nano()
+    heard = {}
+    for question, seed in ((questions()[0], 0), (questions()[0], 1), (questions()[1], 0)):
+        prompt, r = chat_prompt(tokenizer, question), random.Random(0)
+        s = Sampling(temperature, seed=seed)
+        alone = sum((r.tokens for r in generate(target, None, prompt, 40, rows=K, s=s)), [])
+        for drafter, warm in ((Oracle(len(prompt), alone, lambda: r.randrange(K)), 0.0), (shipped(), 0.0),
+                              (shipped(), 0.5), (shipped(), 1.0)):
+            coupled = Sampling(temperature, seed=seed, draft_temperature=warm)
+            assert sum((r.tokens for r in generate(target, drafter, prompt, 40, s=coupled)), []) == alone
+        heard[question, seed] = alone
+    greedy = sum((r.tokens for r in generate(target, None, chat_prompt(tokenizer, questions()[0]), 40, rows=K)), [])
+    if temperature == 3.0:  # below, this target is nearly always sure of itself
+        assert len({tuple(x) for x in [greedy, *heard.values()]}) == 4
+
+
+def test_noise_is_a_function_of_seed_and_position():
+    """Failures 5 and 11: noise that a cut changes, that two positions or seeds share, or that is not Gumbel's."""
+    positions = torch.tensor([0, 5, 1000, 4, 262143])
+    whole = gumbel(7, positions, 1000)
+    for i, t in enumerate(positions):
+        assert torch.equal(gumbel(7, t[None], 1000)[0], whole[i])
+    rows = torch.cat((gumbel(0, torch.arange(100), 1000), gumbel(1, torch.arange(100), 1000)))
+    assert abs(rows.mean() - 0.5772) < 0.01 and abs(rows.var() - math.pi ** 2 / 6) < 0.03
+    assert torch.corrcoef(rows).fill_diagonal_(0).abs().max() < 0.2 and rows.isfinite().all()
+
+
+@functools.cache
+def tiny_target():
+    """A vocabulary of 8, so that the joint frequencies of two tokens can be counted."""
+    torch.manual_seed(0)
+    return perturb(Target(TargetConfig(8, 32, 32, 4, 2, 1, 16, 2, 2, 16, 16, tie_word_embeddings=True)), scale=20.0)
+
+
+@torch.no_grad()
+def joint_chi_square(s, count):
+    """(chi-square, its degrees of freedom) of the first two sampled tokens against the target's own distribution."""
+    target, prompt, seen = tiny_target(), [1, 2, 3], torch.zeros(8, 8)
+    for seed in range(count):
+        a, b = sum((r.tokens for r in generate(target, None, prompt, 2, s=dataclasses.replace(s, seed=seed))), [])
+        seen[a, b] += 1
+    x = torch.tensor([prompt + [a] for a in range(8)])
+    scores = target(x, rows=slice(2, 4))[1] / s.temperature                                  # (8, 2, V)
+    p = draft_decode.keep(scores, s.top_k, s.top_p).softmax(-1)
+    expected = count * p[0, 0][:, None] * p[:, 1]
+    assert not seen[expected == 0].any(), "a token outside the filters was chosen"
+    common = expected >= 5
+    rest, got = expected[~common].sum(), seen[~common].sum()
+    chi = ((seen - expected)[common].square() / expected[common]).sum() + (got - rest).square() / rest.clamp(min=1)
+    return chi.item(), int(common.sum())
+
+
+@pytest.mark.parametrize("s", (Sampling(1.0), Sampling(3.0, top_k=5, top_p=0.9)), ids=("all", "filtered"))
+def test_sampled_distribution_is_the_targets(s):
+    """Failure 11: tokens that are not drawn from the target's softmax, alone and jointly."""
+    chi, freedom = joint_chi_square(s, 600)
+    assert freedom > 3 and chi < freedom + 4 * math.sqrt(2 * freedom), (chi, freedom)
+
+
+def test_sampled_distribution_test_sees_reused_noise(monkeypatch):
+    """The test above can fail: noise that two positions share makes the second token depend on the first."""
+    monkeypatch.setattr(draft_decode, "gumbel", lambda seed, positions, count: gumbel(seed, positions * 0, count))
+    chi, freedom = joint_chi_square(Sampling(1.0), 600)
+    assert chi > freedom + 8 * math.sqrt(2 * freedom), (chi, freedom)
 
 
 @torch.no_grad()
@@ -597,7 +668,7 @@ def test_drafter_decodes_as_it_was_trained(kinds, window):
             drafter.remember(rows, state, torch.tensor(pos))
             pos += new
         assert apart(drafter.guess(blocks[:, i], state, torch.tensor(n)), trained[:, i]) < 1e-5, n
-        guesses = drafter.propose(tokens[:, i], target, state, torch.tensor(n))
+        guesses = drafter.propose(tokens[:, i], target, state, torch.tensor(n), lambda x: x.argmax(-1))
         assert torch.equal(guesses, (trained[:, i, 1:] @ target.head.T).argmax(-1)), n  # row k is slot k's: no shift
 
 
@@ -761,7 +832,8 @@ def small_run(monkeypatch, tmp_path):
     r = np.random.default_rng(0)
     rows = [(r.integers(0, 500, n), (np.arange(n) >= n // 2).astype(np.int64)) for n in r.integers(10, 60, 20)]
     folder = str(tmp_path / "data")
-    write_rows(folder, {"train": rows, "val": rows[:3]}, {"vocab_size": 512})
+    write_rows(folder, {"train": rows, "val": rows[:3]},
+               {"vocab_size": 512, "tokenizer": fingerprint(os.path.join(NANO, "target"))})
     for name, value in dict(target=os.path.join(NANO, "target"), data=folder, out_dir=str(tmp_path / "run-dflash"),
                             resume=False, layers=1, heads=4, kv_heads=2, head_dim=32, mlp=64, taps=(1, 6),
                             anchors=64, batch_size=2, accumulation=2, max_length=128, lr=1e-2, warmup=0.2, clip=1.0,
@@ -934,7 +1006,7 @@ def test_drafter_of_another_target_is_refused(tmp_path):
     refused("layers.2", num_hidden_layers=3, layer_types=[FULL] * 3)
     refused("layers.1", num_hidden_layers=1, layer_types=[FULL])
     (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "dflash_config"}))
-    with pytest.raises(ValueError, match="no dflash_config"):
+    with pytest.raises(ValueError, match="has no dflash_config"):
         load_drafter(str(folder), target)
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1000,13 +1072,44 @@ def test_chat_prompt_has_the_empty_thought():
 def test_prepared_rows_begin_with_chat_prompt():
     """Failure 9: rows of another template than decoding's; answers that are not the target's own."""
     target, tokenizer = nano()
-    rows = prepare.answer(target, tokenizer, questions()[:3], 100, batch_size=2)
-    for question, (prompt, answer) in zip(questions(), rows):
+    rows = prepare.answer(target, tokenizer, questions()[:3], 160, batch_size=2)
+    shipped = [row for row in prepare.read_answers() if row["split"] == "val"]
+    for question, (prompt, answer), row in zip(questions(), rows, shipped):
         assert prompt == chat_prompt(tokenizer, question)
-        alone = generate(target, None, prompt, 100, stop_ids(tokenizer), rows=1)
+        assert row["question"] == question and tokenizer.encode(row["answer"] + "<|im_end|>") == answer
+        alone = generate(target, None, prompt, 160, stop_ids(tokenizer), rows=1)
         assert answer == sum((r.tokens for r in alone), [])
         (ids, n), = pretrain.encode(tokenizer, [(question, "34.")])
         assert ids == prompt + tokenizer.encode("34.<|im_end|>") and n == len(prompt)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the shipped pair and the bench
+
+
+def test_shipped_drafter_carries_model_py():
+    """The file you read is the file you ship: after an edit, cp model.py data/nano/drafter-dflash/dflash.py."""
+    with open(os.path.join(ROOT, "model.py")) as a, open(os.path.join(NANO, "drafter-dflash", "dflash.py")) as b:
+        assert a.read() == b.read()
+
+
+def test_bench_acceptance(monkeypatch, tmp_path, capsys):
+    """Failure 15: a report whose figures do not follow from its rounds, or a pair that lost its acceptance."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["bench.py", "acceptance", "--limit=6", f"--out_dir={tmp_path}"])
+    before = {name: getattr(bench, name) for name in ("limit", "out_dir")}
+    bench.main()
+    vars(bench).update(before)
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    with open(tmp_path / "acceptance.jsonl") as f:
+        rounds = [json.loads(line) for line in f]
+    assert report["command"] == "acceptance" and report["prompts"] == 6 and report["identical"] == 1
+    assert report["tau_micro"] == sum(len(r["tokens"]) for r in rounds) / len(rounds) > 4
+    means = [[len(r["tokens"]) for r in rounds if r["prompt"] == i] for i in range(6)]
+    assert report["tau_macro"] == pytest.approx(sum(sum(m) / len(m) for m in means) / 6)
+    assert report["slots"] == [sum(r["accepted"] >= k for r in rounds) / len(rounds) for k in range(1, K)]
+    assert report["accuracy"]["target"] == report["accuracy"]["speculative"] >= 0.5
+    assert report["speedup"] == report["tokens_per_s"]["speculative"] / report["tokens_per_s"]["target"]
+    assert (tmp_path / "acceptance.png").stat().st_size > 1000
 
 # ----------------------------------------------------------------------------------------------------------------------
 # command lines

@@ -24,7 +24,7 @@ from data.rows import Rows
 from draft_decode import run
 from model import (DFlashDraftModel, block_labels, block_loss, drafter_config, load_drafter, newest, sample_anchors,
                    save_drafter)
-from target import load_target, load_tokenizer, stop_ids
+from target import fingerprint, load_target, load_tokenizer, stop_ids
 
 # what
 target = "Qwen/Qwen3.5-0.8B"                # folder of the frozen target
@@ -114,7 +114,7 @@ def block_forward(model, drafter, tokens, supervised, generator):
         features, _ = model(tokens, taps=drafter.taps)
     at, real = sample_anchors(supervised, anchors, generator)
     labels, weights = block_labels(tokens, supervised, at, real, drafter.block_size, gamma)
-    with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
+    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
         hidden = drafter(features, drafter.block(tokens.gather(1, at), embedding), at)
     loss, _, correct = block_loss(hidden, model.head, labels, weights, head_rows)
     return loss, weights.sum(), correct[real] & (weights[real] > 0), weights[real] > 0
@@ -123,20 +123,21 @@ def block_forward(model, drafter, tokens, supervised, generator):
 def acceptance(correct, inside):
     """Estimated tau, and the share of blocks accepted up to each slot (K-1,), among those that reach it."""
     prefix = correct.long().cumprod(-1).float()
-    return 1 + prefix.sum(-1).mean().item(), (prefix.sum(0) / inside.sum(0).clamp(min=1)).tolist()
+    return 1 + prefix.sum().item() / max(1, len(prefix)), (prefix.sum(0) / inside.sum(0).clamp(min=1)).tolist()
 
 
 @torch.no_grad()
 def estimate(model, drafter, rows):
-    """(loss, tau, slots) on held-out rows with anchors that are the same every time; tau is 1 + the mean sum of
-    prefix products, an estimate from above 0.9 of what decoding gives, and never an accuracy."""
+    """(loss, tau, slots) on held-out rows with anchors that are the same every time. tau is 1 + the mean sum of prefix
+    products, never an accuracy. Its anchors are random, those of decoding stand where a guess just failed: it reads
+    high, by a tenth on the nano pair."""
     total, weight, seen = 0.0, 0.0, []
     for i in range(0, min(eval_rows, len(rows)), batch_size):
         tokens, supervised = pad([rows[j] for j in range(i, min(i + batch_size, len(rows)))])
         loss, w, *slots = block_forward(model, drafter, tokens, supervised, torch.Generator().manual_seed(i))
         total, weight, seen = total + loss.item(), weight + w.item(), seen + [slots]
     correct, inside = (torch.cat(x) for x in zip(*seen))
-    return total / weight, *acceptance(correct, inside)
+    return total / max(weight, 1e-9), *acceptance(correct, inside)
 
 
 def rate(step, steps):
@@ -159,6 +160,7 @@ def train_step(model, drafter, optimizer, rows, step, steps):
         loss.backward()
         total, weight, count = total + loss.detach(), weight + w, count + tokens.numel()
         seen.append(slots)
+    weight = weight.clamp(min=1e-9)  # rows cut before their answer give a step without loss, and then no gradient
     for p in drafter.parameters():
         p.grad /= weight
     norm = torch.nn.utils.clip_grad_norm_(drafter.parameters(), clip)
@@ -187,10 +189,22 @@ def save(drafter, optimizer, step, steps, config):
     return folder
 
 
-def load_state(folder, drafter, optimizer):
-    """Weights and moments from a checkpoint of ours; returns its step. Only tensors and a Namespace are unpickled."""
+FREE = ("resume", "out_dir", "log_every", "eval_every", "eval_rows", "save_every", "decode_rows", "decode_tokens",
+        "device", "head_rows")  # keys that a resumed run may change and still be the same run
+
+
+def load_state(folder, drafter, optimizer, config):
+    """Weights and moments from a checkpoint of ours; returns its step. Only tensors and a Namespace are unpickled.
+    ValueError when the run was another one: it would go on with other rows, anchors or rates without a word."""
+    path = os.path.join(folder, "training_state.pt")
+    if not os.path.isfile(path):
+        raise ValueError(f"{folder} has no training_state.pt, so it cannot be resumed")
     with torch.serialization.safe_globals([argparse.Namespace]):
-        state = torch.load(os.path.join(folder, "training_state.pt"), map_location=device, weights_only=True)
+        state = torch.load(path, map_location=device, weights_only=True)
+    before = vars(state["args"])
+    other = [f"{k} was {before[k]!r}, is {v!r}" for k, v in config.items() if k not in FREE and before.get(k, v) != v]
+    if other:
+        raise ValueError(f"{folder} is of another run, --resume cannot go on with it: {'; '.join(other)}")
     drafter.load_state_dict(state["master_weights"])
     optimizer.load_state_dict(state["optimizer_state_dict"])
     return state["global_step"]
@@ -251,7 +265,7 @@ def setup(config):
         raise ValueError(f"nothing to resume: {out_dir} holds no step-* checkpoint")
     model, tokenizer = load_target(target, device, dtype), load_tokenizer(target)
     ensure_data(data)
-    rows = [Rows(data, split, model.config.vocab_size) for split in ("train", "val")]
+    rows = [Rows(data, split, model.config.vocab_size, fingerprint(target)) for split in ("train", "val")]
     mask_id = len(tokenizer) if mask_token_id is None else mask_token_id
     if not 0 <= mask_id < model.config.vocab_size:
         raise ValueError(f"mask_token_id = {mask_id} is outside the target's vocabulary of {model.config.vocab_size}")
@@ -259,7 +273,7 @@ def setup(config):
     drafter = DFlashDraftModel(drafter_config(model.config, layers, taps, mask_id, heads, kv_heads, head_dim, mlp,
                                               block_size)).to(device)
     optimizer = torch.optim.AdamW(drafter.parameters(), lr=lr, betas=betas, weight_decay=weight_decay)
-    step = load_state(folder, drafter, optimizer) if resume else 0
+    step = load_state(folder, drafter, optimizer, config) if resume else 0
     return model, drafter, optimizer, *rows, stop_ids(tokenizer), step
 
 
@@ -301,10 +315,10 @@ def main():
         if steps < 1:
             raise ValueError(f"{len(rows)} rows make no step of {batch_size} x {accumulation} rows: lower batch_size")
         folder = loop(model, drafter, optimizer, rows, held_out, step, steps, config)
+        plot(os.path.join(out_dir, "training.png"))
+        tau = decode_held_out(model, folder, held_out, stops)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    plot(os.path.join(out_dir, "training.png"))
-    tau = decode_held_out(model, folder, held_out, stops)
     print(f"wrote {folder} and {out_dir}/training.png\n"
           f"try it: python draft_decode.py --drafter={folder} --prompt \"...\"\n"
           f"held-out tau from real decoding: {tau:.3f} ({min(decode_rows, len(held_out))} prompts)")

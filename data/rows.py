@@ -41,11 +41,12 @@ def write_rows(folder, splits, meta):
 
 
 class Rows:
-    """The rows of one split, memory-mapped: len(rows), rows[i] -> (tokens, mask) as int64 arrays.
+    """The rows of one split, memory-mapped: len(rows), rows[i] -> (tokens, mask) as int64 arrays. tokenizer: the
+    fingerprint that meta.json must hold; None: any.
 
     Raises ValueError, with what to run, when the folder is not finished or was made for another vocabulary.
     """
-    def __init__(self, folder, split, vocab_size):
+    def __init__(self, folder, split, vocab_size, tokenizer=None):
         hint = f"run python {os.path.join(folder, 'prepare.py')}"
         try:
             with open(os.path.join(folder, "meta.json")) as f:
@@ -57,6 +58,9 @@ class Rows:
         if meta.get("format") != FORMAT or meta.get("vocab_size") != vocab_size:
             raise ValueError(f"{folder}/meta.json has format {meta.get('format')} and vocab_size "
                              f"{meta.get('vocab_size')}, this target wants {FORMAT} and {vocab_size}: {hint} for it")
+        if tokenizer is not None and meta.get("tokenizer") != tokenizer:
+            raise ValueError(f"the rows in {folder!r} were made with another tokenizer or chat template than this "
+                             f"target's: {hint}")
         if not meta["splits"].get(split, {}).get("rows"):
             raise ValueError(f"{folder} has no rows in split {split!r}: {hint}")
         try:

@@ -16,13 +16,12 @@ import time
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from transformers import AutoTokenizer
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "data", "nano")]  # the project's modules, from whatever folder this is run
 from configurator import configure
 from problems import problems
-from target import Target, TargetConfig
+from target import Target, TargetConfig, check_device, load_tokenizer
 
 out_dir = os.path.join(ROOT, "data", "nano", "target")   # holds the tokenizer; gets config.json and the weights
 state_path = os.path.join(ROOT, "out", "pretrain.pt")    # weights and moments of the run so far
@@ -103,7 +102,12 @@ def save(target, path):
 def main():
     configure(globals())
     torch.manual_seed(seed)
-    tokenizer = AutoTokenizer.from_pretrained(out_dir)
+    try:
+        check_device(device, "float32")
+        tokenizer = load_tokenizer(out_dir)
+    except ValueError as error:
+        sys.exit(f"error: {error}\nthe tokenizer comes first: python data/nano/make_tokenizer.py {out_dir}")
+    recipe = [steps, batch_size, layers, width, mlp, lr, warmup, decay, weight_decay, seed]
     target = Target(TargetConfig.from_dict(target_config())).to(device)
     plain = [p for p in target.parameters() if p.dim() < 2]
     matrices = [p for p in target.parameters() if p.dim() >= 2]
@@ -112,6 +116,8 @@ def main():
     start = 0
     if os.path.isfile(state_path):
         saved = torch.load(state_path, map_location=device, weights_only=True)
+        if saved["recipe"] != recipe:
+            sys.exit(f"error: {state_path} is of another run, {saved['recipe']} and not {recipe}: move it away")
         target.load_state_dict(saved["target"])
         optimizer.load_state_dict(saved["optimizer"])
         start = saved["step"]
@@ -142,8 +148,8 @@ def main():
                   f"{left:.0f} min left", flush=True)
         if (step + 1) % save_every == 0 or step + 1 == steps:
             os.makedirs(os.path.dirname(state_path), exist_ok=True)
-            torch.save({"target": target.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1},
-                       state_path + ".tmp")
+            torch.save({"target": target.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1,
+                        "recipe": recipe}, state_path + ".tmp")
             os.replace(state_path + ".tmp", state_path)
     save(target, out_dir)
     print(f"wrote {out_dir}")

@@ -63,6 +63,8 @@ class Attention(nn.Module):
         self.heads, self.kv_heads, self.dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         # a sliding layer is causal inside the block, and its window counts the token itself; a full one sees it whole
         self.window = c.sliding_window if kind == "sliding_attention" else None
+        if kind == "sliding_attention" and not self.window:
+            raise ValueError("config.json has sliding_attention layers but no sliding_window with use_sliding_window")
         self.q_proj = nn.Linear(c.hidden_size, self.heads * self.dim, bias=c.attention_bias)
         self.k_proj = nn.Linear(c.hidden_size, self.kv_heads * self.dim, bias=c.attention_bias)
         self.v_proj = nn.Linear(c.hidden_size, self.kv_heads * self.dim, bias=c.attention_bias)
@@ -151,11 +153,10 @@ class DFlashDraftModel(PreTrainedModel):
     """The drafter. It has no embedding and no head of its own: the target's are used, for blocks and for guesses."""
     config_class = Qwen3Config
     base_model_prefix = ""
-    _no_split_modules = ["Layer"]
 
     def __init__(self, config):
         super().__init__(config)
-        self.block_size = config.dflash_config.get("block_size", getattr(config, "block_size", None))
+        self.block_size = config.dflash_config.get("block_size") or config.block_size
         self.taps = tuple(config.dflash_config["target_layer_ids"])
         self.mask_token_id = config.dflash_config["mask_token_id"]
         self.layers = nn.ModuleList(Layer(config, kind) for kind in config.layer_types)
@@ -220,10 +221,11 @@ class DFlashDraftModel(PreTrainedModel):
             x = layer(x, lambda y: layer.self_attn.decode_form(y, rotary, keys, values, rows))
         return self.norm(x)
 
-    def propose(self, anchor, target, state, pos):
-        """Guesses (B, K-1) for the tokens after the anchors (B,) at position pos: the most likely one of each slot."""
+    def propose(self, anchor, target, state, pos, pick):
+        """Guesses (B, K-1) for the tokens after the anchors (B,) at position pos: what `pick` makes of the logits
+        (B, K-1, V) of the slots."""
         hidden = self.guess(self.block(anchor, target.embed_tokens.weight), state, pos)
-        return F.linear(hidden[:, 1:], target.head).argmax(-1)
+        return pick(F.linear(hidden[:, 1:], target.head))
 
 # ----------------------------------------------------------------------------------------------------------------------
 # training: anchors, labels, loss
@@ -277,7 +279,8 @@ class FrozenHeadLoss(torch.autograd.Function):
             nll[rows] = -p.gather(1, labels[rows, None])[:, 0]
             p = p.exp_()
             p.scatter_add_(1, labels[rows, None], p.new_full((len(p), 1), -1.0))
-            grad[rows] = (p * w[rows, None]).to(hidden.dtype) @ weight
+            if ctx.needs_input_grad[0]:
+                grad[rows] = (p * w[rows, None]).to(hidden.dtype) @ weight
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(nll, correct)
         return (nll * w).sum(), nll, correct
@@ -318,7 +321,8 @@ def drafter_config(target, layers, taps, mask_token_id, heads, kv_heads, head_di
         intermediate_size=mlp, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim,
         rope_parameters={"rope_type": "default", "rope_theta": target.rope_theta}, rms_norm_eps=target.rms_norm_eps,
         vocab_size=target.vocab_size, max_position_embeddings=target.max_position_embeddings,
-        tie_word_embeddings=False, eos_token_id=target.eos_token_id, pad_token_id=target.pad_token_id)
+        tie_word_embeddings=False, eos_token_id=target.eos_token_id,
+        pad_token_id=target.eos_token_id if target.pad_token_id is None else target.pad_token_id)
 
 
 def public_config(c):
@@ -381,10 +385,15 @@ def load_drafter(folder, target, device="cpu", dtype="float32"):
     if not os.path.isfile(os.path.join(folder, "config.json")):
         raise ValueError(f"no drafter in {folder!r}: give a folder with config.json, or train one: "
                          "python train.py config/nano.py")
-    config = Qwen3Config.from_pretrained(folder)
-    if not hasattr(config, "dflash_config"):
-        raise ValueError(f"{folder}/config.json has no dflash_config: this is not a DFlash drafter")
-    taps, mask = config.dflash_config["target_layer_ids"], config.dflash_config["mask_token_id"]
+    try:
+        config = Qwen3Config.from_pretrained(folder)
+        if not hasattr(config, "dflash_config"):
+            raise ValueError("it has no dflash_config")
+        taps, mask = config.dflash_config["target_layer_ids"], config.dflash_config["mask_token_id"]
+        config.dflash_config.setdefault("block_size", getattr(config, "block_size", 16))
+        config.num_target_layers = getattr(config, "num_target_layers", target.num_hidden_layers)
+    except (OSError, ValueError, AttributeError, KeyError) as error:  # not JSON, or keys missing
+        raise ValueError(f"{folder}/config.json is not a DFlash drafter's: {' '.join(str(error).split())}") from None
     for name, own, other in (("hidden_size", config.hidden_size, target.hidden_size),
                              ("vocab_size", config.vocab_size, target.vocab_size),
                              ("num_target_layers", config.num_target_layers, target.num_hidden_layers)):
@@ -394,9 +403,9 @@ def load_drafter(folder, target, device="cpu", dtype="float32"):
     if max(taps) > target.num_hidden_layers - 2 or mask >= target.vocab_size:
         raise ValueError(f"the drafter in {folder!r} does not fit this target: last tap {max(taps)} of "
                          f"{target.num_hidden_layers} layers, mask id {mask} of {target.vocab_size} ids")
-    with torch.device("meta"):
-        drafter = DFlashDraftModel(config)
     try:
+        with torch.device("meta"):
+            drafter = DFlashDraftModel(config)
         weights = load_file(os.path.join(folder, "model.safetensors"))
         drafter.load_state_dict({k: v.to(device, getattr(torch, dtype)) for k, v in weights.items()}, assign=True)
     except Exception as error:  # safetensors raises types of its own for broken files, torch a RuntimeError for keys
