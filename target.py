@@ -141,6 +141,14 @@ class RMSNorm(nn.Module):
         return F.rms_norm(wide(x), x.shape[-1:], 1 + wide(self.weight), self.eps).to(x.dtype)
 
 
+def rowwise(f, x):
+    """f(x), elementwise, of x (B, T, ...): row by row where a CPU would split a block's rows over threads. The split
+    may fall inside a row, and there scalar code rounds exp otherwise than vector code: bits would depend on the row."""
+    if x.device.type != "cpu" or x.numel() <= 32768 or x.shape[0] * x.shape[1] > 64:  # 32768: torch's least share
+        return f(x)
+    return torch.stack([f(row) for row in x.flatten(0, 1)]).view(x.shape)
+
+
 class GatedRMSNorm(nn.Module):
     """w * x / rms(x) * silu(z), a plain gain; statistics and gate in fp32."""
     def __init__(self, dim, eps):
@@ -149,7 +157,7 @@ class GatedRMSNorm(nn.Module):
 
     def forward(self, x, z):
         normed = F.rms_norm(wide(x), x.shape[-1:], None, self.eps).to(x.dtype)
-        return (self.weight * normed * F.silu(wide(z))).to(x.dtype)
+        return (self.weight * normed * rowwise(F.silu, wide(z))).to(x.dtype)
 
 
 def linear(fan_in, fan_out):
@@ -186,7 +194,7 @@ class GatedDeltaNet(nn.Module):
         # the convolution looks at the taps - 1 tokens before: zeros at the start, the state's memory in decoding
         qkv = F.pad(qkv, (0, 0, taps - 1, 0)) if state is None else state.convolve(index, qkv)
         weight = self.conv1d.weight[:, 0].T                                                  # (taps, channels)
-        qkv = F.silu(sum(weight[i] * qkv[:, i:i + T] for i in range(taps)))
+        qkv = rowwise(F.silu, sum(weight[i] * qkv[:, i:i + T] for i in range(taps)))
         q, k, v = qkv.split(self.widths, dim=-1)
         q, k = unit(q.unflatten(-1, (self.heads, -1))), unit(k.unflatten(-1, (self.heads, -1)))
         v = v.unflatten(-1, (self.value_heads, -1))
@@ -220,7 +228,7 @@ class GatedAttention(nn.Module):
         if state is not None:
             k, v, mask = state.attention(index, k, v)
         o = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
-        return self.o_proj((o.transpose(1, 2) * gate.sigmoid()).flatten(-2))
+        return self.o_proj((o.transpose(1, 2) * rowwise(torch.sigmoid, gate)).flatten(-2))
 
 
 class MLP(nn.Module):
@@ -232,7 +240,7 @@ class MLP(nn.Module):
         self.down_proj = linear(c.intermediate_size, c.hidden_size)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(rowwise(F.silu, self.gate_proj(x)) * self.up_proj(x))
 
 
 class Layer(nn.Module):

@@ -65,7 +65,7 @@ from model import (DFlashDraftModel, block_labels, block_loss, drafter_config, l
                    save_drafter)
 from problems import boxed, problem, problems, split_of
 from target import (DecodeState, Target, TargetConfig, chat_prompt, delta_step, fingerprint, gated_delta_rule,
-                    load_target, load_tokenizer, stop_ids)
+                    load_target, load_tokenizer, rowwise, stop_ids)
 
 V, K, MASK = 300, 16, 299   # of the small models
 TAPS = (0, 3, 6)
@@ -507,6 +507,17 @@ def joint_chi_square(s, count):
     rest, got = expected[~common].sum(), seen[~common].sum()
     chi = ((seen - expected)[common].square() / expected[common]).sum() + (got - rest).square() / rest.clamp(min=1)
     return chi.item(), int(common.sum())
+
+
+def test_cuts_at_a_width_that_threads_split():
+    """Failure 5: an elementwise operation split over threads inside a row rounds differently there."""
+    x, threads = torch.randn(40, 9728, generator=torch.Generator().manual_seed(0)), torch.get_num_threads()
+    torch.set_num_threads(3)
+    blocks = [rowwise(F.silu, x[None, i:i + K])[0] for i in range(24)]
+    plain = [F.silu(x[i:i + K].contiguous()) for i in range(24)]
+    torch.set_num_threads(threads)
+    assert all(torch.equal(blocks[i][t - i], blocks[0][t]) for i in range(24) for t in range(i, K))
+    assert torch.allclose(torch.stack(blocks), torch.stack(plain), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("s", (Sampling(1.0), Sampling(3.0, top_k=5, top_p=0.9)), ids=("all", "filtered"))
