@@ -90,11 +90,14 @@ def keep(scores, top_k, top_p):
     return scores
 
 
+def score(logits, s, temperature, noise):
+    """What the one rule takes the argmax of, (..., V): logits, or filtered logits / temperature + noise (..., V)."""
+    return keep(logits.float() / temperature, s.top_k, s.top_p) + noise if temperature else logits
+
+
 def choose(logits, s, temperature, noise):
     """Token ids (...) from logits (..., V) by the one rule; greedy is the case without noise."""
-    if not temperature:
-        return logits.argmax(-1)
-    return (keep(logits.float() / temperature, s.top_k, s.top_p) + noise).argmax(-1)
+    return score(logits, s, temperature, noise).argmax(-1)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the loop
