@@ -29,7 +29,7 @@ from configurator import configure
 from data.nano.problems import boxed, problems
 from draft_decode import Sampling, choose, gumbel, run, score
 from model import DFlashDraftModel, drafter_config, load_drafter
-from target import chat_prompt, load_target, load_tokenizer, stop_ids
+from target import DecodeState, chat_prompt, load_target, load_tokenizer, stop_ids
 
 target = "data/nano/target"             # folder of the target, or random:0.8b and the like
 drafter = "data/nano/drafter-dflash"    # folder of the drafter, or random: untrained, of the target's own widths
@@ -327,7 +327,7 @@ def margin(model, ids, s, K):
     """The gap between the two best scores of the choice that follows ids: rounding turns a small one over, and a
     wrong state any."""
     n = len(ids)
-    _, _, logits = model.prefill(torch.tensor([ids], device=device), n + K, (), K)
+    logits = model.prefill(torch.tensor([ids], device=device), DecodeState(model, 1, n + K, K))[1]
     noise = gumbel(s.seed, torch.tensor([n], device=device), logits.shape[-1]) if s.temperature else None
     best = score(logits.float(), s, s.temperature, noise)[0].topk(2)[0]
     return (best[0] - best[1]).item()

@@ -225,7 +225,7 @@ def test_state_after_blocks_equals_recurrence(cuts):
         garbage, _ = kernel_inputs(K, 1, 4, 8, 16, 16, seed=pos + 1)
         block = [torch.cat((x[:, pos:pos + n], y[:, n:]), 1) for x, y in zip(inputs, garbage)]
         state.begin(K)
-        o = state.delta_rule(0, *block)
+        o = state.layers[0].delta_rule(*block)
         state.commit(n)
         assert n == 0 or apart(o[:, :n], o_true[:, pos:pos + n]) < 1e-9, pos
         pos += n
@@ -324,7 +324,8 @@ def test_sizes_of_phase_1_2():
 def decode(target, x, prompt, cuts, rows=K):
     """Logits and features of tokens prompt - 1 .. of x, committed in the given cuts, with garbage in rejected rows."""
     g, pos, cuts = torch.Generator().manual_seed(len(cuts)), prompt, list(cuts)
-    state, features, logits = target.prefill(x[:, :prompt], x.shape[1] + rows, TAPS, rows)
+    state = DecodeState(target, len(x), x.shape[1] + rows, rows)
+    features, logits = target.prefill(x[:, :prompt], state, TAPS)
     parts, taps = [logits[:, None]], [features]
     while pos < x.shape[1]:
         n = min(cuts.pop(), x.shape[1] - pos)
@@ -365,7 +366,9 @@ def test_cuts_do_not_change_a_bit(name):
 def test_cuts_propose_twice():
     """Failure 6: a forward changes the committed sequence, or commit(0) does."""
     target, x = small_target("untied"), tokens_of(1, 60)
-    states = [target.prefill(x[:, :20], 100, TAPS)[0] for _ in range(2)]
+    states = [DecodeState(target, 1, 100) for _ in range(2)]
+    for state in states:
+        target.prefill(x[:, :20], state, TAPS)
     for pos in range(20, 60, 10):
         states[0].commit(0) if pos > 20 else None
         for seed in range(2):
@@ -384,13 +387,15 @@ def test_cuts_rejected_block(accepted):
     """Failure 6: the KV is cropped after a rejection, the recurrent state or the convolution's memory is not."""
     target, x = small_target(), tokens_of(1, 60)
     n = 20 + accepted
-    state, _, _ = target.prefill(x[:, :20], n + 1 + K)  # of one length in all three: it decides the order of sums
+    state = DecodeState(target, 1, n + 1 + K)  # of one length in all three: it decides the order of sums
+    target.prefill(x[:, :20], state)
     block = tokens_of(1, K, seed=9)
     block[:, :accepted] = x[:, 20:20 + accepted]
     target(block, state)
     state.commit(accepted)
     _, logits = target(F.pad(x[:, n:n + 1], (0, K - 1)), state, rows=slice(None))
-    fresh = target.prefill(x[:, :n + 1], n + 1 + K)[2]
+    state.reset()  # as for the next prompt
+    fresh = target.prefill(x[:, :n + 1], state)[1]
     stepped, _ = decode(target, x[:, :n + 1], 20, [1] * 60)
     assert apart(logits[:, 0], fresh) < 1e-4 and torch.equal(logits[:, 0], stepped[:, -1]), n
 
