@@ -2,7 +2,7 @@
 Speculative decoding with a DFlash drafter, its output identical to the target's own to the bit.
 
     python draft_decode.py --prompt "What is 7 * 34?"
-    python draft_decode.py --target=DIR --drafter=DIR --prompt "..."      # other checkpoints
+    python draft_decode.py --target=Qwen/Qwen3.5-0.8B --drafter=DIR --prompt "..."   # folders or hub ids
 
 A round is four steps: (1) draft K - 1 guesses in one forward of the drafter, (2) verify them in one forward of the
 target, (3) accept the guesses up to the first one that differs from the target's own token, then that token, (4)
@@ -20,8 +20,8 @@ from model import load_drafter
 from target import chat_prompt, load_target, load_tokenizer, stop_ids
 
 prompt = ""                                 # the question
-target = "data/nano/target"                 # folder of the target
-drafter = "data/nano/drafter-dflash"        # folder of the drafter
+target = "data/nano/target"                 # folder or hub id of the target
+drafter = "data/nano/drafter-dflash"        # folder or hub id of the drafter
 temperature = 0.0                           # of the target's choice; 0 is greedy
 top_k = 0                                   # choose among so many likeliest tokens; 0: all
 top_p = 1.0                                 # choose among the likeliest tokens that hold this share; 1: all
