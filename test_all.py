@@ -42,6 +42,7 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_MODULES_CACHE=MODULES.name, TOKENIZERS_
 
 import huggingface_hub
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 import torch.nn.functional as F
@@ -60,6 +61,8 @@ import prepare
 import pretrain
 import train
 from configurator import configure
+from data.math240k import prepare as math240k
+from data.math500 import prepare as math500
 from data.rows import Rows, write_rows
 from draft_decode import Sampling, accept, generate, gumbel, run
 from model import (DFlashDraftModel, block_labels, block_loss, drafter_config, load_drafter, newest, sample_anchors,
@@ -1380,6 +1383,121 @@ def test_prepared_rows_begin_with_chat_prompt():
         assert answer == sum((r.tokens for r in alone), [])
         (ids, n), = pretrain.encode(tokenizer, [(question, "34.")])
         assert ids == prompt + tokenizer.encode("34.<|im_end|>") and n == len(prompt)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# data sets in the public form
+
+
+def turns(*texts):
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+@functools.cache
+def answered():
+    """(question, answer) pairs that the nano target gave."""
+    return [(row["question"], row["answer"]) for row in prepare.read_answers()[:40]]
+
+
+def public_rows():
+    """Rows of the public form: good ones in both keys, with ids and extras of changing types; and of each bad kind."""
+    rows = [{"id": i if i % 3 else str(i), "extra": [None, 1, "x"][i % 3],
+             ("conversations", "messages")[i % 2]: turns(*pair)} for i, pair in enumerate(answered())]
+    return rows[:20] + [
+        {"text": "no conversation"}, {"messages": turns("only a question")}, {"messages": turns("q", " ")},
+        {"messages": [{"from": "human", "value": "q"}]}, {"messages": turns("q", "a<|im_end|>b")},
+        {"messages": turns("p", "<think>\nhm\n</think>\n\na")}, {"messages": turns("why " * 200, "late")},
+        {"messages": turns("q", "<think>\n\n</think>\n\nempty thought, written out")},
+        {"conversations": turns("What is 1 + 1?", "2", "And 2 + 2?", "It is 4.", "thanks")}] + rows[20:]
+
+
+@pytest.fixture
+def math_rows(main, tmp_path):
+    """data/math240k/prepare.py over rows written as JSON lines: what it said, and its folder."""
+    def call(rows, *args, folder="rows"):
+        source = tmp_path / "source.jsonl"
+        source.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+        return main(math240k, f"--source={source}", f"--target={NANO}/target", f"--out_dir={tmp_path / folder}",
+                    "--num_proc=1", "--max_length=160", *args), tmp_path / folder
+    return call
+
+
+def read_rows(folder, split):
+    rows = Rows(str(folder), split, 512, fingerprint(os.path.join(NANO, "target")))
+    return [(t.tolist(), m.tolist()) for t, m in (rows[i] for i in range(len(rows)))]
+
+
+def test_failure_9_prepared_rows_begin_with_chat_prompt(math_rows):
+    """Failure 9: acceptance falls from 60 to 25 %, as rows have another template than decoding; the header or the empty
+    thought is supervised, or the closing <|im_end|> is not; an earlier answer is not supervised."""
+    said, folder = math_rows(public_rows())
+    tokenizer, rows = nano()[1], read_rows(folder, "train") + read_rows(folder, "val")
+    known = {tuple(t): m for t, m in rows}
+    for question, answer in answered():
+        prompt, reply = chat_prompt(tokenizer, question), tokenizer.encode(answer + "<|im_end|>")
+        assert known.pop(tuple(prompt + reply)) == [0] * len(prompt) + [1] * len(reply)
+    conversation = turns("What is 1 + 1?", "2", "And 2 + 2?")
+    prompt = chat_prompt(tokenizer, conversation)
+    (long, long_mask), = [(t, m) for t, m in known.items() if list(t[:len(prompt)]) == prompt]
+    assert list(long) == prompt + tokenizer.encode("It is 4.<|im_end|>")
+    spoken = [tokenizer.decode([t]) for t, m in zip(long, long_mask) if m]
+    assert "".join(spoken) == "2<|im_end|>It is 4.<|im_end|>"
+    (short, short_mask), = [(t, m) for t, m in known.items() if t != long]
+    assert list(short) == chat_prompt(tokenizer, "q") + tokenizer.encode("empty thought, written out<|im_end|>")
+    assert sum(short_mask) == len(short) - len(chat_prompt(tokenizer, "q"))
+
+
+def test_prepare_counts_what_it_keeps_cuts_and_drops(math_rows, monkeypatch):
+    """Rows lost without a word; or a run that differs from the last one, or with the number of processes."""
+    said, folder = math_rows(public_rows())
+    meta = json.loads((folder / "meta.json").read_text())
+    assert meta["dropped"] == {"<|im_start|> or <|im_end|> in the text": 1, "a message without role and content": 1,
+                               "a thought, with thinking off": 1, "an empty answer": 1, "no conversation": 1,
+                               "no answer within 160 tokens": 1, "no assistant's answer": 1}
+    assert meta["read"] == 49 and meta["splits"]["val"]["rows"] == 4 and meta["splits"]["train"]["rows"] == 38
+    assert "49 rows read, 42 kept" in said and "7 dropped" in said
+    assert meta["cut"] == sum(len(t) == 160 for split in ("train", "val") for t, _ in read_rows(folder, split))
+    math_rows(public_rows(), folder="again")
+    math_rows(public_rows(), "--num_proc=2", folder="processes")
+    for name in os.listdir(folder):
+        for other in ("again", "processes"):
+            assert (folder / name).read_bytes() == (folder.parent / other / name).read_bytes(), (name, other)
+    math_rows(public_rows()[::-1], folder="reversed")
+    assert sorted(read_rows(folder.parent / "reversed", "val")) == sorted(read_rows(folder, "val"))
+    _, thoughts = math_rows(public_rows(), "--thinking", folder="thinking")
+    said = {nano()[1].decode(t).partition("assistant\n")[2] for split in ("train", "val")
+            for t, _ in read_rows(thoughts, split)}
+    assert "<think>\nhm\n</think>\n\na<|im_end|>" in said and len(said) == 2
+    # interrupted: what was done before no longer counts, and nothing looks done
+    monkeypatch.setattr(math240k, "encode", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        math_rows(public_rows(), folder="again")
+    with pytest.raises(ValueError, match="no finished data"):
+        read_rows(folder.parent / "again", "train")
+
+
+def test_prepare_reads_parquet_and_folders(math_rows, main, tmp_path):
+    """Rows that depend on the file they came in."""
+    _, folder = math_rows(public_rows())
+    (tmp_path / "many").mkdir()
+    plain = [{"messages": row.get("messages") or row.get("conversations")} for row in public_rows()]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(plain[:30]), tmp_path / "many" / "a.parquet")
+    (tmp_path / "many" / "b.jsonl").write_text("".join(json.dumps(row) + "\n\n" for row in plain[30:]))
+    (tmp_path / "many" / "dataset_infos.json").write_text("{}")
+    main(math240k, f"--source={tmp_path}/many", f"--target={NANO}/target", f"--out_dir={tmp_path}/mixed",
+         "--max_length=160", "--num_proc=1")
+    for split in ("train", "val"):
+        assert read_rows(tmp_path / "mixed", split) == read_rows(folder, split)
+
+
+def test_math500_prompts(main, tmp_path):
+    """Another suffix than the published figures were measured with."""
+    source, out = tmp_path / "test.jsonl", tmp_path / "new" / "prompts.jsonl"
+    source.write_text(json.dumps({"problem": "What is $1+1$?", "answer": "2", "level": 1}) + "\n")
+    assert "1 prompts" in main(math500, f"--source={source}", f"--out={out}")
+    (question, answer), = bench.load_prompts(str(out), 5)
+    assert answer == "2" and question == \
+        "What is $1+1$?\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the shipped pair and the bench
