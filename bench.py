@@ -48,6 +48,7 @@ oracle = 0.8                            # probability that a guess of exactness'
 out_dir = "out/bench"                   # figures and raw results
 device = "cuda" if torch.cuda.is_available() else "cpu"  # cpu or cuda
 dtype = "float32" if device == "cpu" else "bfloat16"     # of weights and activations
+compile = False                         # compile the target's layers: a minute or two once, then faster decoding
 
 # ----------------------------------------------------------------------------------------------------------------------
 # prompts and answers
@@ -126,17 +127,21 @@ def random_drafter(model):
 
 
 class Oracle:
-    """Replays the known continuation of a prompt (ids) and makes each guess wrong with probability 1 - p, so that tau
-    is 1 + p + .. + p^(K-1) with any target. A drafter given along is run and its guesses dropped: then a round costs
-    what it does with that drafter."""
-    def __init__(self, ids, continuation, p, model, drafter=None, block_size=16):
-        device, V = model.embed_tokens.weight.device, model.config.vocab_size
-        self.block_size, self.drafter, self.n = block_size, drafter, len(ids)
-        self.taps = drafter.taps if drafter else ()
-        line = F.pad(torch.tensor(continuation), (0, block_size))
-        wrong = torch.rand(len(line), generator=torch.Generator().manual_seed(len(ids))) >= p
-        self.line = torch.where(wrong, (line + 1) % V, line).to(device)
+    """Replays the known continuation of a prompt and makes each guess wrong with probability 1 - p, so that tau is
+    1 + p + .. + p^(K-1) with any target. A drafter given along is run and its guesses dropped: then a round costs what
+    it does with that drafter. One Oracle serves many prompts, each with a call of `know`."""
+    def __init__(self, model, drafter=None, block_size=16):
+        self.block_size, self.drafter, self.vocab = block_size, drafter, model.config.vocab_size
+        self.taps, device = drafter.taps if drafter else (), model.embed_tokens.weight.device
+        self.line = torch.zeros(model.config.max_position_embeddings, dtype=torch.long, device=device)
         self.ahead = torch.arange(1, block_size, device=device)
+
+    def know(self, ids, continuation, p):
+        """The tokens from position len(ids) on, and the share p that will be guessed right; returns self."""
+        line = torch.tensor(continuation)
+        wrong = torch.rand(len(line), generator=torch.Generator().manual_seed(len(ids))) >= p
+        self.line[len(ids):len(ids) + len(line)] = torch.where(wrong, (line + 1) % self.vocab, line)
+        return self
 
     def new_state(self, *shape):
         return self.drafter.new_state(*shape) if self.drafter else None
@@ -148,7 +153,7 @@ class Oracle:
     def propose(self, anchor, target, state, pos, pick):
         if self.drafter:
             self.drafter.propose(anchor, target, state, pos, pick)
-        return self.line.index_select(0, pos - self.n + self.ahead)[None]
+        return self.line.index_select(0, pos + self.ahead)[None]
 
 
 def chance(tau, K=16):
@@ -183,6 +188,8 @@ def sampling():
 def load(count, kind=None):
     """(target, drafter, tokenizer or None, prompts, stop ids) by the keys; count: of prompts where limit is 0."""
     model = load_target(target, device, kind or dtype)
+    if compile:
+        model.compile()
     tokenizer = None if target.startswith("random:") else load_tokenizer(target)
     questions = load_prompts(prompts, limit or count, model, tokenizer)
     draft = random_drafter(model) if drafter == "random" else load_drafter(drafter, model.config, device, kind or dtype)
@@ -198,12 +205,14 @@ def measure(model, draft, questions, stops):
     must say the same, and of the target alone by single steps, the speed to beat."""
     results, s = [], sampling()
     arms = {"speculative": (draft, None), "alone": (None, draft.block_size), "target": (None, 1)}
+    decoders = {}
     for arm, rows in arms.values():
-        run(model, arm, questions[0].ids, 32, stops, rows, s)  # warm-up
+        run(model, arm, questions[0].ids, max_new_tokens, stops, rows, s, decoders=decoders)  # warm-up
     for i, prompt in enumerate(progress(questions)):
         row = {"prompt": i, "answer": prompt.answer}
         for name in list(arms)[::1 if i % 2 else -1]:  # alternating, so that neither arm has the warmer machine
-            row[name] = run(model, arms[name][0], prompt.ids, max_new_tokens, stops, arms[name][1], s)
+            row[name] = run(model, arms[name][0], prompt.ids, max_new_tokens, stops, arms[name][1], s,
+                            decoders=decoders)
         results.append(row)
     return results
 
@@ -340,18 +349,19 @@ def first_difference(a, b):
 
 def compare(model, drafters, theirs, questions, stops, s):
     """{(drafter, against): [(first difference, margin) or None for each prompt]} and {drafter: tau} at one s."""
-    K, found, rounds = drafters["random"].block_size, {}, {}
+    K, found, rounds, decoders = drafters["random"].block_size, {}, {}, {}
+    oracles = {name: Oracle(model, block_size=K) for name in ("oracle", "wrong")}
     for prompt in progress(questions):
         ids = prompt.ids
 
         def say(arm, rows=None):
-            return run(model, arm, ids, max_new_tokens, stops, rows, s)[:2]
+            return run(model, arm, ids, max_new_tokens, stops, rows, s, decoders=decoders)[:2]
 
         others = {"fixed shape": say(None, K)[0], "one row": say(None, 1)[0]}
         if theirs is not None and not s.temperature:
             others["transformers"] = peer_answer(theirs, ids, stops, K)
         for name, p in (("oracle", oracle), ("wrong", 0.0)):
-            drafters[name] = Oracle(ids, others["fixed shape"], p, model, block_size=K)
+            drafters[name] = oracles[name].know(ids, others["fixed shape"], p)
         for name, arm in drafters.items():
             tokens, made = say(arm)
             rounds.setdefault(name, []).extend(made)
@@ -399,14 +409,18 @@ def curve():
     model, draft, _, questions, stops = load(4)
     s, arms = sampling(), {tau: chance(tau, draft.block_size) for tau in (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16)}
     results = {name: [] for name in (*arms, "drafter")}
-    for i, prompt in enumerate(progress([questions[0], *questions])):
-        ids, made = prompt.ids, 1 + (8 if i else 1) * draft.block_size  # the first time is the warm-up
-        tokens, rounds, step = run(model, None, ids, made, (), 1, s)
-        say = run(model, None, ids, made, (), draft.block_size, s)[0]
-        rows = {tau: run(model, Oracle(ids, say, p, model, draft, draft.block_size), ids, made, (), None, s)[1:]
-                for tau, p in arms.items()}
+    seer, decoders = Oracle(model, draft, draft.block_size), {}
+
+    def time(arm, ids, count, stops=(), rows=None):
+        return run(model, arm, ids, count, stops, rows, s, decoders=decoders)
+
+    for i, prompt in enumerate(progress([questions[0], *questions])):  # the first time is the warm-up
+        ids, made = prompt.ids, 1 + 8 * draft.block_size
+        tokens, rounds, step = time(None, ids, made, (), 1)
+        say = time(None, ids, made, (), draft.block_size)[0]
+        rows = {tau: time(seer.know(ids, say, p), ids, made)[1:] for tau, p in arms.items() if i or tau == 16}
         if drafter != "random":
-            rows["drafter"] = run(model, draft, ids, max_new_tokens, stops, None, s)[1:]
+            rows["drafter"] = time(draft, ids, max_new_tokens, stops)[1:]
         if i:
             for name, (made_rounds, seconds) in rows.items():
                 count = sum(len(r.tokens) for r in made_rounds)

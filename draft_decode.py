@@ -2,7 +2,7 @@
 Speculative decoding with a DFlash drafter, its output identical to the target's own to the bit.
 
     python draft_decode.py --prompt "What is 7 * 34?"
-    python draft_decode.py --target=DIR --drafter=DIR --prompt "..."      # other checkpoints
+    python draft_decode.py --target=Qwen/Qwen3.5-0.8B --drafter=DIR --prompt "..."   # folders or hub ids
 
 A round is four steps: (1) draft K - 1 guesses in one forward of the drafter, (2) verify them in one forward of the
 target, (3) accept the guesses up to the first one that differs from the target's own token, then that token, (4)
@@ -21,8 +21,8 @@ from model import load_drafter
 from target import DecodeState, chat_prompt, load_target, load_tokenizer, stop_ids
 
 prompt = ""                                 # the question
-target = "data/nano/target"                 # folder of the target
-drafter = "data/nano/drafter-dflash"        # folder of the drafter
+target = "data/nano/target"                 # folder or hub id of the target
+drafter = "data/nano/drafter-dflash"        # folder or hub id of the drafter
 temperature = 0.0                           # of the target's choice; 0 is greedy
 top_k = 0                                   # choose among so many likeliest tokens; 0: all
 top_p = 1.0                                 # choose among the likeliest tokens that hold this share; 1: all
@@ -33,6 +33,7 @@ thinking = False                            # let a target that can think do so
 max_new_tokens = 2048                       # tokens at most; the target's context may end it before
 device = "cuda" if torch.cuda.is_available() else "cpu"  # cpu or cuda
 dtype = "float32" if device == "cpu" else "bfloat16"     # of weights and activations
+compile = False                             # compile the target's layers: a minute or two once, then faster
 compare = True                              # also run the target alone: for the speedup, and to compare outputs
 color = sys.stdout.isatty()                 # accepted guesses in green, the target's own tokens in blue
 
@@ -283,6 +284,8 @@ def main():
             raise ValueError("the prompt is empty: give one, e.g. --prompt=\"What is 7 * 34?\"")
         s = Sampling(temperature, top_k, top_p, seed, draft_temperature)
         model = load_target(target, device, dtype)
+        if compile:
+            model.compile()
         tokenizer = load_tokenizer(target)
         draft = load_drafter(drafter, model.config, device, dtype)
         decoders = {}

@@ -1,7 +1,7 @@
 """
 The target: the text model of Qwen3.5, a hybrid of Gated-DeltaNet and gated attention layers, in plain PyTorch.
 
-    target = load_target("data/nano/target")                  # config.json and safetensors of the public form
+    target = load_target("Qwen/Qwen3.5-0.8B")                 # a hub id, a folder of that form, or random:0.8b
     features, logits = target(tokens, taps=(1, 5), rows=slice(-1, None))   # training, scoring: a whole sequence
     state = DecodeState(target, 1, length=512)                             # decoding: once for the prompt
     features, logits = target.prefill(tokens, state, taps=(1, 5))          # and then
@@ -15,15 +15,15 @@ delta rule (Yang, Kautz, Hatamizadeh, arXiv 2412.06464). taps: the layers whose 
 import json
 import os
 import zlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
+from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
-from model import rotary_table, rotate, wide
+from model import checkpoint_folder, load_weights, rotary_table, rotate, wide
 
 CHUNK = 64  # tokens of a delta-rule chunk in training and prefill; decoding uses chunks of K, its block
 
@@ -56,22 +56,42 @@ class TargetConfig:
         if not self.layer_types:
             pattern = ("linear_attention",) * 3 + ("full_attention",)
             self.layer_types = tuple(pattern[i % 4] for i in range(self.num_hidden_layers))
-        assert len(self.layer_types) == self.num_hidden_layers, (len(self.layer_types), self.num_hidden_layers)
-        assert self.linear_num_value_heads % self.linear_num_key_heads == 0, \
-            (self.linear_num_value_heads, self.linear_num_key_heads)
+        kinds = set(self.layer_types) - {"linear_attention", "full_attention"}
+        if kinds or len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(f"layer_types has {len(self.layer_types)} entries for {self.num_hidden_layers} layers; "
+                             f"unknown kinds: {sorted(kinds)}")
+        for many, few in (("linear_num_value_heads", "linear_num_key_heads"),
+                          ("num_attention_heads", "num_key_value_heads")):
+            if getattr(self, many) % getattr(self, few):
+                raise ValueError(f"{many} = {getattr(self, many)} is no multiple of {few} = {getattr(self, few)}")
 
     @classmethod
     def from_dict(cls, config):
-        """From a parsed config.json, nested (text_config) or flat. ValueError names the keys that are missing."""
-        text = {**config, **config.get("text_config", {})}
-        text |= text.get("rope_parameters") or {}
-        if "num_experts" in text:
+        """From a parsed config.json, nested (text_config) or flat. ValueError names the keys that are missing, or what
+        the model is that we do not compute."""
+        text = {**config, **(config.get("text_config") or {})}
+        text |= text.get("rope_parameters") or text.get("rope_scaling") or {}
+        if text.get("num_experts") or "moe" in str(text.get("model_type")):
             raise ValueError("this config.json describes a mixture-of-experts target; only dense ones are supported")
+        for key, plain in (("rope_type", "default"), ("hidden_act", "silu"), ("quantization_config", None)):
+            if text.get(key, plain) != plain:
+                raise ValueError(f"{key} = {text[key]!r} is not supported, only {plain!r}")
         known = {f.name for f in fields(cls)}
         try:
             return cls(**{k: tuple(v) if k == "layer_types" else v for k, v in text.items() if k in known})
         except TypeError as error:
             raise ValueError(f"config.json is not that of a Qwen3.5 text model: {error}") from None
+
+
+def public_size(hidden, mlp, layers, heads, kv_heads, value_heads, tied):
+    """The config of a published size; what all of them share stands here."""
+    return TargetConfig(248320, hidden, mlp, layers, heads, kv_heads, 256, 16, value_heads, 128, 128,
+                        tie_word_embeddings=tied, eos_token_id=248044, pad_token_id=248044)
+
+
+SIZES = {"0.8b": public_size(1024, 3584, 24, 8, 2, 16, True), "2b": public_size(2048, 6144, 24, 8, 2, 16, True),
+         "4b": public_size(2560, 9216, 32, 16, 4, 32, True), "9b": public_size(4096, 12288, 32, 16, 4, 32, False),
+         "27b": public_size(5120, 17408, 64, 24, 4, 48, False)}  # Qwen3.6-27B has the shape of Qwen3.5-27B
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the gated delta rule:  S_t = exp(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,   o_t = S_t^T q_t / sqrt(D)
@@ -415,6 +435,8 @@ class DecodeState:
 
 class Target(nn.Module):
     """The text model of Qwen3.5; `config` is a TargetConfig."""
+    compiled = None
+
     def __init__(self, config):
         super().__init__()
         c = self.config = config
@@ -445,9 +467,10 @@ class Target(nn.Module):
             rotary = rotary_table(positions, int(c.head_dim * c.partial_rotary_factor), c.rope_theta)
         else:
             rotary = state.begin(T)
+        layers = self.compiled if self.compiled and state is not None and not state.bulk else self.layers
         last = len(self.layers) if rows is not None or state is not None else max(taps) + 1
         seen = {}
-        for i, layer in enumerate(self.layers[:last]):
+        for i, layer in enumerate(layers[:last]):
             x = layer(x, state and state.layers[i], rotary)
             if i in taps:
                 seen[i] = x
@@ -475,10 +498,17 @@ class Target(nn.Module):
         parts.append(features[:, :n - bulk] if taps else None)
         return torch.cat(parts, 1) if taps else None, logits[:, 0]
 
+    def join(self):
+        """Let every layer compute its projections of one input as one product."""
+        for module in self.modules():
+            if isinstance(module, Joined):
+                module.join()
+        return self
+
     def compile(self):
-        """Compile the layers one by one, each kind once: the same code for whichever taps, hence the same bits."""
-        for layer in self.layers:
-            layer.compile()
+        """Compile the layers for the blocks of decoding, one by one, so that each kind is compiled once, and to the
+        same bits whichever layers are tapped. The prompt, whose length varies, goes through the plain ones."""
+        self.compiled = [torch.compile(layer, dynamic=False) for layer in self.layers]
         return self
 
 
@@ -491,78 +521,116 @@ def check_device(device, dtype):
     return getattr(torch, dtype)
 
 
-def load_target(folder, device="cpu", dtype="float32"):
-    """A Target from a folder with config.json and safetensors in the public layout; frozen, in eval mode.
+def public_name(name):
+    """Our name of a public checkpoint's tensor, or None for those of the vision tower and of multi-token prediction."""
+    name = name.removeprefix("model.").removeprefix("language_model.")
+    return None if name.startswith(("visual.", "mtp.")) else name
 
-    Raises ValueError, naming the file and what is wrong, when the folder does not hold such a target.
-    """
-    dtype = check_device(device, dtype)
-    path = os.path.join(folder, "config.json")
-    if not os.path.isfile(path):
-        raise ValueError(f"no config.json in {folder!r}: give the folder of a Qwen3.5 checkpoint")
-    index, files = os.path.join(folder, "model.safetensors.index.json"), ["model.safetensors"]
-    try:
-        with open(path) as f:
-            config = TargetConfig.from_dict(json.load(f))
-        path = index
-        if os.path.isfile(index):
-            with open(index) as f:
-                files = sorted(set(json.load(f)["weight_map"].values()))
-    except (ValueError, KeyError, AssertionError) as error:  # not JSON, keys missing, or numbers that do not fit
-        raise ValueError(f"cannot use {path}: {' '.join(str(error).split())}") from None
-    weights = {}
-    for name in files:
-        try:
-            with safe_open(os.path.join(folder, name), "pt") as tensors:
-                for key in tensors.keys():
-                    short = key.removeprefix("model.").removeprefix("language_model.")
-                    if not short.startswith(("visual.", "mtp.")):
-                        fp32 = short.endswith(("linear_attn.A_log", "linear_attn.norm.weight"))
-                        weights[short] = tensors.get_tensor(key).to(device, torch.float32 if fp32 else dtype)
-        except Exception as error:  # safetensors raises its own type for a broken file, OSError for a missing one
-            raise ValueError(f"cannot read {os.path.join(folder, name)!r}: {error}") from None
+
+FP32 = ("linear_attn.A_log", "linear_attn.norm.weight")  # kept in fp32 whatever the model's dtype
+
+
+def random_weights(config, device, dtype):
+    """A Target with random weights, always the same, made in place in their dtype. The layers outweigh the embedding,
+    as else a tied head would say the last token again and again."""
     with torch.device("meta"):
         target = Target(config)
-    if config.tie_word_embeddings:
-        weights.pop("lm_head.weight", None)
+    g, weights = torch.Generator(device).manual_seed(0), {}
+    for name, p in target.named_parameters():
+        w = torch.empty(p.shape, device=device, dtype=torch.float32 if name.endswith(FP32) else dtype)
+        if w.dim() > 1:
+            fan_in = w[0].numel()
+            weights[name] = w.normal_(std=0.02 if name == "embed_tokens.weight" else fan_in ** -0.5, generator=g)
+        elif name.endswith("A_log"):
+            weights[name] = w.uniform_(0.01, 16, generator=g).log_()
+        else:
+            weights[name] = w.fill_(float(name.endswith(("dt_bias", "linear_attn.norm.weight"))))
+    target.load_state_dict(weights, assign=True)
+    return target.requires_grad_(False).eval()
+
+
+def target_config(name):
+    """(TargetConfig, folder) of a folder, a hub id, or random:SIZE[:LAYERS], whose folder is None. ValueError, naming
+    the file and what is wrong, when it is none of a target that can be run here."""
+    kind, _, rest = name.partition(":")
+    if kind == "random":
+        size, _, layers = rest.partition(":")
+        config = SIZES.get(size.lower())
+        count = int(layers) if layers.isdecimal() else config.num_hidden_layers if config and not layers else 0
+        if not config or not 0 < count <= config.num_hidden_layers:
+            raise ValueError(f"target = {name!r}: give random:SIZE or random:SIZE:LAYERS with a size of "
+                             f"{', '.join(SIZES)} and no more layers than it has")
+        return replace(config, num_hidden_layers=count, layer_types=config.layer_types[:count]), None
+    folder = checkpoint_folder(name)
+    path = os.path.join(folder, "config.json")
+    if not os.path.isfile(path):
+        raise ValueError(f"no config.json in {folder!r}: give the folder of a Qwen3.5 checkpoint, or a hub id")
     try:
-        target.load_state_dict(weights, assign=True)
-    except RuntimeError as error:
-        raise ValueError(f"{folder!r} does not hold the weights that its config.json describes: "
-                         f"{' '.join(str(error).split())}") from None
-    for module in target.requires_grad_(False).eval().modules():
-        if isinstance(module, Joined):
-            module.join()
-    return target
+        with open(path) as f:
+            return TargetConfig.from_dict(json.load(f)), folder
+    except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:  # not JSON, or not a target's
+        raise ValueError(f"cannot use {path}: {' '.join(str(error).split())}") from None
+
+
+def load_target(name, device="cpu", dtype="float32"):
+    """A Target, frozen and in eval mode, from a folder with config.json and safetensors in the public layout, from a
+    hub id, or with random weights: random:SIZE for a published size, random:SIZE:LAYERS for its first layers.
+
+    Raises ValueError, naming the file and what is wrong, when there is no such target.
+    """
+    dtype = check_device(device, dtype)
+    config, folder = target_config(name)
+    if folder is None:
+        return random_weights(config, device, dtype).join()
+    with torch.device("meta"):
+        target = Target(config)
+    # a tied head is the embedding, even where a file repeats it
+    head = {"lm_head.weight"} if config.tie_word_embeddings else ()
+    return load_weights(target, folder, device, dtype, lambda key: None if public_name(key) in head else
+                        public_name(key), FP32).join()
 
 # ----------------------------------------------------------------------------------------------------------------------
 # prompts: one function for decoding, benchmarks and data, so that no two of them use different templates
 
 
-def load_tokenizer(folder):
-    """The target's tokenizer, with its chat template. ValueError when the folder holds none."""
+def load_tokenizer(name):
+    """The tokenizer of a target's folder or hub id, with its chat template. ValueError when there is none."""
+    if name.startswith("random:"):
+        raise ValueError(f"target {name!r} has random weights and no tokenizer: it serves to measure speed and "
+                         "exactness; for text give a folder or a hub id")
+    folder = checkpoint_folder(name)
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # transformers raises OSError, ValueError and others for missing and broken files
         raise ValueError(f"no tokenizer in {folder!r}: {' '.join(str(error).split())}") from None
 
 
-def fingerprint(folder):
+def fingerprint(name):
     """A checksum of a target's tokenizer and chat template, as rows made with another one would train in silence."""
-    total = 0
-    for name in ("tokenizer.json", "chat_template.jinja"):
+    folder, total = checkpoint_folder(name), 0
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         path = os.path.join(folder, name)
         if os.path.isfile(path):
             with open(path, "rb") as f:
-                total = zlib.crc32(f.read(), total)
+                content = f.read()
+            if name == "tokenizer_config.json":  # older checkpoints keep the template here, among much that may change
+                content = json.dumps(json.loads(content).get("chat_template")).encode()
+            total = zlib.crc32(content, total)
     return total
 
 
-def chat_prompt(tokenizer, text, thinking=False):
-    """Token ids of a user's message and the opening of the answer. thinking is passed on explicitly, as the default
-    differs from one size of the public targets to another."""
-    return tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True,
-                                         enable_thinking=thinking, return_dict=False)
+def chat_prompt(tokenizer, prompt, thinking=False):
+    """Token ids of a conversation and the opening of the answer. prompt: the user's text, or a list of {"role",
+    "content"} that ends with the user's turn. thinking is passed on explicitly, as the default differs from one size
+    of the public targets to another. ValueError when the tokenizer has no template, or its template refuses."""
+    if not tokenizer.chat_template:
+        raise ValueError("this tokenizer has no chat template: use that of a chat model, or continue text with --raw")
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=thinking,
+                                             return_dict=False)
+    except TemplateError as error:
+        raise ValueError(f"the chat template refuses this conversation: {' '.join(str(error).split())}") from None
 
 
 def stop_ids(tokenizer):

@@ -1,6 +1,7 @@
 """
 The drafter of DFlash and its loss. A copy of this file ships in every checkpoint as dflash.py; it needs torch and
-transformers only, so that AutoModel.from_pretrained(folder, trust_remote_code=True) loads it anywhere.
+transformers only, with what these bring, so that AutoModel.from_pretrained(folder, trust_remote_code=True) loads it
+anywhere.
 
 DFlash (Chen, Liang, Liu, arXiv 2602.06036): a few bidirectional layers guess a block of K tokens in one forward. Their
 input is [x_n, MASK, .., MASK], the embeddings of the last known token, the *anchor*, and of K - 1 masks; what they know
@@ -16,7 +17,9 @@ import shutil
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
@@ -337,8 +340,8 @@ def public_config(c):
         "num_target_layers": c.num_target_layers, "num_hidden_layers": c.num_hidden_layers, "layer_types": kinds,
         "hidden_size": c.hidden_size, "intermediate_size": c.intermediate_size,
         "num_attention_heads": c.num_attention_heads, "num_key_value_heads": c.num_key_value_heads,
-        "head_dim": c.head_dim, "hidden_act": "silu", "rms_norm_eps": c.rms_norm_eps, "attention_bias": False,
-        "attention_dropout": 0.0, "initializer_range": c.initializer_range,
+        "head_dim": c.head_dim, "hidden_act": "silu", "rms_norm_eps": c.rms_norm_eps,
+        "attention_bias": c.attention_bias, "attention_dropout": 0.0, "initializer_range": c.initializer_range,
         "max_position_embeddings": c.max_position_embeddings, "vocab_size": c.vocab_size, "tie_word_embeddings": False,
         "use_cache": True, "rope_theta": theta, "rope_scaling": None,
         "rope_parameters": {"rope_type": "default", "rope_theta": theta}, "use_sliding_window": sliding is not None,
@@ -350,21 +353,25 @@ def save_drafter(drafter, folder, card, extra=None):
     """Write a checkpoint as engines read it: config.json, model.safetensors (bf16), dflash.py, README.md (card).
 
     extra: {file name: object} for torch.save beside them. The folder appears whole, under its name, or not at all.
+    ValueError when it cannot be written.
     """
     part = folder.rstrip("/") + ".part"
-    shutil.rmtree(part, ignore_errors=True)
-    os.makedirs(part)
     tensors = {k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in drafter.state_dict().items()}
-    save_file(tensors, os.path.join(part, "model.safetensors"), metadata={"format": "pt"})
-    for name, value in (extra or {}).items():
-        torch.save(value, os.path.join(part, name))
-    shutil.copyfile(__file__, os.path.join(part, "dflash.py"))
     config = json.dumps(public_config(drafter.config), indent=2) + "\n"
-    for name, text in (("config.json", config), ("README.md", card)):
-        with open(os.path.join(part, name), "w") as f:
-            f.write(text)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(part, folder)
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        os.makedirs(part)
+        save_file(tensors, os.path.join(part, "model.safetensors"), metadata={"format": "pt"})
+        for name, value in (extra or {}).items():
+            torch.save(value, os.path.join(part, name))
+        shutil.copyfile(__file__, os.path.join(part, "dflash.py"))
+        for name, text in (("config.json", config), ("README.md", card)):
+            with open(os.path.join(part, name), "w") as f:
+                f.write(text)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(part, folder)
+    except OSError as error:
+        raise ValueError(f"cannot write the checkpoint {folder!r}: {error}") from None
 
 
 def newest(folder):
@@ -376,39 +383,115 @@ def newest(folder):
     return os.path.join(folder, steps[-1])
 
 
-def load_drafter(folder, target, device="cpu", dtype="float32"):
-    """A frozen drafter from a checkpoint folder, checked against the TargetConfig it shall draft for.
+def checkpoint_folder(name):
+    """The folder of a checkpoint: `name` itself, or for a hub id such as Qwen/Qwen3.5-0.8B the hub's copy, which is
+    downloaded once. ValueError when the hub does not give it."""
+    if os.path.exists(name) or name.count("/") != 1 or name[0] in "./~":
+        return name
+    try:
+        return snapshot_download(name, allow_patterns=("*.json", "*.safetensors", "*.jinja", "*.txt"))
+    except Exception as error:  # offline, unknown, gated: a dozen types of three libraries
+        raise ValueError(f"no folder {name!r}, and the hub does not give it ({type(error).__name__}): copy the "
+                         "checkpoint here and give its folder") from None
 
-    Raises ValueError, with the two numbers that differ, when the folder holds none or it belongs to another target.
+
+def load_weights(module, folder, device, dtype, public=lambda name: name, fp32=()):
+    """Give a module made on the meta device the weights of a folder's safetensors, whole or in shards.
+
+    public: maps a file's name of a tensor to the module's; None skips it. Names that end in one of fp32 stay in fp32.
+    Tensors go one by one to the device, from a file mapped anew for each, as pages that were read count as memory until
+    it is closed: the host needs the module and one tensor. ValueError names every tensor that is missing, left over, of
+    another shape or not finite, or the file that cannot be read.
     """
-    folder = newest(folder)
+    expected = {name: list(w.shape) for name, w in module.state_dict().items()}
+    found, wrong, weights = {}, [], {}
+    index, path = os.path.join(folder, "model.safetensors.index.json"), os.path.join(folder, "model.safetensors")
+    try:
+        files = [path]
+        if os.path.isfile(index):
+            path = index
+            with open(index) as f:
+                files = [os.path.join(folder, name) for name in sorted(set(json.load(f)["weight_map"].values()))]
+        for path in files:
+            with safe_open(path, "pt") as f:
+                for key in f.keys():
+                    name, shape = public(key), f.get_slice(key).get_shape()
+                    if name in expected and shape != expected[name]:
+                        wrong.append(f"{name} is {shape}, not {expected[name]}")
+                    elif name is not None and name not in expected:
+                        wrong.append(f"{name} is left over")
+                    found[name] = path, key
+        wrong += [f"{name} is missing" for name in expected if name not in found]
+        for name in () if wrong else expected:
+            path, key = found[name]
+            kind = torch.float32 if name.endswith(tuple(fp32)) else dtype
+            with safe_open(path, "pt") as f:
+                weights[name] = f.get_tensor(key).to(device, kind, copy=True)
+            if not weights[name].sum().isfinite():  # one pass without a copy; a sum that overflows is no weight either
+                wrong.append(f"{name} is not finite")
+    except Exception as error:  # safetensors raises a type of its own for a broken file, OSError for a missing one
+        raise ValueError(f"cannot read {path!r}: {' '.join(str(error).split())}") from None
+    if wrong:
+        raise ValueError(f"{folder!r} does not hold the weights that its config.json describes: {', '.join(wrong)}")
+    module.load_state_dict(weights, assign=True)
+    return module.requires_grad_(False).eval()
+
+
+def read_config(folder):
+    """The Qwen3Config of a published drafter. ValueError for keys that are missing, that contradict each other, or that
+    ask for what this file does not compute, as such a drafter would load and guess badly without a word."""
+    with open(os.path.join(folder, "config.json")) as f:
+        raw = json.load(f)
+    for name in ("dflash_config", "hidden_size", "num_hidden_layers"):
+        if name not in raw:
+            raise ValueError(f"it has no {name}")
+    own, rope = raw["dflash_config"], raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    for name, inner in (("block_size", own), ("rope_theta", rope)):
+        given = {places[name] for places in (raw, inner) if places.get(name) is not None}
+        if len(given) != 1:
+            raise ValueError(f"{name} is {raw[name]} at the top and {inner[name]} inside" if given else
+                             f"it has no {name}")
+        raw[name] = given.pop()
+    foreign = {k: v for k, v in own.items() if v and k not in ("block_size", "mask_token_id", "target_layer_ids")}
+    for name, plain in (("partial_rotary_factor", 1), ("rope_type", "default"), ("hidden_act", "silu")):
+        value = rope.get(name, raw.get(name, plain))
+        foreign |= {} if value == plain else {name: value}
+    if foreign:
+        raise ValueError(f"it asks for {foreign}, which model.py does not compute")
+    taps, mask = own["target_layer_ids"], own["mask_token_id"]
+    if taps != sorted(set(taps)) or not taps or taps[0] < 0 or mask < 0:
+        raise ValueError(f"target_layer_ids = {taps} must ascend and mask_token_id = {mask} not be negative")
+    raw["dflash_config"] = own | {"block_size": raw["block_size"]}
+    raw["rope_parameters"], raw["rope_scaling"] = {"rope_type": "default", "rope_theta": raw.pop("rope_theta")}, None
+    # without this flag transformers forgets the window, and some published configs leave it out
+    raw["use_sliding_window"] = raw.get("use_sliding_window") or "sliding_attention" in raw.get("layer_types", ())
+    return Qwen3Config.from_dict(raw)
+
+
+def load_drafter(name, target, device="cpu", dtype="float32"):
+    """A frozen drafter from a checkpoint folder or a hub id, checked against the TargetConfig it shall draft for.
+
+    Raises ValueError, with the two numbers that differ, when there is none or it belongs to another target.
+    """
+    folder = newest(checkpoint_folder(name))
     if not os.path.isfile(os.path.join(folder, "config.json")):
         raise ValueError(f"no drafter in {folder!r}: give a folder with config.json, or train one: "
                          "python train.py config/nano.py")
     try:
-        config = Qwen3Config.from_pretrained(folder)
-        if not hasattr(config, "dflash_config"):
-            raise ValueError("it has no dflash_config")
+        config = read_config(folder)
         taps, mask = config.dflash_config["target_layer_ids"], config.dflash_config["mask_token_id"]
-        config.dflash_config.setdefault("block_size", getattr(config, "block_size", 16))
         config.num_target_layers = getattr(config, "num_target_layers", target.num_hidden_layers)
-    except (OSError, ValueError, AttributeError, KeyError) as error:  # not JSON, or keys missing
+        with torch.device("meta"):
+            drafter = DFlashDraftModel(config)
+    except Exception as error:  # not JSON, keys missing, and what transformers' own checks raise
         raise ValueError(f"{folder}/config.json is not a DFlash drafter's: {' '.join(str(error).split())}") from None
-    for name, own, other in (("hidden_size", config.hidden_size, target.hidden_size),
-                             ("vocab_size", config.vocab_size, target.vocab_size),
-                             ("num_target_layers", config.num_target_layers, target.num_hidden_layers)):
+    for key, own, other in (("hidden_size", config.hidden_size, target.hidden_size),
+                            ("vocab_size", config.vocab_size, target.vocab_size),
+                            ("num_target_layers", config.num_target_layers, target.num_hidden_layers)):
         if own != other:
-            raise ValueError(f"the drafter in {folder!r} does not fit this target: {name} is {own}, "
+            raise ValueError(f"the drafter in {folder!r} does not fit this target: {key} is {own}, "
                              f"the target's {other}")
     if max(taps) > target.num_hidden_layers - 2 or mask >= target.vocab_size:
         raise ValueError(f"the drafter in {folder!r} does not fit this target: last tap {max(taps)} of "
                          f"{target.num_hidden_layers} layers, mask id {mask} of {target.vocab_size} ids")
-    try:
-        with torch.device("meta"):
-            drafter = DFlashDraftModel(config)
-        weights = load_file(os.path.join(folder, "model.safetensors"))
-        drafter.load_state_dict({k: v.to(device, getattr(torch, dtype)) for k, v in weights.items()}, assign=True)
-    except Exception as error:  # safetensors raises types of its own for broken files, torch a RuntimeError for keys
-        raise ValueError(f"{folder}/model.safetensors does not hold the drafter of its config.json: "
-                         f"{' '.join(str(error).split())}") from None
-    return drafter.requires_grad_(False).eval()
+    return load_weights(drafter, folder, device, getattr(torch, dtype))
