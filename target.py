@@ -525,10 +525,12 @@ def load_target(name, device="cpu", dtype="float32"):
 
 def load_tokenizer(name):
     """The tokenizer of a target's folder or hub id, with its chat template. ValueError when there is none."""
-    if name.startswith("random:"):
+    _, folder = target_config(name)
+    if folder is None:
         raise ValueError(f"target {name!r} has random weights and no tokenizer: it serves to measure speed and "
                          "exactness; for text give a folder or a hub id")
-    folder = checkpoint_folder(name)
+    if not os.path.isfile(os.path.join(folder, "tokenizer.json")):
+        raise ValueError(f"no tokenizer.json in {folder!r}: copy it there from the checkpoint's publisher")
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # transformers raises OSError, ValueError and others for missing and broken files
