@@ -191,11 +191,12 @@ def sampling():
 def load(count, kind=None):
     """(target, drafter, tokenizer or None, prompts, stop ids) by the keys; count: of prompts where limit is 0."""
     model = load_target(target, device, kind or dtype)
-    if compile:
-        model.compile()
     tokenizer = None if target.startswith("random:") else load_tokenizer(target)
     questions = load_prompts(prompts, limit or count, model, tokenizer)
     draft = random_drafter(model) if drafter == "random" else load_drafter(drafter, model.config, device, kind or dtype)
+    if compile:
+        model.compile()
+        draft.compile_decoding()
     return model, draft, tokenizer, questions, stop_ids(tokenizer) if tokenizer else ()
 
 

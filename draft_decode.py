@@ -283,11 +283,12 @@ def main():
         if not prompt.strip():
             raise ValueError("the prompt is empty: give one, e.g. --prompt=\"What is 7 * 34?\"")
         s = Sampling(temperature, top_k, top_p, seed, draft_temperature)
+        tokenizer = load_tokenizer(target)  # before the weights, as it fails sooner
         model = load_target(target, device, dtype)
+        draft = load_drafter(drafter, model.config, device, dtype)
         if compile:
             model.compile()
-        tokenizer = load_tokenizer(target)
-        draft = load_drafter(drafter, model.config, device, dtype)
+            draft.compile_decoding()
         decoders = {}
         ids = tokenizer.encode(prompt) if raw else chat_prompt(tokenizer, prompt, thinking)
         stops = stop_ids(tokenizer)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
-from model import checkpoint_folder, load_weights, rotary_table, rotate, wide
+from model import attend, checkpoint_folder, load_weights, rotary_table, rotate, wide
 
 CHUNK = 64  # tokens of a delta-rule chunk in training and prefill; decoding uses chunks of K, its block
 
@@ -275,7 +275,10 @@ class GatedAttention(Joined):
         mask = None
         if memory is not None:
             k, v, mask = memory.attention(k, v)
-        o = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
+        if mask is None:
+            o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        else:
+            o = attend(q, k, v, mask)
         return self.o_proj((o.transpose(1, 2) * rowwise(torch.sigmoid, gate)).flatten(-2))
 
 
@@ -595,10 +598,12 @@ def load_target(name, device="cpu", dtype="float32"):
 
 def load_tokenizer(name):
     """The tokenizer of a target's folder or hub id, with its chat template. ValueError when there is none."""
-    if name.startswith("random:"):
+    _, folder = target_config(name)
+    if folder is None:
         raise ValueError(f"target {name!r} has random weights and no tokenizer: it serves to measure speed and "
                          "exactness; for text give a folder or a hub id")
-    folder = checkpoint_folder(name)
+    if not os.path.isfile(os.path.join(folder, "tokenizer.json")):
+        raise ValueError(f"no tokenizer.json in {folder!r}: copy it there from the checkpoint's publisher")
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # transformers raises OSError, ValueError and others for missing and broken files

@@ -23,8 +23,10 @@ this method (training 0.99, acceptance 0.12; greedy output that differs; ...):
     14 shapes that vary                    test_anchors_*, test_batches_*
     15 a flattering benchmark              test_generate_ends_*, test_bench_*
 """
+import contextlib
 import dataclasses
 import functools
+import http.server
 import itertools
 import json
 import math
@@ -33,9 +35,13 @@ import os
 import random
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+import urllib.request
 from concurrent.futures import ProcessPoolExecutor
 
 MODULES = tempfile.TemporaryDirectory()  # where transformers copies the code of checkpoints it loads; goes at exit
@@ -45,6 +51,7 @@ import huggingface_hub
 import numpy as np
 import pyarrow.parquet
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
@@ -62,6 +69,7 @@ import prepare
 import pretrain
 import train
 from configurator import configure
+from data import regenerate
 from data.math240k import prepare as math240k
 from data.math500 import prepare as math500
 from data.rows import Rows, write_rows
@@ -1541,6 +1549,31 @@ def test_prepare_reads_parquet_and_folders(math_rows, main, tmp_path):
         assert read_rows(tmp_path / "mixed", split) == read_rows(folder, split)
 
 
+def test_phase_1_2_end_to_end_on_small_stand_ins(math_rows, main, tmp_path):
+    """The recipe of the real run, on a target of 24 layers in the public layout and rows in the public form, small in
+    width only: a key, a shape or a file name that first fails on the real machine. Loss falls, the result decodes."""
+    config = dataclasses.replace(small_config("tied"), vocab_size=512, num_hidden_layers=24, layer_types=(),
+                                 eos_token_id=504)
+    publish(tmp_path / "Qwen3.5-0.8B", perturb(random_weights(config, "cpu", torch.float32), scale=5.0))
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(os.path.join(NANO, "target", name), tmp_path / "Qwen3.5-0.8B")
+    _, data = math_rows(public_rows())
+    said = main(train, "config/phase1_2.py", f"--target={tmp_path}/Qwen3.5-0.8B", f"--data={data}", "--device=cpu",
+                f"--out_dir={tmp_path}/run-dflash", "--dtype=float32", "--anchors=16", "--heads=2", "--head_dim=32",
+                "--mlp=96", "--lr=5e-3", "--epochs=2", "--log_every=1", "--decode_rows=1", "--decode_tokens=8")
+    losses = [float(x) for x in re.findall(r"\| loss ([\d.]+)", said)]
+    assert sum(losses[-6:-1]) / 5 < losses[0] - 0.5 and "held-out tau from real decoding" in said, said
+    folder, = (tmp_path / "run-dflash").glob("step-*")
+    with safe_open(folder / "model.safetensors", "pt") as f:
+        assert len(f.keys()) == 58 and f.get_tensor("fc.weight").shape == (64, 5 * 64)
+    written = json.loads((folder / "config.json").read_text())
+    assert written["dflash_config"] == {"block_size": 16, "mask_token_id": 507, "target_layer_ids": [3, 7, 11, 15, 19]}
+    assert written["num_target_layers"] == 24 and written["rope_theta"] == 1e7
+    said = main(draft_decode, f"--target={tmp_path}/Qwen3.5-0.8B", f"--drafter={tmp_path}/run-dflash", "--prompt=What",
+                "--max_new_tokens=20", "--device=cpu", "--dtype=float32")
+    assert said.rstrip().endswith("identical")
+
+
 def test_math500_prompts(main, tmp_path):
     """Another suffix than the published figures were measured with."""
     source, out = tmp_path / "test.jsonl", tmp_path / "new" / "prompts.jsonl"
@@ -1549,6 +1582,103 @@ def test_math500_prompts(main, tmp_path):
     (question, answer), = bench.load_prompts(str(out), 5)
     assert answer == "2" and question == \
         "What is $1+1$?\nPlease reason step by step, and put your final answer within \\boxed{}."
+
+
+@pytest.fixture(scope="module")
+def served():
+    """Address of `transformers serve` with the nano target, in a process of its own."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = "import sys; from transformers.cli.transformers import main; sys.exit(main())"
+    with subprocess.Popen([sys.executable, "-c", command, "serve", os.path.join(NANO, "target"), "--device=cpu",
+                           "--dtype=float32", "--host=127.0.0.1", f"--port={port}"], stdout=subprocess.DEVNULL,
+                          stderr=subprocess.DEVNULL) as process:
+        try:
+            for _ in range(300):
+                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                    break
+                assert process.poll() is None, "the server did not start"
+                time.sleep(0.2)
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            process.terminate()
+
+
+class Flaky(http.server.BaseHTTPRequestHandler):
+    """Passes a request on to self.upstream, but first fails each prompt once: busy, or the connection breaks."""
+    upstream, seen, log = "", set(), []
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        first = body not in self.seen
+        self.seen.add(body), self.log.append(json.loads(body))
+        if first and len(self.seen) % 2:
+            self.close_connection = True
+        elif first:
+            self.send_error(503)
+        else:
+            request = urllib.request.Request(self.upstream + self.path.removeprefix("/v1"), body,
+                                             {"Content-Type": "application/json"})
+            with urllib.request.urlopen(request) as answer:
+                content = answer.read()
+            self.send_response(200), self.send_header("Content-Length", str(len(content))), self.end_headers()
+            self.wfile.write(content)
+
+    def log_message(self, *args):
+        pass
+
+
+def test_regenerate_against_a_server(main, monkeypatch, served, tmp_path):
+    """Answers of another template, out of order, lost with a broken connection, or asked for again after a stop; one
+    that ran into the limit trained as if it had ended. A real server, behind one that fails every prompt once."""
+    source, pairs = tmp_path / "prompts.jsonl", answered()[:5]
+    rows = [{"question": q} for q, _ in pairs[:2]]
+    rows += [{"id": "x", "conversations": turns(q, "other")} for q, _ in pairs[2:]]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(Flaky, "upstream", served), monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Flaky) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        args = [f"--prompts={source}", f"--server=http://127.0.0.1:{proxy.server_port}/v1", "--in_flight=4",
+                f"--model={os.path.join(NANO, 'target')}", "--max_new_tokens=160"]
+        said = main(regenerate, *args, f"--out={tmp_path}/all.jsonl")
+        assert "5 answered" in said and len(Flaky.log) == 10
+        assert all(body["chat_template_kwargs"] == {"enable_thinking": False} for body in Flaky.log)
+        got = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
+        assert [row["messages"] for row in got] == [turns(q, a) for q, a in pairs]  # the target's own, as shipped
+        assert [row["id"] for row in got] == ["0", "1", "x", "x", "x"]
+        # an interrupted run: two lines and half of a third; only three prompts are asked for again
+        header = {"prompts": str(source), "model": os.path.join(NANO, "target"), "temperature": 0.0, "thinking": False,
+                  "max_new_tokens": 160}
+        lines = [json.dumps(header)] + [json.dumps({"prompt": turns(q), "answer": a, "why": None}) for q, a in pairs]
+        (tmp_path / "some.jsonl.part").write_text("\n".join(lines[:4])[:-9])
+        main(regenerate, *args, f"--out={tmp_path}/some.jsonl")
+        assert len(Flaky.log) == 13 and not (tmp_path / "some.jsonl.part").exists()
+        assert (tmp_path / "some.jsonl").read_bytes() == (tmp_path / "all.jsonl").read_bytes()
+        (tmp_path / "more.jsonl.part").write_text(lines[0].replace("0.0", "1.0") + "\n")
+        assert "in another way" in main(regenerate, *args, f"--out={tmp_path}/more.jsonl")
+        assert "is there already" in main(regenerate, *args, f"--out={tmp_path}/all.jsonl")
+        args[-1] = "--max_new_tokens=60"
+        assert "did not end" in main(regenerate, *args, f"--out={tmp_path}/short.jsonl")
+        proxy.shutdown()
+    args[1] = f"--server={served}"
+    assert "refused: 400" in main(regenerate, *args, "--model=other", f"--out={tmp_path}/other.jsonl")
+    args[1] = "--server=http://127.0.0.1:9/v1"
+    assert "gave no answer in 3 tries" in main(regenerate, *args, "--retries=2", f"--out={tmp_path}/none.jsonl")
+
+
+def test_regenerate_here_and_prepare(main, tmp_path):
+    """The whole way to target-matched rows without a server; its rows are those that a server's answers give."""
+    source, pairs = tmp_path / "prompts.jsonl", answered()[:3]
+    rows = [{"problem": q} for q, _ in pairs] + [{"prompt": "9 " * 1100}]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = main(regenerate, f"--prompts={source}", f"--out={tmp_path}/rows.jsonl", f"--target={NANO}/target",
+                f"--drafter={NANO}/drafter-dflash", "--device=cpu", "--dtype=float32", "--max_new_tokens=160")
+    assert "3 answered, 1 refused" in said
+    main(math240k, f"--source={tmp_path}/rows.jsonl", f"--target={NANO}/target", f"--out_dir={tmp_path}/rows")
+    rows = read_rows(tmp_path / "rows", "train") + read_rows(tmp_path / "rows", "val")
+    said = {nano()[1].decode([x for x, supervised in zip(*row) if supervised]) for row in rows}
+    assert said == {a + "<|im_end|>" for _, a in pairs}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the shipped pair and the bench
@@ -1679,6 +1809,128 @@ def test_cli_decodes_and_compares(main):
     """Failure 15: a speedup reported without comparing outputs, or a rate that counts tokens it did not print."""
     out = main(draft_decode, "--prompt=What is 3 * 14?", "--max_new_tokens=12", "--device=cpu", "--dtype=float32")
     assert "12 tokens | " in out and out.rstrip().endswith("identical") and "speedup" in out
+
+
+def nano_copy(folder, part, **files):
+    """A copy of the nano target or drafter in which some files are others: bytes, None for none, or a function that
+    makes the new bytes from the old."""
+    shutil.copytree(os.path.join(NANO, part), folder)
+    for name, change in files.items():
+        path = folder / name.replace("__", ".")
+        content = change(path.read_bytes()) if callable(change) else change
+        path.unlink() if content is None else path.write_bytes(content)
+    return f"--{part.removesuffix('-dflash')}={folder}"
+
+
+def edited(**change):
+    """An edit of a JSON file for nano_copy."""
+    return lambda old: json.dumps({k: v for k, v in (json.loads(old) | change).items() if v is not ...}).encode()
+
+
+def with_nan(name):
+    """An edit of a safetensors file for nano_copy that puts a nan into one tensor."""
+    def change(old):
+        weights = safetensors.torch.load(old)
+        weights[name].flatten()[0] = math.nan
+        return safetensors.torch.save(weights)
+    return change
+
+
+def text(folder, content, name="x.jsonl"):
+    """The path of a file with some content, text or bytes."""
+    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(folder / name)
+
+
+def finished_rows(folder, vocab_size=512, cut=False):
+    """Flags for train.py with rows of a vocabulary, their tokens cut off if asked for."""
+    rows = [([1, 2, 3], [0, 1, 1])] * 4
+    write_rows(str(folder / "rows"), {"train": rows, "val": rows},
+               {"vocab_size": vocab_size, "tokenizer": fingerprint(os.path.join(NANO, "target"))})
+    if cut:
+        os.truncate(folder / "rows" / "train.tokens.bin", 13)
+    return ["config/nano.py", f"--data={folder / 'rows'}", f"--out_dir={folder / 'run'}"]
+
+
+CHAT = json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}) + "\n"
+BROKEN = {  # what a person gives: (script, arguments from a scratch folder, what the one line says)
+    "truncated target": (draft_decode, lambda t: [nano_copy(
+        t / "x", "target", model__safetensors=lambda old: old[:-9])], "cannot read .*model.safetensors"),
+    "target with a missing shard": (draft_decode, lambda t: [nano_copy(
+        t / "x", "target", model__safetensors=None)], "cannot read .*model.safetensors"),
+    "target of other shapes": (draft_decode, lambda t: [nano_copy(
+        t / "x", "target", config__json=edited(intermediate_size=400))], r"up_proj.weight is \[384, 128\], not \[400"),
+    "target with fewer layers": (draft_decode, lambda t: [nano_copy(t / "x", "target", config__json=edited(
+        num_hidden_layers=1, layer_types=["linear_attention"]))], "layers.1.input_layernorm.weight is left over"),
+    "target with nan weights": (draft_decode, lambda t: [nano_copy(
+        t / "x", "target", model__safetensors=with_nan("model.norm.weight"))], "norm.weight is not finite"),
+    "target config that is not JSON": (draft_decode, lambda t: [nano_copy(
+        t / "x", "target", config__json=b"{")], "cannot use .*config.json"),
+    "target config that is a list": (draft_decode, lambda t: [nano_copy(
+        t / "x", "target", config__json=b"[]")], "cannot use .*config.json"),
+    "target config without a key": (draft_decode, lambda t: [nano_copy(
+        t / "x", "target", config__json=edited(linear_key_head_dim=...))], "linear_key_head_dim"),
+    "mixture of experts": (draft_decode, lambda t: [nano_copy(
+        t / "x", "target", config__json=edited(num_experts=8))], "mixture-of-experts"),
+    "target without tokenizer": (draft_decode, lambda t: [nano_copy(
+        t / "x", "target", tokenizer__json=None)], "no tokenizer.json in"),
+    "target without chat template": (draft_decode, lambda t: [nano_copy(t / "x", "target", chat_template__jinja=None)],
+                                     "no chat template: .*--raw"),
+    "tokenizer of another target": (draft_decode, lambda t: [nano_copy(
+        t / "x", "target", tokenizer__json=lambda old: old.replace(b'"x": 87,', b'"x": 987,'))], "vocabulary of 512"),
+    "hub id while offline": (draft_decode, lambda t: ["--target=Qwen/Qwen3.5-0.8B"], "hub does not give it.*folder"),
+    "text from random weights": (draft_decode, lambda t: ["--target=random:27b"], "no tokenizer"),
+    "truncated drafter": (draft_decode, lambda t: [nano_copy(
+        t / "x", "drafter-dflash", model__safetensors=lambda old: old[:999])], "cannot read .*model.safetensors"),
+    "drafter with nan weights": (draft_decode, lambda t: [nano_copy(
+        t / "x", "drafter-dflash", model__safetensors=with_nan("fc.weight"))], "fc.weight is not finite"),
+    "drafter of a larger target": (draft_decode, lambda t: [nano_copy(
+        t / "x", "drafter-dflash", config__json=edited(num_target_layers=24))], "num_target_layers is 24, .* 12"),
+    "config.json of another model": (draft_decode, lambda t: [nano_copy(
+        t / "x", "drafter-dflash", config__json=edited(dflash_config=...))], "no dflash_config"),
+    "prompt that fills the context": (draft_decode, lambda t: ["--prompt=" + "7 " * 600], "too many .* of 1024"),
+    "unknown key": (math240k, lambda t: ["--sorce=x"], "unknown key 'sorce', the nearest is 'source'"),
+    "unknown key in a file": (train, lambda t: [text(t, "lrr = 1", "x.py")], "x.py: unknown key 'lrr'"),
+    "no such source": (math240k, lambda t: ["--source=no/rows", f"--target={NANO}/target"], "no file 'no/rows'"),
+    "empty source": (math240k, lambda t: ["--source=" + text(t, ""), f"--target={NANO}/target"], "0 rows to train on"),
+    "rows without an assistant": (math240k, lambda t: [
+        "--source=" + text(t, '{"messages": [{"role": "user", "content": "q"}]}\n' * 3), f"--target={NANO}/target"],
+        "0 rows to train on .* 3 were read, dropped: .*no assistant's answer.*3"),
+    "line that is not JSON": (math240k, lambda t: [
+        "--source=" + text(t, CHAT + '{"messages": ['), f"--target={NANO}/target"], "x.jsonl, line 2: "),
+    "line that is not text": (math240k, lambda t: ["--source=" + text(t, b"{\xff}"), f"--target={NANO}/target"],
+                              "x.jsonl, line 1: .*utf-8"),
+    "broken parquet": (math240k, lambda t: ["--source=" + text(t, CHAT, "x.parquet"), f"--target={NANO}/target"],
+                       "cannot read .*parquet"),
+    "output below a file": (math240k, lambda t: ["--source=" + text(t, CHAT * 3), f"--out_dir={t}/x.jsonl/rows",
+                                                 f"--target={NANO}/target"], "Not a directory"),
+    "rows of another vocabulary": (train, lambda t: finished_rows(t, 600), "vocab_size 600, this target .* 512"),
+    "rows cut off": (train, lambda t: finished_rows(t, cut=True), "(cannot read the train rows|3 tokens).*prepare.py"),
+    "unfinished rows": (train, lambda t: finished_rows(t)[:1] + [f"--data={t}"], "no finished data: run python"),
+    "no prompts": (regenerate, lambda t: ["--out=x"], "give --prompts and --out"),
+    "prompts without a question": (regenerate, lambda t: ["--prompts=" + text(t, '{"a": 1}'),
+                                                          f"--out={t}/y.jsonl"], "row 1: no question"),
+    "problems without an answer": (math500, lambda t: ["--source=" + text(t, '{"problem": "1"}'), f"--out={t}/y"],
+                                   "row 1: no text")}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_input_ends_in_one_line(main, monkeypatch, name, tmp_path):
+    """A traceback, or success, for broken files, configs, folders: one line that names what is wrong, and status 1."""
+    script, arguments, hint = BROKEN[name]
+    monkeypatch.setattr(math240k, "out_dir", str(tmp_path / "rows")), monkeypatch.setattr(math240k, "num_proc", 1)
+    extra = ["--prompt=x", "--device=cpu", "--dtype=float32"] if script is draft_decode else []
+    said = main(script, *extra, *arguments(tmp_path))
+    assert re.search(hint, said), said
+    assert not os.path.exists(tmp_path / "rows" / "meta.json") or script is train
+
+
+def test_save_into_a_folder_that_cannot_be_written(tmp_path):
+    """A run of hours that ends in a traceback at its first checkpoint; a half-written folder taken for a whole one."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot write the checkpoint .*Not a directory"):
+        save_drafter(small_drafter(), str(tmp_path / "file" / "a-dflash"), "")
+    assert os.listdir(tmp_path) == ["file"]
 
 
 @pytest.mark.parametrize("args, hint", (

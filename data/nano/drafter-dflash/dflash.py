@@ -45,6 +45,16 @@ def rotate(x, rotary):
     turned = turned * cos + torch.cat((-b, a), -1) * sin
     return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
 
+
+def attend(q, k, v, mask):
+    """Grouped-query attention (B, H, K, D) of a few rows q (B, H, K, D) over a whole buffer k, v (B, Hkv, T, D), of
+    which each row sees what the mask (K, T) says: two products and a softmax in fp32 with weights of exactly zero
+    elsewhere. For so few rows library kernels take several times as long on a GPU."""
+    B, H, K, D = q.shape
+    scores = wide(q.reshape(B, k.shape[1], -1, D) @ k.mT) * D ** -0.5                        # (B, Hkv, H/Hkv K, T)
+    p = scores.unflatten(2, (-1, K)).masked_fill(~mask, -torch.inf).softmax(-1)
+    return (p.to(v.dtype).flatten(2, 3) @ v).view(B, H, K, D)
+
 # ----------------------------------------------------------------------------------------------------------------------
 # layers; names, shapes and order are those of the public checkpoints
 
@@ -119,7 +129,7 @@ class Attention(nn.Module):
         token = torch.arange(keys.shape[2], device=x.device)
         mask = (token <= rows[-1]) & self.visible(rows[:, None], token)
         q = self.queries(x, rotary).transpose(1, 2)
-        o = F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True)
+        o = attend(q, keys, values, mask)
         return self.o_proj(o.transpose(1, 2).flatten(2))
 
 
@@ -223,6 +233,10 @@ class DFlashDraftModel(PreTrainedModel):
         for layer, (keys, values) in zip(self.layers, state):
             x = layer(x, lambda y: layer.self_attn.decode_form(y, rotary, keys, values, rows))
         return self.norm(x)
+
+    def compile_decoding(self):
+        """Compile the two parts of a decoding round that are the drafter's; prompts of any length share one graph."""
+        self.guess, self.remember = torch.compile(self.guess, dynamic=False), torch.compile(self.remember)
 
     def propose(self, anchor, target, state, pos, pick):
         """Guesses (B, K-1) for the tokens after the anchors (B,) at position pos: what `pick` makes of the logits
