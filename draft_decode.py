@@ -196,7 +196,7 @@ def generate(target, drafter, prompt_ids, max_new_tokens, stop_ids=(), rows=None
     context = target.config.max_position_embeddings
     limit = min(max_new_tokens, context - n - max(K, 16))  # all modes end alike
     check_request(prompt_ids, max_new_tokens, limit, target.config)
-    length = min(-(-(n + limit + max(K, 16)) // 256) * 256, context)  # in steps, so that prompts share a Decoder
+    length = min(max(256, 1 << (n + limit + max(K, 16) - 1).bit_length()), context)  # few lengths: shared by prompts
     decoders, key = {} if decoders is None else decoders, (drafter, length, K, s)
     if key not in decoders:
         decoders[key] = Decoder(target, *key)

@@ -105,41 +105,40 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=CHUNK, keep=None):
     Tokens with beta = g = 0 leave the state as it is, to the bit; so the last chunk is padded with them.
     Source: arXiv 2412.06464, section 3.3 (the WY form of the product of Householder factors, solved, not inverted).
     """
-    B, T, Hv, Dv = v.shape
-    dtype = torch.promote_types(v.dtype, torch.float32)  # decay, solve and state are an fp32 island
+    (B, T, Hv, Dv), D, kind = v.shape, q.shape[-1], v.dtype
+    dtype = torch.promote_types(kind, torch.float32)                    # decay, solve and state are an fp32 island
     if q.shape[2] != Hv:
         q, k = (x.repeat_interleave(Hv // x.shape[2], dim=2) for x in (q, k))
 
-    def chunks(x):                                                      # (B, T, H, ...) -> (B, H, N, C, ...)
+    def chunks(x):                                                      # (B, T, H, ...) -> (BH, N, C, ...)
         x = x.to(dtype).transpose(1, 2)
         x = F.pad(x, (0, 0) * (x.dim() - 3) + (0, -T % chunk)) if T % chunk else x
-        return x.unflatten(2, (-1, chunk))
+        return x.contiguous().flatten(0, 1).unflatten(1, (-1, chunk))
 
-    q, k, u, beta, c = chunks(q), chunks(k), chunks(v), chunks(beta)[..., None], chunks(g)
-    q, k_beta = q * q.shape[-1] ** -0.5, k * beta
-    c = c.cumsum(-1)                                                    # (B, H, N, C) log decay since the chunk began
+    q, k, v, beta, c = chunks(q), chunks(k), chunks(v), chunks(beta), chunks(g).cumsum(-1)  # c: since the chunk began
     future = torch.ones(chunk, chunk, dtype=torch.bool, device=v.device).triu(1)
     # masked before exp: above the diagonal the difference is positive and would overflow
-    decay = (c[..., :, None] - c[..., None, :]).masked_fill(future, -torch.inf).exp()        # (B, H, N, C, C)
-    grow, last = c.exp()[..., None], c[..., -1:]
-    # row t of u is what token t writes, given what rows before it in the chunk wrote: (I + A) u = beta (v - k S)
-    A, P = (torch.cat((k_beta, q), -2) @ k.mT * torch.cat((decay, decay), -2)).split(chunk, -2)
-    u, w = torch.linalg.solve_triangular(A, torch.cat((u * beta, k_beta * grow), -1), upper=False,
-                                         unitriangular=True).split((Dv, k.shape[-1]), -1)
-    wq = torch.cat((w, q * grow), -2)                                   # (B, H, N, 2C, D): one product with S for both
-    k, fade = k * (last - c).exp()[..., None], last.exp()[..., None]
-    S = q.new_zeros(B, Hv, k.shape[-1], Dv) if S is None else S.to(dtype)
-    out, kept, N = [], S, c.shape[2]
+    decay = (c[..., :, None] - c[..., None, :]).masked_fill_(future, -torch.inf).exp_()      # (BH, N, C, C)
+    grow, last = c.exp(), c[..., -1:]
+    # what token t writes, given what those before it in the chunk wrote: (I + A) write = beta (v - exp(c) k S)
+    A = (k @ k.mT).mul_(decay).mul_(beta[..., None])
+    inverse = torch.linalg.solve_triangular(A, torch.eye(chunk, dtype=dtype, device=v.device).expand_as(A),
+                                            upper=False, unitriangular=True) * beta[..., None, :]
+    u, w, P = inverse @ v, (inverse * grow[..., None, :]) @ k, (q @ k.mT).mul_(decay)
+    k, fade = (k * (last - c).exp()[..., None]).mT, last.exp()[..., None]
+    S = q.new_zeros(B * Hv, D, Dv) if S is None else S.to(dtype).flatten(0, 1)
+    N, kept, states, writes = c.shape[1], S, [], []
     keep = N if keep is None else keep
     for i in range(N):
-        read, o = (wq[:, :, i] @ S).split(chunk, -2)
-        write = u[:, :, i] - read
-        out.append(o + P[:, :, i] @ write)
+        states.append(S)
+        writes.append(torch.baddbmm(u[:, i], w[:, i], S, alpha=-1))
         if i < max(keep, N - 1):
-            S = S * fade[:, :, i] + k[:, :, i].mT @ write
+            S = torch.baddbmm(S * fade[:, i], k[:, i], writes[i])
         kept = S if i < keep else kept
-    o = torch.cat(out, 2)[:, :, :T] if N > 1 else out[0][:, :, :T]
-    return o.transpose(1, 2).to(v.dtype), kept
+    scale = D ** -0.5
+    o = (q @ torch.stack(states, 1)).mul_(grow[..., None] * scale).flatten(0, 1)
+    o = o.baddbmm_(P.flatten(0, 1), torch.stack(writes, 1).flatten(0, 1), alpha=scale).unflatten(0, (-1, N))
+    return o.flatten(1, 2)[:, :T].unflatten(0, (B, Hv)).transpose(1, 2).to(kind), kept.unflatten(0, (B, Hv))
 
 
 def delta_step(q, k, v, g, beta, S):
@@ -511,6 +510,7 @@ class Target(nn.Module):
     def compile(self):
         """Compile the layers for the blocks of decoding, one by one, so that each kind is compiled once, and to the
         same bits whichever layers are tapped. The prompt, whose length varies, goes through the plain ones."""
+        torch._dynamo.config.recompile_limit = 64  # kinds of layer x rows of a forward x lengths of the buffer
         self.compiled = [torch.compile(layer, dynamic=False) for layer in self.layers]
         return self
 
