@@ -1342,6 +1342,13 @@ def test_rows_round_trip(tmp_path):
         Rows(str(tmp_path), "train", 248_320)
 
 
+def test_rows_outside_the_vocabulary_are_refused(tmp_path):
+    """Ids of another tokenizer reach the embedding: a crash of the device that names nothing."""
+    with pytest.raises(ValueError, match=r"row 1 has token ids 3..600, outside the vocabulary of 512"):
+        write_rows(str(tmp_path), {"train": [([1, 2], [0, 1]), ([3, 600], [0, 1])]}, {"vocab_size": 512})
+    assert not (tmp_path / "meta.json").exists()
+
+
 def test_problems_are_disjoint_and_right():
     """A question in two splits, another stream at every run, a solution whose box is not the answer."""
     splits = {name: list(problems(name, 60)) for name in ("train", "val", "test")}
@@ -1764,9 +1771,9 @@ def finished_rows(folder, vocab_size=512, cut=False):
 CHAT = json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}) + "\n"
 BROKEN = {  # what a person gives: (script, arguments from a scratch folder, what the one line says)
     "truncated target": (draft_decode, lambda t: [nano_copy(
-        t / "x", "target", model__safetensors=lambda old: old[:-9])], "cannot read .*model.safetensors"),
+        t / "x", "target", model__safetensors=lambda old: old[:-9])], "cannot load .*model.safetensors"),
     "target with a missing shard": (draft_decode, lambda t: [nano_copy(
-        t / "x", "target", model__safetensors=None)], "cannot read .*model.safetensors"),
+        t / "x", "target", model__safetensors=None)], "cannot load .*model.safetensors"),
     "target of other shapes": (draft_decode, lambda t: [nano_copy(
         t / "x", "target", config__json=edited(intermediate_size=400))], r"up_proj.weight is \[384, 128\], not \[400"),
     "target with fewer layers": (draft_decode, lambda t: [nano_copy(t / "x", "target", config__json=edited(
@@ -1790,7 +1797,7 @@ BROKEN = {  # what a person gives: (script, arguments from a scratch folder, wha
     "hub id while offline": (draft_decode, lambda t: ["--target=Qwen/Qwen3.5-0.8B"], "hub does not give it.*folder"),
     "text from random weights": (draft_decode, lambda t: ["--target=random:27b"], "no tokenizer"),
     "truncated drafter": (draft_decode, lambda t: [nano_copy(
-        t / "x", "drafter-dflash", model__safetensors=lambda old: old[:999])], "cannot read .*model.safetensors"),
+        t / "x", "drafter-dflash", model__safetensors=lambda old: old[:999])], "cannot load .*model.safetensors"),
     "drafter with nan weights": (draft_decode, lambda t: [nano_copy(
         t / "x", "drafter-dflash", model__safetensors=with_nan("fc.weight"))], "fc.weight is not finite"),
     "drafter of a larger target": (draft_decode, lambda t: [nano_copy(
