@@ -443,8 +443,8 @@ def load_weights(module, folder, device, dtype, public=lambda name: name, fp32=(
                 weights[name] = f.get_tensor(key).to(device, kind, copy=True)
             if not weights[name].sum().isfinite():  # one pass without a copy; a sum that overflows is no weight either
                 wrong.append(f"{name} is not finite")
-    except Exception as error:  # safetensors raises a type of its own for a broken file, OSError for a missing one
-        raise ValueError(f"cannot read {path!r}: {' '.join(str(error).split())}") from None
+    except Exception as error:  # safetensors' own for a broken file, OSError for a missing one, no memory left
+        raise ValueError(f"cannot load {path!r}: {' '.join(str(error).split())}") from None
     if wrong:
         raise ValueError(f"{folder!r} does not hold the weights that its config.json describes: {', '.join(wrong)}")
     module.load_state_dict(weights, assign=True)

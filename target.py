@@ -618,8 +618,8 @@ def fingerprint(name):
         if os.path.isfile(path):
             with open(path, "rb") as f:
                 content = f.read()
-            if name == "tokenizer_config.json":  # older checkpoints keep the template here, among much that may change
-                content = json.dumps(json.loads(content).get("chat_template")).encode()
+            if name == "tokenizer_config.json":  # some checkpoints keep the template here, among much that may change
+                content = str(json.loads(content).get("chat_template", "")).encode()
             total = zlib.crc32(content, total)
     return total
 

@@ -9,14 +9,14 @@ this method (training 0.99, acceptance 0.12; greedy output that differs; ...):
 
     1  training leaks, or is off by one    test_leak_*, test_training_form_predicts_decoded_rounds
     2  labels, mask or blocks not as served  test_drafter_*, test_labels_*, test_leak_*
-    3  rotary of the drafter               test_drafter_equals_dense_restatement
-    4  taps off by one                     test_target_equals_transformers, test_taps_are_refused
+    3  rotary of the drafter               test_failure_3_*, test_drafter_equals_dense_restatement
+    4  taps off by one                     test_failure_4_*, test_target_equals_transformers, test_taps_are_refused
     5  output differs from target-only     test_cuts_*, test_generate_is_identical_for_every_drafter
     6  a rejected block leaves traces      test_cuts_rejected_block, test_cuts_propose_twice
     7  logits of all anchors at once       test_loss_never_holds_all_logits
     8  wrong state after a block of 16     test_kernel_*, test_state_after_blocks_equals_recurrence
-    9  another chat template when served   test_chat_*, test_prepared_rows_begin_with_chat_prompt
-    10 rope_theta dropped, wrong target    test_checkpoint_*, test_drafter_of_another_target_is_refused
+    9  another chat template when served   test_failure_9_*, test_chat_*, test_prepare*
+    10 rope_theta dropped, wrong target    test_failure_10_*, test_checkpoint_*, test_drafter*_refused
     11 temperature ignored                 test_sampled_*, test_noise_*
     12 resume is another run               test_resume_equals_uninterrupted_run
     13 loss depends on the split           test_step_does_not_depend_on_the_split (the ranks wait for train.py's)
@@ -1393,6 +1393,13 @@ def test_rows_round_trip(tmp_path):
         Rows(str(tmp_path), "train", 248_320)
 
 
+def test_rows_outside_the_vocabulary_are_refused(tmp_path):
+    """Ids of another tokenizer reach the embedding: a crash of the device that names nothing."""
+    with pytest.raises(ValueError, match=r"row 1 has token ids 3..600, outside the vocabulary of 512"):
+        write_rows(str(tmp_path), {"train": [([1, 2], [0, 1]), ([3, 600], [0, 1])]}, {"vocab_size": 512})
+    assert not (tmp_path / "meta.json").exists()
+
+
 def test_problems_are_disjoint_and_right():
     """A question in two splits, another stream at every run, a solution whose box is not the answer."""
     splits = {name: list(problems(name, 60)) for name in ("train", "val", "test")}
@@ -1549,6 +1556,28 @@ def test_prepare_reads_parquet_and_folders(math_rows, main, tmp_path):
         assert read_rows(tmp_path / "mixed", split) == read_rows(folder, split)
 
 
+def test_prepare_with_a_template_like_the_real_one(math_rows, main, tmp_path):
+    """Failure 9: the public template trims text, writes thoughts into the last turn only and refuses some talk; rows of
+    its rendering of whole conversations begin otherwise than decoding."""
+    template = """{%- if messages[0].role == 'assistant' %}{{ raise_exception('no user') }}{% endif %}
+{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' }}
+{%- if m.role == 'assistant' and loop.last %}{{- '<think>\\n\\n</think>\\n\\n' }}{% endif %}
+{{- m.content | trim + '<|im_end|>\\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>\\n' }}
+{%- if not enable_thinking | default(true) %}{{- '\\n</think>\\n\\n' }}{% endif %}{% endif %}"""
+    target = nano_copy(tmp_path / "t", "target", chat_template__jinja=template.encode())
+    rows = [turns(" 1 ", " 2 ", "3", " 4"), turns("a", "b"), turns("c", "d"), turns("e", "f")[::-1] * 2]
+    said, folder = math_rows([{"messages": row} for row in rows], target)
+    assert "dropped 1: refused by the chat template" in said
+    tokenizer = load_tokenizer(str(tmp_path / "t"))
+    splits = [Rows(str(folder), split, 512) for split in ("train", "val")]
+    (tokens, mask), = [rows[i] for rows in splits for i in range(len(rows)) if "4" in tokenizer.decode(rows[i][0])]
+    assert tokenizer.decode(tokens) == (
+        "<|im_start|>user\n1<|im_end|>\n<|im_start|>assistant\n2<|im_end|>\n<|im_start|>user\n3<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n\n</think>\n\n 4<|im_end|>")
+    assert tokenizer.decode(tokens[mask > 0]) == "2<|im_end|> 4<|im_end|>"
+
+
 def test_phase_1_2_end_to_end_on_small_stand_ins(math_rows, main, tmp_path):
     """The recipe of the real run, on a target of 24 layers in the public layout and rows in the public form, small in
     width only: a key, a shape or a file name that first fails on the real machine. Loss falls, the result decodes."""
@@ -1560,7 +1589,7 @@ def test_phase_1_2_end_to_end_on_small_stand_ins(math_rows, main, tmp_path):
     _, data = math_rows(public_rows())
     said = main(train, "config/phase1_2.py", f"--target={tmp_path}/Qwen3.5-0.8B", f"--data={data}", "--device=cpu",
                 f"--out_dir={tmp_path}/run-dflash", "--dtype=float32", "--anchors=16", "--heads=2", "--head_dim=32",
-                "--mlp=96", "--lr=5e-3", "--epochs=2", "--log_every=1", "--decode_rows=1", "--decode_tokens=8")
+                "--mlp=96", "--lr=5e-3", "--epochs=1.5", "--log_every=1", "--decode_rows=1", "--decode_tokens=8")
     losses = [float(x) for x in re.findall(r"\| loss ([\d.]+)", said)]
     assert sum(losses[-6:-1]) / 5 < losses[0] - 0.5 and "held-out tau from real decoding" in said, said
     folder, = (tmp_path / "run-dflash").glob("step-*")
@@ -1632,9 +1661,9 @@ class Flaky(http.server.BaseHTTPRequestHandler):
 def test_regenerate_against_a_server(main, monkeypatch, served, tmp_path):
     """Answers of another template, out of order, lost with a broken connection, or asked for again after a stop; one
     that ran into the limit trained as if it had ended. A real server, behind one that fails every prompt once."""
-    source, pairs = tmp_path / "prompts.jsonl", answered()[:5]
-    rows = [{"question": q} for q, _ in pairs[:2]]
-    rows += [{"id": "x", "conversations": turns(q, "other")} for q, _ in pairs[2:]]
+    source, pairs = tmp_path / "prompts.jsonl", answered()[:3]
+    rows = [{"question": q} for q, _ in pairs[:1]]
+    rows += [{"id": "x", "conversations": turns(q, "other")} for q, _ in pairs[1:]]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr(Flaky, "upstream", served), monkeypatch.setattr(time, "sleep", lambda seconds: None)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Flaky) as proxy:
@@ -1642,23 +1671,23 @@ def test_regenerate_against_a_server(main, monkeypatch, served, tmp_path):
         args = [f"--prompts={source}", f"--server=http://127.0.0.1:{proxy.server_port}/v1", "--in_flight=4",
                 f"--model={os.path.join(NANO, 'target')}", "--max_new_tokens=160"]
         said = main(regenerate, *args, f"--out={tmp_path}/all.jsonl")
-        assert "5 answered" in said and len(Flaky.log) == 10
+        assert "3 answered" in said and len(Flaky.log) == 6
         assert all(body["chat_template_kwargs"] == {"enable_thinking": False} for body in Flaky.log)
         got = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
         assert [row["messages"] for row in got] == [turns(q, a) for q, a in pairs]  # the target's own, as shipped
-        assert [row["id"] for row in got] == ["0", "1", "x", "x", "x"]
-        # an interrupted run: two lines and half of a third; only three prompts are asked for again
+        assert [row["id"] for row in got] == ["0", "x", "x"]
+        # an interrupted run: two answers and half of a third; only one prompt is asked for again
         header = {"prompts": str(source), "model": os.path.join(NANO, "target"), "temperature": 0.0, "thinking": False,
                   "max_new_tokens": 160}
         lines = [json.dumps(header)] + [json.dumps({"prompt": turns(q), "answer": a, "why": None}) for q, a in pairs]
         (tmp_path / "some.jsonl.part").write_text("\n".join(lines[:4])[:-9])
         main(regenerate, *args, f"--out={tmp_path}/some.jsonl")
-        assert len(Flaky.log) == 13 and not (tmp_path / "some.jsonl.part").exists()
+        assert len(Flaky.log) == 7 and not (tmp_path / "some.jsonl.part").exists()
         assert (tmp_path / "some.jsonl").read_bytes() == (tmp_path / "all.jsonl").read_bytes()
         (tmp_path / "more.jsonl.part").write_text(lines[0].replace("0.0", "1.0") + "\n")
         assert "in another way" in main(regenerate, *args, f"--out={tmp_path}/more.jsonl")
         assert "is there already" in main(regenerate, *args, f"--out={tmp_path}/all.jsonl")
-        args[-1] = "--max_new_tokens=60"
+        args[-1] = "--max_new_tokens=9"
         assert "did not end" in main(regenerate, *args, f"--out={tmp_path}/short.jsonl")
         proxy.shutdown()
     args[1] = f"--server={served}"
@@ -1855,9 +1884,9 @@ def finished_rows(folder, vocab_size=512, cut=False):
 CHAT = json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}) + "\n"
 BROKEN = {  # what a person gives: (script, arguments from a scratch folder, what the one line says)
     "truncated target": (draft_decode, lambda t: [nano_copy(
-        t / "x", "target", model__safetensors=lambda old: old[:-9])], "cannot read .*model.safetensors"),
+        t / "x", "target", model__safetensors=lambda old: old[:-9])], "cannot load .*model.safetensors"),
     "target with a missing shard": (draft_decode, lambda t: [nano_copy(
-        t / "x", "target", model__safetensors=None)], "cannot read .*model.safetensors"),
+        t / "x", "target", model__safetensors=None)], "cannot load .*model.safetensors"),
     "target of other shapes": (draft_decode, lambda t: [nano_copy(
         t / "x", "target", config__json=edited(intermediate_size=400))], r"up_proj.weight is \[384, 128\], not \[400"),
     "target with fewer layers": (draft_decode, lambda t: [nano_copy(t / "x", "target", config__json=edited(
@@ -1881,7 +1910,7 @@ BROKEN = {  # what a person gives: (script, arguments from a scratch folder, wha
     "hub id while offline": (draft_decode, lambda t: ["--target=Qwen/Qwen3.5-0.8B"], "hub does not give it.*folder"),
     "text from random weights": (draft_decode, lambda t: ["--target=random:27b"], "no tokenizer"),
     "truncated drafter": (draft_decode, lambda t: [nano_copy(
-        t / "x", "drafter-dflash", model__safetensors=lambda old: old[:999])], "cannot read .*model.safetensors"),
+        t / "x", "drafter-dflash", model__safetensors=lambda old: old[:999])], "cannot load .*model.safetensors"),
     "drafter with nan weights": (draft_decode, lambda t: [nano_copy(
         t / "x", "drafter-dflash", model__safetensors=with_nan("fc.weight"))], "fc.weight is not finite"),
     "drafter of a larger target": (draft_decode, lambda t: [nano_copy(

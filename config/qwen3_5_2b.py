@@ -1,6 +1,6 @@
 # A drafter for Qwen3.5-2B: 24 layers, hidden 2048, MLP 6144, tied head. Phase 1.2's recipe and its depths, wider.
 #
-# Its data is what this target says, not what the 0.8B does. With a server of it running (README.md, or any other):
+# Its data is what this target says, not what the 0.8B does. With a server of it running:
 #   python data/regenerate.py --prompts=Moonlight556/qwen3.5-0.8b-target-matched-math-240k \
 #       --out=data/math2b/rows.jsonl --server=http://localhost:30000/v1 --model=Qwen/Qwen3.5-2B
 #   python data/math240k/prepare.py --source=data/math2b/rows.jsonl --target=Qwen/Qwen3.5-2B \
