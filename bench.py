@@ -4,6 +4,10 @@ Measures a drafter. Each command prints a table and, as its last line, JSON; fig
     python bench.py acceptance                                   # the shipped nano pair on its held-out prompts
     python bench.py acceptance --limit=20 --drafter=out/nano-dflash
     python bench.py acceptance --prompts=FILE.jsonl              # lines with "question" and, if known, "answer"
+    python bench.py exactness                                    # is the output the target's own, to the bit
+    python bench.py exactness --target=random:0.8b:4 --drafter=random --prompts=random:64:256
+    python bench.py curve                                        # speedup against tau, from drafters right by chance
+    python bench.py coupling                                     # sampling: which guesses agree with the target most
 
 tau, the acceptance length, is the number of tokens returned in a round, the target's own included. micro: all tokens
 over all rounds. macro: the mean over prompts of each prompt's mean. Tokens past the end of an answer do not count, and
@@ -13,23 +17,34 @@ first guess too; the prefill, which they share, is not.
 """
 import json
 import os
+import random
 import sys
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from configurator import configure
 from data.nano.problems import boxed, problems
-from draft_decode import run
-from model import load_drafter
-from target import chat_prompt, load_target, load_tokenizer, stop_ids
+from draft_decode import Sampling, choose, gumbel, run, score
+from model import DFlashDraftModel, drafter_config, load_drafter
+from target import DecodeState, chat_prompt, load_target, load_tokenizer, stop_ids
 
-target = "data/nano/target"             # folder of the target
-drafter = "data/nano/drafter-dflash"    # folder of the drafter
-prompts = "nano"                        # nano: its held-out problems; or a file of JSON lines
-limit = 200                             # prompts at most
+target = "data/nano/target"             # folder of the target, or random:0.8b and the like
+drafter = "data/nano/drafter-dflash"    # folder of the drafter, or random: untrained, of the target's own widths
+prompts = "nano"                        # nano: its held-out problems; a file of JSON lines; random:SHORTEST:LONGEST
+limit = 0                               # prompts at most; 0: as many as the command takes about two minutes for
 max_new_tokens = 512                    # of an answer
 thinking = False                        # let a target that can think do so
+temperature = 0.0                       # of the target's choice; 0 is greedy (exactness has temperatures)
+top_k = 0                               # choose among so many likeliest tokens; 0: all
+top_p = 1.0                             # choose among the likeliest tokens that hold this share; 1: all
+seed = 0                                # of the noise
+draft_temperature = 0.0                 # above 0: guesses share the target's noise, at this temperature
+temperatures: tuple[float] = (0.0, 0.7, 1.0)                # of exactness and coupling
+dtypes: tuple[str] = ("float32", "bfloat16")                # of exactness
+oracle = 0.8                            # probability that a guess of exactness' oracle is right
 out_dir = "out/bench"                   # figures and raw results
 device = "cuda" if torch.cuda.is_available() else "cpu"  # cpu or cuda
 dtype = "float32" if device == "cpu" else "bfloat16"     # of weights and activations
@@ -38,16 +53,41 @@ dtype = "float32" if device == "cpu" else "bfloat16"     # of weights and activa
 # prompts and answers
 
 
-def load_prompts(name, count):
-    """[(question, answer or None)] of the nano test split, or of a JSON lines file. ValueError names a bad line."""
+@dataclass
+class Prompt:
+    """Token ids to continue, and the known answer, if any."""
+    ids: list
+    answer: str | None
+
+
+def load_prompts(name, count, model, tokenizer):
+    """Prompts: nano's test split, a JSON lines file, or random ids of log-uniform lengths; ValueError names a bad
+    line. A target without a tokenizer, as random ones are, can only have random ids."""
     if count < 1:
         raise ValueError(f"limit = {count}: measure at least one prompt")
+    if name.startswith("random:"):
+        try:
+            shortest, longest = map(int, name.split(":")[1:])
+        except ValueError:
+            raise ValueError(f"prompts = {name!r}: write random:SHORTEST:LONGEST, both in tokens") from None
+        r = random.Random(0)
+        return [Prompt([r.randrange(model.config.vocab_size) for _ in range(n)], None) for n in
+                (round(shortest * (longest / shortest) ** (i / max(1, count - 1))) for i in range(count))]
+    if tokenizer is None:
+        raise ValueError(f"the target {target!r} has no tokenizer: use --prompts=random:64:256")
     if name == "nano":
-        return [(question, answer) for question, _, answer in problems("test", count)]
-    if not os.path.isfile(name):
-        raise ValueError(f"prompts = {name!r} is neither 'nano' nor a file of JSON lines")
+        found = [(question, answer) for question, _, answer in problems("test", count)]
+    elif os.path.isfile(name):
+        found = read_questions(name, count)
+    else:
+        raise ValueError(f"prompts = {name!r} is neither 'nano' nor a file of JSON lines nor random:64:256")
+    return [Prompt(chat_prompt(tokenizer, question, thinking), answer) for question, answer in found]
+
+
+def read_questions(path, count):
+    """[(question, answer or None)] of a file of JSON lines. ValueError names the line that is none."""
     found = []
-    with open(name) as f:
+    with open(path) as f:
         for number, line in enumerate(f, 1):
             if line.strip() and len(found) < count:
                 try:
@@ -55,9 +95,9 @@ def load_prompts(name, count):
                     question = row.get("question") or row.get("problem") or row["prompt"]
                     found.append((question, row.get("answer")))
                 except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
-                    raise ValueError(f'{name}, line {number}: no JSON object with a "question" ({error!r})') from None
+                    raise ValueError(f'{path}, line {number}: no JSON object with a "question" ({error!r})') from None
     if not found:
-        raise ValueError(f"{name} holds no prompts")
+        raise ValueError(f"{path} holds no prompts")
     return found
 
 
@@ -70,20 +110,100 @@ def is_correct(text, answer):
     return bool(verify(parse(f"${answer}$"), parse(f"${given}$")))
 
 # ----------------------------------------------------------------------------------------------------------------------
+# drafters for measurement
+
+
+def random_drafter(model):
+    """An untrained drafter for a target: five layers of its widths, its full-attention layers as taps. For Qwen3.5-0.8B
+    that is Phase 1.2's shape."""
+    c = model.config
+    last = c.num_hidden_layers - 2
+    taps = [i for i, kind in enumerate(c.layer_types[:last + 1]) if kind == "full_attention"] or [last]
+    torch.manual_seed(0)
+    draft = DFlashDraftModel(drafter_config(c, 5, taps, c.vocab_size - 1, c.num_attention_heads,
+                                            c.num_key_value_heads, c.head_dim, c.intermediate_size))
+    return draft.to(model.embed_tokens.weight).requires_grad_(False).eval()
+
+
+class Oracle:
+    """Replays the known continuation of a prompt (ids) and makes each guess wrong with probability 1 - p, so that tau
+    is 1 + p + .. + p^(K-1) with any target. A drafter given along is run and its guesses dropped: then a round costs
+    what it does with that drafter."""
+    def __init__(self, ids, continuation, p, model, drafter=None, block_size=16):
+        device, V = model.embed_tokens.weight.device, model.config.vocab_size
+        self.block_size, self.drafter, self.n = block_size, drafter, len(ids)
+        self.taps = drafter.taps if drafter else ()
+        line = F.pad(torch.tensor(continuation), (0, block_size))
+        wrong = torch.rand(len(line), generator=torch.Generator().manual_seed(len(ids))) >= p
+        self.line = torch.where(wrong, (line + 1) % V, line).to(device)
+        self.ahead = torch.arange(1, block_size, device=device)
+
+    def new_state(self, *shape):
+        return self.drafter.new_state(*shape) if self.drafter else None
+
+    def remember(self, *features):
+        if self.drafter:
+            self.drafter.remember(*features)
+
+    def propose(self, anchor, target, state, pos, pick):
+        if self.drafter:
+            self.drafter.propose(anchor, target, state, pos, pick)
+        return self.line.index_select(0, pos - self.n + self.ahead)[None]
+
+
+def chance(tau, K=16):
+    """The p of an Oracle whose rounds are tau tokens long on average, by bisection."""
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        p = (low + high) / 2
+        low, high = (p, high) if sum(p ** k for k in range(K)) < tau else (low, p)
+    return high
+
+
+class Independent:
+    """A drafter whose guesses are samples of its own at a temperature, with noise that the target does not share."""
+    def __init__(self, drafter, temperature, seed):
+        self.drafter, self.temperature, self.seed = drafter, temperature, seed
+        self.block_size, self.taps = drafter.block_size, drafter.taps
+        self.new_state, self.remember = drafter.new_state, drafter.remember
+
+    def propose(self, anchor, target, state, pos, pick):
+        at = pos + torch.arange(1, self.block_size, device=pos.device)
+        noise, s = gumbel(-1 - self.seed, at, target.config.vocab_size), Sampling(self.temperature)
+        return self.drafter.propose(anchor, target, state, pos, lambda x: choose(x, s, self.temperature, noise))
+
+# ----------------------------------------------------------------------------------------------------------------------
 # acceptance
 
 
-def measure(model, draft, tokenizer, questions):
+def sampling():
+    return Sampling(temperature, top_k, top_p, seed, draft_temperature)
+
+
+def load(count, kind=None):
+    """(target, drafter, tokenizer or None, prompts, stop ids) by the keys; count: of prompts where limit is 0."""
+    model = load_target(target, device, kind or dtype)
+    tokenizer = None if target.startswith("random:") else load_tokenizer(target)
+    questions = load_prompts(prompts, limit or count, model, tokenizer)
+    draft = random_drafter(model) if drafter == "random" else load_drafter(drafter, model.config, device, kind or dtype)
+    return model, draft, tokenizer, questions, stop_ids(tokenizer) if tokenizer else ()
+
+
+def progress(items):
+    return tqdm(items, unit="prompt", disable=not sys.stderr.isatty())
+
+
+def measure(model, draft, questions, stops):
     """One dict a prompt: tokens, rounds and seconds of the drafted arm, of the target alone at the same shape, which
     must say the same, and of the target alone by single steps, the speed to beat."""
-    stops, results = stop_ids(tokenizer), []
+    results, s = [], sampling()
     arms = {"speculative": (draft, None), "alone": (None, draft.block_size), "target": (None, 1)}
     for arm, rows in arms.values():
-        run(model, arm, chat_prompt(tokenizer, questions[0][0], thinking), 32, stops, rows)  # warm-up
-    for i, (question, answer) in enumerate(tqdm(questions, unit="prompt", disable=not sys.stderr.isatty())):
-        ids, row = chat_prompt(tokenizer, question, thinking), {"prompt": i, "answer": answer}
+        run(model, arm, questions[0].ids, 32, stops, rows, s)  # warm-up
+    for i, prompt in enumerate(progress(questions)):
+        row = {"prompt": i, "answer": prompt.answer}
         for name in list(arms)[::1 if i % 2 else -1]:  # alternating, so that neither arm has the warmer machine
-            row[name] = run(model, arms[name][0], ids, max_new_tokens, stops, arms[name][1])
+            row[name] = run(model, arms[name][0], prompt.ids, max_new_tokens, stops, arms[name][1], s)
         results.append(row)
     return results
 
@@ -123,25 +243,34 @@ def write(path, text):
     os.replace(path + ".tmp", path)
 
 
-def plot(path, report):
-    """Acceptance by slot, and the histogram of round lengths, as a picture."""
+def save_figure(path, draw):
+    """The picture that draw(pyplot) returns, whole or not at all."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    left.bar(range(1, len(report["slots"]) + 1), report["slots"])
-    left.set(xlabel="slot of the block", ylabel="share of rounds that accept it", ylim=(0, 1))
-    right.bar(range(1, len(report["lengths"]) + 1), report["lengths"])
-    right.set(xlabel="tokens returned in a round", ylabel="rounds",
-              title=f"tau {report['tau_micro']:.2f} over {report['prompts']} prompts")
+    figure = draw(plt)
     figure.savefig(path + ".tmp", format="png", dpi=120)
     plt.close(figure)
     os.replace(path + ".tmp", path)
 
 
-def acceptance(model, draft, tokenizer):
+def plot(path, report):
+    """Acceptance by slot, and the histogram of round lengths, as a picture."""
+    def draw(plt):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+        left.bar(range(1, len(report["slots"]) + 1), report["slots"])
+        left.set(xlabel="slot of the block", ylabel="share of rounds that accept it", ylim=(0, 1))
+        right.bar(range(1, len(report["lengths"]) + 1), report["lengths"])
+        right.set(xlabel="tokens returned in a round", ylabel="rounds",
+                  title=f"tau {report['tau_micro']:.2f} over {report['prompts']} prompts")
+        return figure
+    save_figure(path, draw)
+
+
+def acceptance():
     """tau, acceptance by slot, identity of outputs, accuracy and speed of a drafter."""
-    results = measure(model, draft, tokenizer, load_prompts(prompts, limit))
+    model, draft, tokenizer, questions, stops = load(80)
+    results = measure(model, draft, questions, stops)
     report = statistics(results, tokenizer, draft.block_size)
     write(os.path.join(out_dir, "acceptance.jsonl"), "".join(
         json.dumps({"prompt": row["prompt"], "round": i, "accepted": r.accepted, "tokens": r.tokens}) + "\n"
@@ -162,7 +291,179 @@ def acceptance(model, draft, tokenizer):
     return report
 
 
-COMMANDS = {"acceptance": acceptance}
+# ----------------------------------------------------------------------------------------------------------------------
+# exactness: decisions 1 to 3 as a command
+
+
+def transformers_peer(model):
+    """transformers' Qwen3.5 with the very weights of a Target, shared where the names allow it."""
+    from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig, logging
+    logging.set_verbosity_error()  # that it has no kernels of its own here is said on every call otherwise
+    c = model.config
+    rope = {"rope_type": "default", "rope_theta": c.rope_theta, "partial_rotary_factor": c.partial_rotary_factor}
+    text = {k: v for k, v in vars(c).items() if k not in rope} | {"layer_types": list(c.layer_types)}
+    weight = model.embed_tokens.weight
+    with torch.device(weight.device):
+        theirs = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**text, rope_parameters=rope, dtype=weight.dtype)).eval()
+    theirs.to(weight.dtype)
+    weights = {k if k == "lm_head.weight" else "model." + k: v for k, v in model.state_dict().items()}
+    weights.setdefault("lm_head.weight", model.head)
+    theirs.load_state_dict(weights, assign=True)
+    return theirs
+
+
+@torch.inference_mode()
+def peer_answer(theirs, ids, stops, K):
+    """Tokens of transformers' own greedy generate, ended as ours are."""
+    limit = min(max_new_tokens, theirs.config.max_position_embeddings - len(ids) - K)
+    x = torch.tensor([ids], device=device)
+    out = theirs.generate(x, attention_mask=torch.ones_like(x), do_sample=False, max_new_tokens=limit,
+                          eos_token_id=sorted(stops) or None, pad_token_id=0)
+    return out[0, len(ids):].tolist()
+
+
+@torch.inference_mode()
+def margin(model, ids, s, K):
+    """The gap between the two best scores of the choice that follows ids: rounding turns a small one over, and a
+    wrong state any."""
+    n = len(ids)
+    logits = model.prefill(torch.tensor([ids], device=device), DecodeState(model, 1, n + K, K))[1]
+    noise = gumbel(s.seed, torch.tensor([n], device=device), logits.shape[-1]) if s.temperature else None
+    best = score(logits.float(), s, s.temperature, noise)[0].topk(2)[0]
+    return (best[0] - best[1]).item()
+
+
+def first_difference(a, b):
+    """Index of the first token that differs in two lists, one of which may end early; None if they are equal."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b))) if a != b else None
+
+
+def compare(model, drafters, theirs, questions, stops, s):
+    """{(drafter, against): [(first difference, margin) or None for each prompt]} and {drafter: tau} at one s."""
+    K, found, rounds = drafters["random"].block_size, {}, {}
+    for prompt in progress(questions):
+        ids = prompt.ids
+
+        def say(arm, rows=None):
+            return run(model, arm, ids, max_new_tokens, stops, rows, s)[:2]
+
+        others = {"fixed shape": say(None, K)[0], "one row": say(None, 1)[0]}
+        if theirs is not None and not s.temperature:
+            others["transformers"] = peer_answer(theirs, ids, stops, K)
+        for name, p in (("oracle", oracle), ("wrong", 0.0)):
+            drafters[name] = Oracle(ids, others["fixed shape"], p, model, block_size=K)
+        for name, arm in drafters.items():
+            tokens, made = say(arm)
+            rounds.setdefault(name, []).extend(made)
+            for against, other in others.items():
+                i = first_difference(tokens, other)
+                found.setdefault((name, against), []).append(
+                    None if i is None else (i, margin(model, ids + tokens[:i], s, K)))
+    return found, {name: sum(len(r.tokens) for r in made) / max(1, len(made)) for name, made in rounds.items()}
+
+
+def exactness():
+    """Whether output with a drafter equals (a) the target alone at the same shape, which it must, (b) the target alone
+    by single steps and (c) transformers' greedy generate, which round otherwise."""
+    rows, lines = [], []
+    for kind in dtypes:
+        model, draft, _, questions, stops = load(4, kind)
+        drafters = {"random": random_drafter(model)} | ({} if drafter == "random" else {"trained": draft})
+        assert all(d.block_size == 16 for d in drafters.values())
+        theirs = transformers_peer(model) if 0 in temperatures else None
+        for t in temperatures:
+            s = Sampling(t, top_k, top_p, seed, draft_temperature)
+            found, tau = compare(model, dict(drafters), theirs, questions, stops, s)
+            for (name, against), differences in found.items():
+                seen = [d for d in differences if d]
+                at, gap = max(seen, key=lambda d: d[1], default=(None, None))
+                rows.append({"drafter": name, "temperature": t, "dtype": kind, "against": against,
+                             "prompts": len(questions), "identical": 1 - len(seen) / len(questions), "margin": gap,
+                             "position": at, "tau": tau[name]})
+                lines.append(json.dumps(rows[-1] | {"differences": differences}) + "\n")
+    write(os.path.join(out_dir, "exactness.jsonl"), "".join(lines))
+    print(f"{len(questions)} prompts; margin: between the two best scores where an output first differs, the largest\n")
+    print(f"{'dtype':9} {'T':>4} {'drafter':8} {'tau':>6}  {'against':13} {'identical':>9} {'margin':>8} {'token':>6}")
+    for r in rows:
+        gap = ("-", "-") if r["margin"] is None else (f"{r['margin']:.4f}", r["position"])
+        print(f"{r['dtype']:9} {r['temperature']:4} {r['drafter']:8} {r['tau']:6.2f}  {r['against']:13} "
+              f"{r['identical']:9.1%} {gap[0]:>8} {gap[1]:>6}")
+    return {"command": "exactness", "rows": rows}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# curve: what a tau is worth
+
+
+def curve():
+    """Speedup over the target alone against tau, from oracles that cost what the drafter costs, and its own point."""
+    model, draft, _, questions, stops = load(4)
+    s, arms = sampling(), {tau: chance(tau, draft.block_size) for tau in (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16)}
+    results = {name: [] for name in (*arms, "drafter")}
+    for i, prompt in enumerate(progress([questions[0], *questions])):
+        ids, made = prompt.ids, 1 + (8 if i else 1) * draft.block_size  # the first time is the warm-up
+        tokens, rounds, step = run(model, None, ids, made, (), 1, s)
+        say = run(model, None, ids, made, (), draft.block_size, s)[0]
+        rows = {tau: run(model, Oracle(ids, say, p, model, draft, draft.block_size), ids, made, (), None, s)[1:]
+                for tau, p in arms.items()}
+        if drafter != "random":
+            rows["drafter"] = run(model, draft, ids, max_new_tokens, stops, None, s)[1:]
+        if i:
+            for name, (made_rounds, seconds) in rows.items():
+                count = sum(len(r.tokens) for r in made_rounds)
+                results[name].append((count, len(made_rounds), seconds, step / len(rounds)))
+    points = []
+    for name, found in results.items():
+        if found:
+            count, rounds, seconds, _ = (sum(x) for x in zip(*found))
+            alone = sum(n * step for n, _, _, step in found)
+            points.append({"drafter": "oracle" if name != "drafter" else "trained", "tau": count / rounds,
+                           "speedup": alone / seconds, "round_s": seconds / rounds, "step_s": alone / count})
+    print(f"{'drafter':8} {'tau':>6} {'speedup':>8} {'round':>9} {'step':>9}")
+    for p in points:
+        print(f"{p['drafter']:8} {p['tau']:6.2f} {p['speedup']:7.2f}x {1e3 * p['round_s']:6.2f} ms "
+              f"{1e3 * p['step_s']:6.2f} ms")
+    plot_curve(os.path.join(out_dir, "curve.png"), points)
+    print(f"wrote {out_dir}/curve.png")
+    return {"command": "curve", "prompts": len(questions), "rows": points}
+
+
+def plot_curve(path, points):
+    def draw(plt):
+        figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+        for kind, style in (("oracle", "o-"), ("trained", "r*")):
+            at = [(p["tau"], p["speedup"]) for p in points if p["drafter"] == kind]
+            axis.plot(*zip(*at) if at else ((), ()), style, label=kind, markersize=14 if kind == "trained" else 5)
+        axis.axhline(1, color="grey", linewidth=0.8)
+        axis.set(xlabel="tau (tokens a round)", ylabel="speedup over the target alone, one row a step")
+        axis.legend()
+        return figure
+    save_figure(path, draw)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# coupling: whose noise should a guess have
+
+
+def coupling():
+    """tau of sampled output for guesses that are greedy, samples of their own, or coupled with the target's noise."""
+    model, draft, _, questions, stops = load(48)
+    rows = []
+    for t in temperatures:
+        kinds = [("greedy", 0.0)] + [(kind, warm) for warm in (0.3, 0.5, 0.7, 1.0) for kind in
+                                     ("independent", "coupled") if t]
+        for kind, warm in kinds:
+            lengths = []
+            for i, prompt in enumerate(progress(questions)):
+                s = Sampling(t, top_k, top_p, seed + i, warm if kind == "coupled" else 0.0)
+                arm = Independent(draft, warm, seed + i) if kind == "independent" else draft
+                lengths += [len(r.tokens) for r in run(model, arm, prompt.ids, max_new_tokens, stops, None, s)[1]]
+            rows.append({"temperature": t, "guesses": kind, "draft_temperature": warm,
+                         "tau": sum(lengths) / max(1, len(lengths)), "rounds": len(lengths)})
+            print("T {temperature:<4} {guesses:12} at {draft_temperature:<4} tau {tau:6.3f}  {rounds} rounds".format(
+                **rows[-1]), flush=True)
+    return {"command": "coupling", "prompts": len(questions), "rows": rows}
+
+
+COMMANDS = {"acceptance": acceptance, "exactness": exactness, "curve": curve, "coupling": coupling}
 
 
 def main():
@@ -173,10 +474,8 @@ def main():
         sys.exit(f"usage: python bench.py {'|'.join(COMMANDS)} [config.py] [--key=value]; --help lists the keys")
     configure(globals(), sys.argv[2:])
     try:
-        model, tokenizer = load_target(target, device, dtype), load_tokenizer(target)
-        draft = load_drafter(drafter, model.config, device, dtype)
         os.makedirs(out_dir, exist_ok=True)
-        report = COMMANDS[command](model, draft, tokenizer)
+        report = COMMANDS[command]()
     except ValueError as error:
         sys.exit(f"error: {error}")
     print(json.dumps(report))

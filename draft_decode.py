@@ -9,6 +9,7 @@ target, (3) accept the guesses up to the first one that differs from the target'
 commit. The target alone is the same loop without (1): its forwards have the same K rows, only the first is used. A row
 of a product depends on its own inputs alone, not on its index nor on the other rows; so both give the same bits.
 """
+import itertools
 import sys
 import time
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 
 from configurator import configure
 from model import load_drafter
-from target import chat_prompt, load_target, load_tokenizer, stop_ids
+from target import DecodeState, chat_prompt, load_target, load_tokenizer, stop_ids
 
 prompt = ""                                 # the question
 target = "data/nano/target"                 # folder of the target
@@ -41,7 +42,7 @@ color = sys.stdout.isatty()                 # accepted guesses in green, the tar
 # position; so verification compares tokens, and sampled output too is the target's own, whatever the drafter guesses.
 
 
-@dataclass
+@dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen. Guesses of the drafter take no noise at draft_temperature 0, else the target's own
     (Gumbel coupling: Daliri, Musco, Suresh, arXiv 2408.07978). ValueError for values out of range."""
@@ -90,11 +91,14 @@ def keep(scores, top_k, top_p):
     return scores
 
 
+def score(logits, s, temperature, noise):
+    """What the one rule takes the argmax of, (..., V): logits, or filtered logits / temperature + noise (..., V)."""
+    return keep(logits.float() / temperature, s.top_k, s.top_p) + noise if temperature else logits
+
+
 def choose(logits, s, temperature, noise):
     """Token ids (...) from logits (..., V) by the one rule; greedy is the case without noise."""
-    if not temperature:
-        return logits.argmax(-1)
-    return (keep(logits.float() / temperature, s.top_k, s.top_p) + noise).argmax(-1)
+    return score(logits, s, temperature, noise).argmax(-1)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the loop
@@ -112,62 +116,97 @@ def accept(guesses, choices):
     return (guesses == choices[:, :guesses.shape[1]]).long().cumprod(-1).sum(-1)
 
 
+class Decoder:
+    """One sequence of at most `length` tokens: states of target and drafter (None: the target alone), and the round.
+
+    A round has static shapes and keeps every position in a tensor. So on CUDA the second one is captured as a graph,
+    and all that follow, of later prompts too, are replays of it, with one wait for the device each.
+    """
+    def __init__(self, target, drafter, length, rows, s):
+        self.target, self.drafter, self.s, like = target, drafter, s, target.embed_tokens.weight
+        self.state, self.taps = DecodeState(target, 1, length, rows), drafter.taps if drafter else ()
+        self.memory = drafter.new_state(1, length, like) if drafter else None
+        self.block = torch.zeros(1, rows, dtype=torch.long, device=like.device)
+        self.anchor, self.ahead = self.block[:, 0].clone(), torch.arange(1, rows + 1, device=like.device)
+        self.graph, self.rounds = None, 0
+
+    def noise(self, positions):
+        return gumbel(self.s.seed, positions, self.target.config.vocab_size) if self.s.temperature else None
+
+    def prefill(self, prompt_ids):
+        """Read a prompt; returns the target's token after it, which is the first anchor."""
+        self.state.reset()
+        prompt = torch.tensor([prompt_ids], device=self.anchor.device)
+        features, logits = self.target.prefill(prompt, self.state, self.taps)
+        if self.drafter:
+            self.drafter.remember(features, self.memory, 0)
+        self.anchor.copy_(choose(logits, self.s, self.s.temperature, self.noise(self.state.pos[None])))
+        return self.anchor.item()
+
+    def round(self):
+        """[accepted, the target's choice after each of the K rows], (1 + K,) on the device."""
+        target, drafter, state, block, s = self.target, self.drafter, self.state, self.block, self.s
+        # 1. draft: the drafter's guesses for the K - 1 positions after the anchor
+        block[:, 0] = self.anchor
+        noise = self.noise(state.pos + self.ahead)                                           # (K, V)
+        if drafter:
+            warm = s.draft_temperature if s.temperature else 0.0
+            block[:, 1:] = drafter.propose(self.anchor, target, self.memory, state.pos,
+                                           lambda logits: choose(logits, s, warm, noise[:-1] if warm else None))
+        # 2. verify: one forward of the target over the anchor and the guesses; row k chooses the token after it
+        features, logits = target(block, state, self.taps, rows=slice(None))
+        choices = choose(logits, s, s.temperature, noise)                                    # (1, K)
+        # 3. accept the guesses that are the target's own choice, then its choice after the last of them
+        accepted = accept(block[:, 1:], choices) if drafter else torch.zeros_like(self.anchor)
+        self.anchor.copy_(choices.gather(1, accepted[:, None])[:, 0])
+        # 4. commit the anchor and the accepted guesses; the new anchor goes through the target in the next round
+        if drafter:
+            drafter.remember(features, self.memory, state.pos)
+        state.commit(accepted[0] + 1)
+        return torch.cat((accepted, choices[0]))
+
+    def run(self):
+        """A round's tokens as a list, and how many of them were guesses: the one wait for the device."""
+        if self.graph is None and self.rounds and self.anchor.is_cuda:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.result = self.round()
+        self.rounds += 1
+        if self.graph is None:
+            self.result = self.round()
+        else:
+            self.graph.replay()
+        accepted, *tokens = self.result.tolist()
+        return tokens[:accepted + 1], accepted
+
+
 @torch.inference_mode()
-def generate(target, drafter, prompt_ids, max_new_tokens, stop_ids=(), rows=None, s=Sampling()):
+def generate(target, drafter, prompt_ids, max_new_tokens, stop_ids=(), rows=None, s=Sampling(), decoders=None):
     """Yields a Round for each forward of the target, the prompt's own first (one token, no guess).
 
     prompt_ids: list of token ids, at least one. drafter: a DFlashDraftModel, anything with its block_size, taps and
     `new_state`, `remember` and `propose`, or None for the target alone. rows: of a forward; None: the drafter's block
-    size, or 16 without one. s: how tokens are chosen.
+    size, or 16 without one. s: how tokens are chosen. decoders: a dict that keeps Decoders, and with them their graphs,
+    for later calls with the same models; one generation at a time may use it.
     rows=1 is the fastest target-only mode, whose products have another shape: equal up to rounding, not to the bit.
     Ends after a stop id, after max_new_tokens, or at the target's context limit; what lies past the end is dropped.
     """
-    K = rows or (drafter.block_size if drafter else 16)
-    n, device = len(prompt_ids), target.embed_tokens.weight.device
-    limit = min(max_new_tokens, target.config.max_position_embeddings - n - max(K, 16))  # all modes end alike
+    K, n = rows or (drafter.block_size if drafter else 16), len(prompt_ids)
+    context = target.config.max_position_embeddings
+    limit = min(max_new_tokens, context - n - max(K, 16))  # all modes end alike
     check_request(prompt_ids, max_new_tokens, limit, target.config)
-    prompt = torch.tensor([prompt_ids], device=device)
-    taps = drafter.taps if drafter else ()
-    state, features, logits = target.prefill(prompt, n + limit + K, taps, K)
-    if drafter:
-        memory = drafter.new_state(1, n + limit + K, target.embed_tokens.weight)
-        drafter.remember(features, memory, 0)
-    ahead, V = torch.arange(1, K + 1, device=device), target.config.vocab_size
-    noise = gumbel(s.seed, state.pos[None], V) if s.temperature else None
-    anchor, sent, stop = choose(logits, s, s.temperature, noise), 0, set(stop_ids)           # (1,)
-    block = anchor.new_zeros(1, K)
-
-    def finish(tokens, accepted):
-        """The round, cut at a stop id or the limit, and whether that was the end."""
+    length = min(-(-(n + limit + max(K, 16)) // 256) * 256, context)  # in steps, so that prompts share a Decoder
+    decoders, key = {} if decoders is None else decoders, (drafter, length, K, s)
+    if key not in decoders:
+        decoders[key] = Decoder(target, *key)
+    decoder, sent, stop, done = decoders[key], 0, set(stop_ids), False
+    tokens, accepted = [decoder.prefill(prompt_ids)], 0
+    while not done:
         tokens = tokens[:limit - sent]
         end = next((i + 1 for i, t in enumerate(tokens) if t in stop), None)
-        return Round(tokens[:end], min(accepted, end or len(tokens))), end is not None or sent + len(tokens) >= limit
-
-    result, done = finish(anchor.tolist(), 0)
-    while True:
-        yield result
-        if done:
-            return
-        sent += len(result.tokens)
-        # 1. draft: the drafter's guesses for the K - 1 positions after the anchor
-        block[:, 0] = anchor
-        noise = gumbel(s.seed, state.pos + ahead, V) if s.temperature else None              # (K, V)
-        if drafter:
-            warm = s.draft_temperature if s.temperature else 0.0
-            block[:, 1:] = drafter.propose(anchor, target, memory, state.pos,
-                                           lambda logits: choose(logits, s, warm, noise[:-1] if warm else None))
-        # 2. verify: one forward of the target over the anchor and the guesses; row k chooses the token after it
-        features, logits = target(block, state, taps, rows=slice(None))
-        choices = choose(logits, s, s.temperature, noise)                                    # (1, K)
-        # 3. accept the guesses that are the target's own choice, then its choice after the last of them
-        accepted = accept(block[:, 1:], choices) if drafter else torch.zeros_like(anchor)
-        anchor = choices.gather(1, accepted[:, None])[:, 0]
-        # 4. commit the anchor and the accepted guesses; the new anchor goes through the target in the next round
-        if drafter:
-            drafter.remember(features, memory, state.pos)
-        state.commit(accepted[0] + 1)
-        count, *tokens = torch.cat((accepted, choices[0])).tolist()  # the round's one wait for the device
-        result, done = finish(tokens[:count + 1], count)
+        sent, done = sent + len(tokens), end is not None or sent + len(tokens) >= limit
+        yield Round(tokens[:end], min(accepted, end or len(tokens)))
+        tokens, accepted = decoder.run() if not done else ([], 0)
 
 
 def check_request(prompt_ids, max_new_tokens, limit, config):
@@ -189,11 +228,11 @@ def check_request(prompt_ids, max_new_tokens, limit, config):
 GREEN, BLUE, PLAIN = "\033[32m", "\033[34m", "\033[0m"
 
 
-def run(target, drafter, prompt_ids, limit, stops, rows=None, s=Sampling(), on_round=None):
+def run(target, drafter, prompt_ids, limit, stops, rows=None, s=Sampling(), on_round=None, decoders=None):
     """(tokens, rounds, seconds) of one generation, the drafter's first guess timed like all others, the prefill not.
     The rounds are those of draft and verify; the prompt's own token is the first of the tokens but in no round."""
     tokens, rounds, began, seconds = [], [], None, 0.0
-    generation = generate(target, drafter, prompt_ids, limit, stops, rows, s)
+    generation = generate(target, drafter, prompt_ids, limit, stops, rows, s, decoders)
     while True:
         began = time.perf_counter()
         result = next(generation, None)
@@ -246,14 +285,15 @@ def main():
         model = load_target(target, device, dtype)
         tokenizer = load_tokenizer(target)
         draft = load_drafter(drafter, model.config, device, dtype)
+        decoders = {}
         ids = tokenizer.encode(prompt) if raw else chat_prompt(tokenizer, prompt, thinking)
         stops = stop_ids(tokenizer)
         if compare:
             for arm, rows in ((draft, None), (None, 1)):  # warm-up, so that neither pays for the first use of a kernel
-                run(model, arm, ids, 8, stops, rows, s)
-        ours = run(model, draft, ids, max_new_tokens, stops, s=s, on_round=printer(tokenizer, color))
+                list(itertools.islice(generate(model, arm, ids, max_new_tokens, stops, rows, s, decoders), 4))
+        ours = run(model, draft, ids, max_new_tokens, stops, None, s, printer(tokenizer, color), decoders)
         alone = run(model, None, ids, max_new_tokens, stops, draft.block_size, s) if compare else None
-        step = run(model, None, ids, max_new_tokens, stops, 1, s) if compare else None
+        step = run(model, None, ids, max_new_tokens, stops, 1, s, decoders=decoders) if compare else None
     except ValueError as error:
         sys.exit(f"error: {error}")
     print("\n\n" + summary(ours, alone, step))

@@ -3,7 +3,8 @@ The target: the text model of Qwen3.5, a hybrid of Gated-DeltaNet and gated atte
 
     target = load_target("data/nano/target")                  # config.json and safetensors of the public form
     features, logits = target(tokens, taps=(1, 5), rows=slice(-1, None))   # training, scoring: a whole sequence
-    state, features, logits = target.prefill(tokens, length=512)           # decoding: once for the prompt, then
+    state = DecodeState(target, 1, length=512)                             # decoding: once for the prompt
+    features, logits = target.prefill(tokens, state, taps=(1, 5))          # and then
     features, logits = target(block, state, taps=(1, 5))                   # a forward proposes K rows
     state.commit(n)                                                        # and commit adopts the first n
 
@@ -95,26 +96,29 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=CHUNK, keep=None):
         return x.unflatten(2, (-1, chunk))
 
     q, k, u, beta, c = chunks(q), chunks(k), chunks(v), chunks(beta)[..., None], chunks(g)
-    q, v_beta, k_beta = q * q.shape[-1] ** -0.5, u * beta, k * beta
+    q, k_beta = q * q.shape[-1] ** -0.5, k * beta
     c = c.cumsum(-1)                                                    # (B, H, N, C) log decay since the chunk began
     future = torch.ones(chunk, chunk, dtype=torch.bool, device=v.device).triu(1)
     # masked before exp: above the diagonal the difference is positive and would overflow
     decay = (c[..., :, None] - c[..., None, :]).masked_fill(future, -torch.inf).exp()        # (B, H, N, C, C)
-    grow = c.exp()[..., None]
+    grow, last = c.exp()[..., None], c[..., -1:]
     # row t of u is what token t writes, given what rows before it in the chunk wrote: (I + A) u = beta (v - k S)
-    A = k_beta @ k.mT * decay
-    u, w = torch.linalg.solve_triangular(A, torch.cat((v_beta, k_beta * grow), -1), upper=False,
+    A, P = (torch.cat((k_beta, q), -2) @ k.mT * torch.cat((decay, decay), -2)).split(chunk, -2)
+    u, w = torch.linalg.solve_triangular(A, torch.cat((u * beta, k_beta * grow), -1), upper=False,
                                          unitriangular=True).split((Dv, k.shape[-1]), -1)
-    P, q, last = q @ k.mT * decay, q * grow, c[..., -1:]
+    wq = torch.cat((w, q * grow), -2)                                   # (B, H, N, 2C, D): one product with S for both
     k, fade = k * (last - c).exp()[..., None], last.exp()[..., None]
     S = q.new_zeros(B, Hv, k.shape[-1], Dv) if S is None else S.to(dtype)
-    out, kept = [], S
-    for i in range(c.shape[2]):
-        write = u[:, :, i] - w[:, :, i] @ S
-        out.append(q[:, :, i] @ S + P[:, :, i] @ write)
-        S = S * fade[:, :, i] + k[:, :, i].mT @ write
-        kept = S if keep is None or i < keep else kept
-    o = torch.cat(out, 2)[:, :, :T] if len(out) > 1 else out[0][:, :, :T]
+    out, kept, N = [], S, c.shape[2]
+    keep = N if keep is None else keep
+    for i in range(N):
+        read, o = (wq[:, :, i] @ S).split(chunk, -2)
+        write = u[:, :, i] - read
+        out.append(o + P[:, :, i] @ write)
+        if i < max(keep, N - 1):
+            S = S * fade[:, :, i] + k[:, :, i].mT @ write
+        kept = S if i < keep else kept
+    o = torch.cat(out, 2)[:, :, :T] if N > 1 else out[0][:, :, :T]
     return o.transpose(1, 2).to(v.dtype), kept
 
 
@@ -170,8 +174,29 @@ def unit(x):
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
 
 
-class GatedDeltaNet(nn.Module):
+class Joined(nn.Module):
+    """A module whose projections of one input are computed as one product: `join` makes their weights views of one
+    tensor, under their own names. A row of a product does not depend on how many columns there are beside it."""
+    joined = None
+
+    def join(self):
+        weights = [getattr(self, name).weight for name in self.names]
+        self.joined, start = torch.cat([w.data for w in weights]), 0
+        for w in weights:
+            w.data = self.joined[start:start + len(w)]
+            start += len(w)
+
+    def project(self, x):
+        """The projections (B, T, width) of x, in the order of `names`."""
+        weights = [getattr(self, name).weight for name in self.names]
+        whole = torch.cat(weights) if self.joined is None else self.joined
+        return F.linear(x, whole).split([len(w) for w in weights], -1)
+
+
+class GatedDeltaNet(Joined):
     """Token mixing by the gated delta rule, after a short causal depthwise convolution; gated norm; projection."""
+    names = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
+
     def __init__(self, c):
         super().__init__()
         self.heads, self.value_heads = c.linear_num_key_heads, c.linear_num_value_heads
@@ -188,28 +213,30 @@ class GatedDeltaNet(nn.Module):
         self.norm = GatedRMSNorm(c.linear_value_head_dim, c.rms_norm_eps)
         self.out_proj = linear(values, c.hidden_size)
 
-    def forward(self, x, index, state):
+    def forward(self, x, memory, rotary):
         T, taps = x.shape[1], self.conv1d.weight.shape[-1]
-        qkv = self.in_proj_qkv(x)
+        qkv, z, b, a = self.project(x)
         # the convolution looks at the taps - 1 tokens before: zeros at the start, the state's memory in decoding
-        qkv = F.pad(qkv, (0, 0, taps - 1, 0)) if state is None else state.convolve(index, qkv)
+        qkv = F.pad(qkv, (0, 0, taps - 1, 0)) if memory is None else memory.convolve(qkv)
         weight = self.conv1d.weight[:, 0].T                                                  # (taps, channels)
         qkv = rowwise(F.silu, sum(weight[i] * qkv[:, i:i + T] for i in range(taps)))
         q, k, v = qkv.split(self.widths, dim=-1)
         q, k = unit(q.unflatten(-1, (self.heads, -1))), unit(k.unflatten(-1, (self.heads, -1)))
         v = v.unflatten(-1, (self.value_heads, -1))
-        beta = self.in_proj_b(x).sigmoid()
-        g = -self.A_log.exp() * F.softplus(wide(self.in_proj_a(x)) + self.dt_bias)
-        if state is None:
+        beta = b.sigmoid()
+        g = -self.A_log.exp() * F.softplus(wide(a) + self.dt_bias)
+        if memory is None:
             with torch.autocast(x.device.type, enabled=False):  # it would turn the fp32 island's products into bf16
                 o, _ = gated_delta_rule(q, k, v, g, beta)
         else:
-            o = state.delta_rule(index, q, k, v, g, beta)
-        return self.out_proj(self.norm(o, self.in_proj_z(x).unflatten(-1, (self.value_heads, -1))).flatten(-2))
+            o = memory.delta_rule(q, k, v, g, beta)
+        return self.out_proj(self.norm(o, z.unflatten(-1, (self.value_heads, -1))).flatten(-2))
 
 
-class GatedAttention(nn.Module):
+class GatedAttention(Joined):
     """Grouped-query attention with normed heads, partial rotary and a sigmoid gate on its output."""
+    names = ("q_proj", "k_proj", "v_proj")
+
     def __init__(self, c):
         super().__init__()
         self.heads, self.kv_heads, self.dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
@@ -219,20 +246,23 @@ class GatedAttention(nn.Module):
         self.o_proj = linear(self.heads * self.dim, c.hidden_size)
         self.q_norm, self.k_norm = RMSNorm(self.dim, c.rms_norm_eps), RMSNorm(self.dim, c.rms_norm_eps)
 
-    def forward(self, x, index, state, rotary):
-        q, gate = self.q_proj(x).unflatten(-1, (self.heads, -1)).chunk(2, dim=-1)            # (B, T, H, D)
-        k, v = (proj(x).unflatten(-1, (self.kv_heads, -1)) for proj in (self.k_proj, self.v_proj))
+    def forward(self, x, memory, rotary):
+        q, k, v = self.project(x)
+        q, gate = q.unflatten(-1, (self.heads, -1)).chunk(2, dim=-1)                         # (B, T, H, D)
+        k, v = (y.unflatten(-1, (self.kv_heads, -1)) for y in (k, v))
         q, k = rotate(self.q_norm(q), rotary), rotate(self.k_norm(k), rotary)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))                                     # (B, H, T, D)
         mask = None
-        if state is not None:
-            k, v, mask = state.attention(index, k, v)
+        if memory is not None:
+            k, v, mask = memory.attention(k, v)
         o = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
         return self.o_proj((o.transpose(1, 2) * rowwise(torch.sigmoid, gate)).flatten(-2))
 
 
-class MLP(nn.Module):
+class MLP(Joined):
     """SwiGLU."""
+    names = ("gate_proj", "up_proj")
+
     def __init__(self, c):
         super().__init__()
         self.gate_proj = linear(c.hidden_size, c.intermediate_size)
@@ -240,14 +270,14 @@ class MLP(nn.Module):
         self.down_proj = linear(c.intermediate_size, c.hidden_size)
 
     def forward(self, x):
-        return self.down_proj(rowwise(F.silu, self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.project(x)
+        return self.down_proj(rowwise(F.silu, gate) * up)
 
 
 class Layer(nn.Module):
     """Mix tokens, then channels; both on a normed copy of the residual stream."""
-    def __init__(self, c, kind, index):
+    def __init__(self, c, kind):
         super().__init__()
-        self.index = index  # among the layers of its kind: the slot of its decode state
         if kind == "linear_attention":
             self.linear_attn = GatedDeltaNet(c)
         else:
@@ -256,24 +286,71 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(self, x, state, rotary):
-        y = self.input_layernorm(x)
-        if hasattr(self, "linear_attn"):
-            x = x + self.linear_attn(y, self.index, state)
-        else:
-            x = x + self.self_attn(y, self.index, state, rotary)
+    def forward(self, x, memory, rotary):
+        """x (B, T, hidden); memory: this layer's part of a DecodeState, or None for whole sequences."""
+        mix = self.linear_attn if hasattr(self, "linear_attn") else self.self_attn
+        x = x + mix(self.input_layernorm(x), memory, rotary)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the decode state: a forward proposes, commit(n) adopts
 
 
+class LinearMemory:
+    """A linear layer's part of a DecodeState, as views of its tensors."""
+    def __init__(self, state, index):
+        self.state, self.conv, self.window = state, state.conv[index], state.window[index]
+        self.S, self.S_next = state.S[index], state.S_next[index]
+
+    def convolve(self, qkv):
+        """The inputs (B, T, channels) with the taps - 1 that come before them."""
+        past = self.conv.shape[1] - self.state.rows
+        if self.state.bulk:
+            qkv = F.pad(qkv, (0, 0, past, 0))
+            self.conv[:, :past] = qkv[:, -past:]
+            return qkv
+        self.conv[:, past:] = qkv
+        return self.conv
+
+    def delta_rule(self, *qkvgb):
+        """Outputs (B, T, Hv, Dv) of the rows, given the committed ones; keeps the next chunk's state aside."""
+        state, kind = self.state, qkvgb[2].dtype
+        if state.bulk:
+            o, S = gated_delta_rule(*qkvgb)
+            self.S.copy_(S)
+        elif state.rows == 1:
+            o, S = delta_step(*qkvgb, self.S)
+            self.S_next.copy_(S)
+        else:
+            packed = torch.cat([x.to(self.S.dtype).flatten(2) for x in qkvgb], -1)
+            self.window.index_copy_(1, state.slots, packed)
+            parts = self.window.split([x[0, 0].numel() for x in qkvgb], -1)
+            parts = (part.unflatten(-1, x.shape[2:]) for part, x in zip(parts, qkvgb))
+            o, S = gated_delta_rule(*parts, self.S, chunk=state.rows, keep=1)
+            self.S_next.copy_(S)
+            o = o.index_select(1, state.slots)
+        return o.to(kind)
+
+
+class FullMemory:
+    """A full-attention layer's part of a DecodeState, as views of its tensors."""
+    def __init__(self, state, index):
+        self.state, self.keys, self.values = state, state.keys[index], state.values[index]
+
+    def attention(self, k, v):
+        """All keys and values (B, H, length, D) after the rows' own, and the mask (K, length) of what a row may see."""
+        self.keys.index_copy_(2, self.state.positions, k)
+        self.values.index_copy_(2, self.state.positions, v)
+        return (k, v, None) if self.state.bulk else (self.keys, self.values, self.state.mask)
+
+
 class DecodeState:
-    """What decoding remembers of B sequences at one common position. A forward of K rows reads it and fills scratch
-    rows only; commit(n) makes the first n of them part of the sequence. Nothing is cropped, copied back or replayed.
+    """What decoding remembers of B sequences at one common position, for at most `length` tokens. A forward of K rows
+    reads it and fills scratch rows only; commit(n) makes the first n of them part of the sequence. Nothing is cropped,
+    copied back or replayed.
 
     pos      tokens committed, a tensor, so that a round has static shapes and can be captured as a graph
-    kv       keys and values of `length` tokens for each full layer; rows past pos are scratch, hidden by the mask
+    keys     and values of each full layer; rows past pos are scratch, hidden by the mask
     S        delta-rule state of each linear layer after b tokens, b = pos rounded down to a multiple of C = K
     window   q k v g beta of tokens b .. b + 2C - 1: the committed tail, the block, then zeros, which change nothing
     conv     inputs of the short convolution: those of the taps - 1 tokens before pos, then the block's
@@ -281,24 +358,34 @@ class DecodeState:
     The chunk grid is absolute, so a token meets the same chunks in the same order however the sequence was cut: this
     makes its logits bit-identical for every cut. With K = 1 there is no window and the recurrence itself is run.
     """
-    def __init__(self, target, batch, length, rows):
+    def __init__(self, target, batch, length, rows=16):
         c, weight = target.config, target.embed_tokens.weight
         assert length <= c.max_position_embeddings, (length, c.max_position_embeddings)
-        self.rows, self.length, self.empty = rows, length, True
+        self.rows, self.length = rows, length
         full = c.layer_types.count("full_attention")
         layers, width = len(c.layer_types) - full, 1 if rows == 1 else 2 * rows
         H, Hv, D, Dv = (c.linear_num_key_heads, c.linear_num_value_heads, c.linear_key_head_dim,
                         c.linear_value_head_dim)
-        dtype = torch.promote_types(weight.dtype, torch.float32)
+        channels, dtype = 2 * H * D + Hv * Dv, torch.promote_types(weight.dtype, torch.float32)
         self.pos = torch.zeros((), dtype=torch.long, device=weight.device)
-        self.kv = weight.new_zeros(2, full, batch, c.num_key_value_heads, length, c.head_dim)
+        self.keys = weight.new_zeros(full, batch, c.num_key_value_heads, length, c.head_dim)
+        self.values = torch.zeros_like(self.keys)
         self.S = weight.new_zeros(layers, batch, Hv, D, Dv, dtype=dtype)
         self.S_next = torch.zeros_like(self.S)
-        self.window = [weight.new_zeros(layers, batch, width, *shape, dtype=kind) for shape, kind in (
-            ((H, D), dtype), ((H, D), dtype), ((Hv, Dv), weight.dtype), ((Hv,), dtype), ((Hv,), weight.dtype))]
-        self.conv = weight.new_zeros(layers, batch, c.linear_conv_kernel_dim - 1 + rows, 2 * H * D + Hv * Dv)
+        self.window = weight.new_zeros(layers, batch, width, channels + 2 * Hv, dtype=dtype)
+        self.conv = weight.new_zeros(layers, batch, c.linear_conv_kernel_dim - 1 + rows, channels)
         self.steps = torch.arange(length, device=weight.device)
         self.cos, self.sin = rotary_table(self.steps, int(c.head_dim * c.partial_rotary_factor), c.rope_theta)
+        of = {"linear_attention": iter([LinearMemory(self, i) for i in range(layers)]),
+              "full_attention": iter([FullMemory(self, i) for i in range(full)])}
+        self.layers = [next(of[kind]) for kind in c.layer_types]
+        self.reset()
+
+    def reset(self):
+        """Begin anew with an empty sequence; scratch rows keep what they hold, as nothing sees them."""
+        self.empty = True
+        for kept in (self.pos, self.S, self.window, self.conv):
+            kept.zero_()
 
     def begin(self, T):
         """Set the rows of a forward of T tokens; returns their rotary table."""
@@ -309,51 +396,17 @@ class DecodeState:
         self.mask = self.steps <= positions[:, None] if not self.bulk else None              # (K, length)
         return self.cos.index_select(0, positions), self.sin.index_select(0, positions)
 
-    def convolve(self, index, qkv):
-        """The inputs (B, T, channels) with the taps - 1 that come before them."""
-        past = self.conv.shape[2] - self.rows
-        if self.bulk:
-            qkv = F.pad(qkv, (0, 0, past, 0))
-            self.conv[index, :, :past] = qkv[:, -past:]
-            return qkv
-        self.conv[index, :, past:] = qkv
-        return self.conv[index]
-
-    def delta_rule(self, index, *qkvgb):
-        """Outputs (B, T, Hv, Dv) of the rows, given the committed ones; keeps the next chunk's state aside."""
-        if self.bulk:
-            o, self.S[index] = gated_delta_rule(*qkvgb)
-        elif self.rows == 1:
-            o, self.S_next[index] = delta_step(*qkvgb, self.S[index])
-        else:
-            for kept, new in zip(self.window, qkvgb):
-                kept[index].index_copy_(1, self.slots, new)
-            window = (kept[index] for kept in self.window)
-            o, self.S_next[index] = gated_delta_rule(*window, self.S[index], chunk=self.rows, keep=1)
-            o = o.index_select(1, self.slots)
-        return o
-
-    def attention(self, index, k, v):
-        """All keys and values (B, H, length, D) after the rows' own, and the mask (K, length) of what a row may see."""
-        keys, values = self.kv[0, index], self.kv[1, index]
-        keys.index_copy_(2, self.positions, k)
-        values.index_copy_(2, self.positions, v)
-        return (k, v, None) if self.bulk else (keys, values, self.mask)
-
     def commit(self, n):
         """Adopt the first n rows (an int or a tensor, 0..K) of the last forward; after a bulk forward, all of them."""
         self.empty = False
-        if self.bulk:
-            self.pos += n
-            return
-        C, past = self.rows, self.conv.shape[2] - self.rows
-        passed = self.pos % C + n >= C  # the block's chunk is complete: its state was computed by the forward
-        torch.where(passed, self.S_next, self.S, out=self.S)
-        if C > 1:
-            for kept in self.window:
-                moved = torch.cat((kept[:, :, C:], torch.zeros_like(kept[:, :, C:])), 2)
-                torch.where(passed, moved, kept, out=kept)
-        self.conv[:, :, :past] = self.conv.index_select(2, n + self.steps[:past])
+        if not self.bulk:
+            C, past = self.rows, self.conv.shape[2] - self.rows
+            passed = self.pos % C + n >= C  # the block's chunk is complete: its state was computed by the forward
+            torch.where(passed, self.S_next, self.S, out=self.S)
+            if C > 1:
+                moved = torch.cat((self.window[:, :, C:], torch.zeros_like(self.window[:, :, C:])), 2)
+                torch.where(passed, moved, self.window, out=self.window)
+            self.conv[:, :, :past] = self.conv.index_select(2, n + self.steps[:past])
         self.pos += n
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -366,8 +419,7 @@ class Target(nn.Module):
         super().__init__()
         c = self.config = config
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.layers = nn.ModuleList(Layer(c, kind, c.layer_types[:i].count(kind))
-                                    for i, kind in enumerate(c.layer_types))
+        self.layers = nn.ModuleList(Layer(c, kind) for kind in c.layer_types)
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         if not c.tie_word_embeddings:
             self.lm_head = linear(c.hidden_size, c.vocab_size)
@@ -396,7 +448,7 @@ class Target(nn.Module):
         last = len(self.layers) if rows is not None or state is not None else max(taps) + 1
         seen = {}
         for i, layer in enumerate(self.layers[:last]):
-            x = layer(x, state, rotary)
+            x = layer(x, state and state.layers[i], rotary)
             if i in taps:
                 seen[i] = x
         features = torch.cat([seen[i] for i in taps], -1) if taps else None
@@ -404,16 +456,16 @@ class Target(nn.Module):
         return features, logits
 
     @torch.no_grad()
-    def prefill(self, tokens, length, taps=(), rows=16):
-        """Read prompts (B, n), 1 <= n <= length - rows. Returns a DecodeState of `length` tokens at position n, the
-        features (B, n, ...) of the prompt, and the logits (B, V) of its last token.
+    def prefill(self, tokens, state, taps=()):
+        """Read prompts (B, n), 1 <= n <= length - K, into a state of K rows that is empty. Returns their features
+        (B, n, ...), and the logits (B, V) of the last token.
 
         Whole chunks go through in bulk; the rest, 1 to K tokens, are a block whose rows are all accepted. So the
         state starts on the chunk grid, and decoding and prefill share the code of a block.
         """
-        B, n = tokens.shape
-        assert 1 <= n <= length - rows, (n, length - rows)
-        state, bulk, parts = DecodeState(self, B, length, rows), (n - 1) // rows * rows, []
+        n, rows, parts = tokens.shape[1], state.rows, []
+        assert 1 <= n <= state.length - rows and state.empty, (n, state.length, rows, state.empty)
+        bulk = (n - 1) // rows * rows
         if bulk:
             parts.append(self(tokens[:, :bulk], state, taps)[0])
             state.commit(bulk)
@@ -421,7 +473,13 @@ class Target(nn.Module):
         features, logits = self(block, state, taps, rows=slice(n - bulk - 1, n - bulk))
         state.commit(n - bulk)
         parts.append(features[:, :n - bulk] if taps else None)
-        return state, torch.cat(parts, 1) if taps else None, logits[:, 0]
+        return torch.cat(parts, 1) if taps else None, logits[:, 0]
+
+    def compile(self):
+        """Compile the layers one by one, each kind once: the same code for whichever taps, hence the same bits."""
+        for layer in self.layers:
+            layer.compile()
+        return self
 
 
 def check_device(device, dtype):
@@ -472,7 +530,10 @@ def load_target(folder, device="cpu", dtype="float32"):
     except RuntimeError as error:
         raise ValueError(f"{folder!r} does not hold the weights that its config.json describes: "
                          f"{' '.join(str(error).split())}") from None
-    return target.requires_grad_(False).eval()
+    for module in target.requires_grad_(False).eval().modules():
+        if isinstance(module, Joined):
+            module.join()
+    return target
 
 # ----------------------------------------------------------------------------------------------------------------------
 # prompts: one function for decoding, benchmarks and data, so that no two of them use different templates
