@@ -97,14 +97,12 @@ def ranks():
 
 
 def join():
-    """Join the processes that torchrun started; only rank 0 prints, errors excepted. A rank that dies makes the others'
-    next exchange fail, and torchrun ends them all with a non-zero status."""
+    """Join the processes that torchrun started. A rank that dies makes the next exchange of the others fail, and
+    torchrun ends them all with a non-zero status."""
     if "RANK" in os.environ:
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
-        if ranks()[0]:
-            sys.stdout = open(os.devnull, "w")
 
 
 def barrier():
@@ -470,34 +468,35 @@ def mfu(rate):
     return rate / (peak * ranks()[1]) if peak else None
 
 
-def decode_held_out(model, folder, rows, stops):
-    """tau (micro), all tokens over all rounds, of real greedy decoding on held-out prompts with a saved checkpoint.
-    Every rank decodes all of them, as layers that are sharded need all ranks at once."""
-    drafter, tokens, rounds = load_drafter(folder, model.config, device, dtype), 0, 0
-    with torch.compiler.set_stance("force_eager"):  # decoding's many shapes are not worth compiling for
-        for i in range(min(decode_rows, len(rows))):
-            ids, mask = rows[i]
-            _, result, _ = decode(model, drafter, ids[:int(mask.argmax())].tolist(), decode_tokens, stops)
-            tokens, rounds = tokens + sum(len(r.tokens) for r in result), rounds + len(result)
+def decode_held_out(folder, rows, stops):
+    """tau (micro), all tokens over all rounds, of real greedy decoding on held-out prompts with a saved checkpoint; on
+    one process, with a target of its own, as that of training may be sharded or compiled."""
+    model = load_target(target, device, dtype)
+    drafter, tokens, rounds, decoders = load_drafter(folder, model.config, device, dtype), 0, 0, {}
+    for i in range(min(decode_rows, len(rows))):
+        ids, mask = rows[i]
+        _, result, _ = decode(model, drafter, ids[:int(mask.argmax())].tolist(), decode_tokens, stops,
+                              decoders=decoders)
+        tokens, rounds = tokens + sum(len(r.tokens) for r in result), rounds + len(result)
     return tokens / max(1, rounds)
 
 
-def check(config):
+def check():
     """ValueError for values of the configuration that no run can have."""
     for name, allowed in (("loss", ("decay", "dpace")), ("attention", ("flex", "grouped")),
                           ("parallel", ("ddp", "fsdp")), ("device", ("cpu", "cuda"))):
-        if config[name] not in allowed:
-            raise ValueError(f"{name} = {config[name]!r}: use {' or '.join(allowed)}")
+        if globals()[name] not in allowed:
+            raise ValueError(f"{name} = {globals()[name]!r}: use {' or '.join(allowed)}")
     if attention == "flex" and device == "cpu":
         raise ValueError("attention = 'flex' has no backward on CPUs: use grouped")
     for name in ("keep", "batch_size", "accumulation", "anchors", "length_step", "patience"):
-        if config[name] < 1:
-            raise ValueError(f"{name} = {config[name]}: use 1 or more")
+        if globals()[name] < 1:
+            raise ValueError(f"{name} = {globals()[name]}: use 1 or more")
 
 
 def setup(config):
     """(run, held-out rows, stop ids): everything, from nothing or from a checkpoint."""
-    check(config)
+    check()
     folder = newest(out_dir)
     if os.path.basename(folder).startswith("step-") and not resume:
         raise ValueError(f"{out_dir} holds a run ({os.path.basename(folder)}): --resume goes on with it, "
@@ -610,8 +609,13 @@ def main():
             wandb.init(project=wandb_project, name=os.path.basename(os.path.normpath(out_dir)), config=config)
         if compile:
             warm_up(run)
-        folder = loop(run, held_out, config)
-        tau = decode_held_out(run.model, folder, held_out, stops)
+        folder, rank = loop(run, held_out, config), ranks()[0]
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        if rank:
+            return
+        del run
+        tau = decode_held_out(folder, held_out, stops)
     except ValueError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -619,8 +623,6 @@ def main():
     print(f"wrote {folder} and {out_dir}/training.png\n"
           f"try it: python draft_decode.py --drafter={folder} --prompt \"...\"\n"
           f"held-out tau from real decoding: {tau:.3f} ({min(decode_rows, len(held_out))} prompts)")
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
