@@ -1138,7 +1138,8 @@ def test_resume_after_a_kill_in_the_middle_of_a_save(small_run, monkeypatch, tmp
     expected, real, n, finished = go(tmp_path / "whole-dflash"), getattr(owner, name), 0, False
     assert sorted(os.listdir(tmp_path / "whole-dflash")) == ["log.jsonl", "step-000003", "training.png"]
     while not finished:
-        n, left, folder = n + 1, [n], tmp_path / f"{n}-dflash"
+        n += 1
+        left, folder = [n], tmp_path / f"{n}-dflash"
 
         def dying(*args, **kwargs):
             left[0] -= 1
@@ -1248,6 +1249,7 @@ def test_specforge_checkpoints_are_gone_on_from(small_run, monkeypatch, tmp_path
     train.loop(run, held_out, config())
     drift = [apart(p, weights[name]) for name, p in run.drafter.state_dict().items()]
     assert 0 < max(drift) < 0.02, drift  # the same run, but for weights that were rounded to bf16
+    monkeypatch.setattr(train, "out_dir", str(tmp_path / "y-dflash"))
     bad = {**state, "optimizer_state_dict": {"state": {i: moments[len(moments) - 1 - i] for i in moments}}}
     for broken, hint in ((bad, "does not fit this drafter: moment 0"), ({**state, "args": Evil()}, "cannot read")):
         torch.save(broken, theirs / "training_state.pt")
