@@ -8,6 +8,7 @@ Measures a drafter. Each command prints a table and, as its last line, JSON; fig
     python bench.py exactness --target=random:0.8b:4 --drafter=random --prompts=random:64:256
     python bench.py curve                                        # speedup against tau, from drafters right by chance
     python bench.py coupling                                     # sampling: which guesses agree with the target most
+    python bench.py speed                                        # a training step against its arithmetic; ten minutes
 
 tau, the acceptance length, is the number of tokens returned in a round, the target's own included. micro: all tokens
 over all rounds. macro: the mean over prompts of each prompt's mean. Tokens past the end of an answer do not count, and
@@ -16,20 +17,25 @@ step; both arms run prompt by prompt in one process, in alternating order. Every
 first guess too; the prefill, which they share, is not.
 """
 import json
+import math
+import multiprocessing
 import os
 import random
 import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import train
 from configurator import configure
 from data.nano.problems import boxed, problems
 from draft_decode import Sampling, choose, gumbel, run, score
-from model import DFlashDraftModel, drafter_config, load_drafter
-from target import DecodeState, chat_prompt, load_target, load_tokenizer, stop_ids
+from model import DFlashDraftModel, block_labels, block_loss, drafter_config, load_drafter, sample_anchors
+from target import DecodeState, TargetConfig, chat_prompt, load_target, load_tokenizer, stop_ids
 
 target = "data/nano/target"             # folder of the target, or random:0.8b and the like
 drafter = "data/nano/drafter-dflash"    # folder of the drafter, or random: untrained, of the target's own widths
@@ -463,7 +469,69 @@ def coupling():
     return {"command": "coupling", "prompts": len(questions), "rows": rows}
 
 
-COMMANDS = {"acceptance": acceptance, "exactness": exactness, "curve": curve, "coupling": coupling}
+# ----------------------------------------------------------------------------------------------------------------------
+# speed: a training step of the drafter at Phase 1.2's widths on this machine's CPU, against its arithmetic
+
+WIDTHS = TargetConfig(vocab_size=248320, hidden_size=1024, intermediate_size=3584, num_hidden_layers=24,
+                      num_attention_heads=8, num_key_value_heads=2, head_dim=256, linear_num_key_heads=16,
+                      linear_num_value_heads=16, linear_key_head_dim=128, linear_value_head_dim=128)
+
+
+def matrix_rate():
+    """Operations a second of a product of 1024 x 1024 with 1024 x 3584 in fp32, the best of ten."""
+    a, b, best = torch.randn(1024, 1024), torch.randn(1024, 3584), math.inf
+    for _ in range(10):
+        began = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - began)
+    return 2 * 1024 * 1024 * 3584 / best
+
+
+def training_row(T, A):
+    """Seconds of one forward and backward of T tokens with A anchors, the better of two, the floor, and the peak memory
+    of the process that ran it, which should be one of its own. The floor is train.operations over the matrix rate: with
+    1,024 tokens and 128 anchors, 2,048 rows, in units of 1e9 operations: layers 6 x 81.3 M x 2,048 = 999, keys and
+    values of the context 32, fc 21, attention 12 x 10,240 x 2,048 x 528 = 133, head 4 x 254 M x 1,920 = 1,953."""
+    draft = DFlashDraftModel(drafter_config(WIDTHS, 5, (3, 7, 11, 15, 19), 248077, 8, 2, 256, 3584))
+    head = torch.empty(WIDTHS.vocab_size, WIDTHS.hidden_size).normal_(std=0.02)
+    tokens, features = torch.randint(0, WIDTHS.vocab_size, (1, T)), torch.randn(1, T, 5 * WIDTHS.hidden_size)
+    seconds, rates = math.inf, [matrix_rate()]
+    for _ in range(2):
+        began = time.perf_counter()
+        at, real = sample_anchors(tokens >= 0, A, torch.Generator().manual_seed(0))
+        labels, weights = block_labels(tokens, tokens >= 0, at, real, 16, 7.0)
+        hidden = draft(features, draft.block(tokens.gather(1, at), head), at)
+        block_loss(hidden, head, labels, weights, 256)[0].backward()
+        seconds = min(seconds, time.perf_counter() - began)
+        rates.append(matrix_rate())
+    with open("/proc/self/status") as f:
+        peak = next(int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM"))
+    return {"name": f"training, {T} tokens, {A} anchors", "seconds": seconds, "peak_bytes": peak,
+            "floor_seconds": train.operations(draft, 1, T, A) / max(rates)}
+
+
+def speed():
+    """The training rows, and whether time is affine in the number of anchors. Peer: SpecForge's step as measured on two
+    cores of another machine, so the ratio to it says less than that to the floor."""
+    rows, peers = [], {(512, 32): 12.5, (1024, 128): 65.8}
+    for T, A in ((512, 32), (1024, 32), (1024, 64), (1024, 128), (1024, 256)):
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            row = pool.submit(training_row, T, A).result()
+        if (T, A) in peers:
+            row |= {"peer": "SpecForge", "peer_seconds": peers[T, A], "ratio": peers[T, A] / row["seconds"]}
+        rows.append(row)
+        print(f"{row['name']:34} {row['seconds']:7.2f} s, {row['seconds'] / row['floor_seconds']:.2f} x the floor, "
+              f"{row['peak_bytes'] / 1e9:.2f} GB", flush=True)
+    A = torch.tensor([[1.0, 32], [1, 64], [1, 128], [1, 256]], dtype=torch.float64)
+    seconds, peaks = (torch.tensor([[row[key]] for row in rows[1:]], dtype=torch.float64)
+                      for key in ("seconds", "peak_bytes"))
+    error = ((A @ torch.linalg.lstsq(A, seconds).solution) / seconds - 1).abs().max().item()
+    per_anchor = torch.linalg.lstsq(A, peaks).solution[1].item()
+    print(f"affine in the anchors within {error:.1%}; {per_anchor / 1e6:.1f} MB an anchor")
+    return {"command": "speed", "rows": rows, "affine_error": error, "bytes_per_anchor": per_anchor}
+
+
+COMMANDS = {"speed": speed, "acceptance": acceptance, "exactness": exactness, "curve": curve, "coupling": coupling}
 
 
 def main():

@@ -762,7 +762,7 @@ def test_leak_from_future_features_or_other_blocks(kinds, window):
 @pytest.mark.parametrize("kinds, window", DRAFTERS)
 @torch.no_grad()
 def test_leak_in_flex_attention(kinds, window, monkeypatch):
-    """Failures 1 and 2 on GPUs: the mask of flex_attention is not that of the form for CPUs. Here it runs uncompiled."""
+    """Failures 1 and 2 on GPUs: flex_attention's mask is not that of the form for CPUs. Here it runs uncompiled."""
     monkeypatch.setattr(model, "flex", flex_attention)
     drafter, (features, blocks, anchors) = small_drafter(kinds, window), drafting(200, A=20)
     anchors[0, 0], anchors[1, -3:] = 0, 0  # a block without context; unreal ones after the last
@@ -937,8 +937,8 @@ def small_run(monkeypatch, tmp_path):
                {"vocab_size": 512, "tokenizer": fingerprint(os.path.join(NANO, "target"))})
     for name, value in dict(target=os.path.join(NANO, "target"), data=folder, out_dir=str(tmp_path / "run-dflash"),
                             resume=False, layers=1, heads=4, kv_heads=2, head_dim=32, mlp=64, taps=(1, 6),
-                            anchors=64, batch_size=2, accumulation=2, max_length=128, length_step=64, lr=1e-2, warmup=0.2,
-                            clip=1.0, epochs=1.2, log_every=1, eval_every=3, eval_rows=3, save_every=3, device="cpu",
+                            anchors=64, batch_size=2, accumulation=2, max_length=128, length_step=64, lr=1e-2,
+                            warmup=0.2, clip=1.0, epochs=1.2, log_every=1, eval_every=3, eval_rows=3, save_every=3, device="cpu",
                             dtype="float32", attention="grouped").items():
         monkeypatch.setattr(train, name, value)
     return rows
@@ -1053,7 +1053,7 @@ print("not reached")
 def test_ranks_are_the_same_run(small_run, monkeypatch, tmp_path):
     """Failures 12 and 13: two gloo processes, DDP and FSDP, with unequal supervised counts, follow one process with
     twice the accumulation; their checkpoints resume on one process, and on two to the bit; a dead rank ends all."""
-    for name, value in dict(epochs=8.0, save_every=10, keep=9, eval_every=20, clip=0.5).items():
+    for name, value in dict(epochs=4.0, save_every=10, keep=9, eval_every=20, clip=0.5).items():
         monkeypatch.setattr(train, name, value)
     lines = [f"{k} = {v!r}" for k, v in config().items() if v is not None and k not in ("out_dir", "accumulation")]
     (tmp_path / "small.py").write_text("\n".join(lines)), (tmp_path / "ranks.py").write_text(RANKS)
@@ -1061,20 +1061,18 @@ def test_ranks_are_the_same_run(small_run, monkeypatch, tmp_path):
                            str(tmp_path / "ranks.py"), str(tmp_path / "small.py"), str(tmp_path)], cwd=ROOT, text=True,
                           env={**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"}, capture_output=True)
     assert done.returncode == 1 and "not reached" not in done.stdout and "SIGKILL" in done.stderr, done.stderr[-3000:]
-    one, steps = go(tmp_path / "one-dflash"), [20, 40]
-    logs = {}
+    one, logs = go(tmp_path / "one-dflash"), {}
     for name in ("one", "ddp", "fsdp", "again"):
         with open(tmp_path / f"{name}-dflash" / "log.jsonl") as f:
             logs[name] = [e for e in map(json.loads, f) if e["kind"] == "train"]
     for name in ("ddp", "fsdp"):
-        for a, b in zip(logs[name][:20], logs["one"][:20], strict=True):
+        for a, b in zip(logs[name], logs["one"], strict=True):
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-6) and a["slots"] == b["slots"], (name, a["step"])
     folders = [tmp_path / f"{name}-dflash" / "step-000020" for name in ("one", "ddp", "fsdp", "again")]
     states = [torch.load(folder / "training_state.pt", weights_only=False) for folder in folders]
-    for kind in ("master_weights", "optimizer_state_dict"):
-        a, b = (state[kind] if kind == "master_weights" else {f"{i}{k}": v for i, m in state[kind]["state"].items()
-                                                              for k, v in m.items()} for state in (states[1], states[3]))
-        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)  # two processes, resumed
+    for a, b in zip(*(torch.utils._pytree.tree_leaves((state["master_weights"], state["optimizer_state_dict"]))
+                      for state in (states[1], states[3])), strict=True):  # two processes, resumed
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
     assert sorted(os.listdir(folders[2])) == sorted(os.listdir(folders[0]))
     assert load_drafter(str(folders[2]), nano()[0].config)
     (tmp_path / "back-dflash").mkdir()
@@ -1133,10 +1131,10 @@ class Killed(BaseException):
 def test_resume_after_a_kill_in_the_middle_of_a_save(small_run, monkeypatch, tmp_path, owner, name):
     """A half-written folder that loads, or an old one deleted before the new one stood. Killed at every single call of
     what writes, renames and deletes."""
-    for key, value in dict(epochs=0.6, save_every=1, eval_every=9, keep=1).items():
+    for key, value in dict(epochs=0.4, save_every=1, eval_every=9, keep=1).items():
         monkeypatch.setattr(train, key, value)
     expected, real, n, finished = go(tmp_path / "whole-dflash"), getattr(owner, name), 0, False
-    assert sorted(os.listdir(tmp_path / "whole-dflash")) == ["log.jsonl", "step-000003", "training.png"]
+    assert sorted(os.listdir(tmp_path / "whole-dflash")) == ["log.jsonl", "step-000002", "training.png"]
     while not finished:
         n += 1
         left, folder = [n], tmp_path / f"{n}-dflash"
@@ -1161,12 +1159,12 @@ def test_resume_after_a_kill_in_the_middle_of_a_save(small_run, monkeypatch, tmp
         if len(steps) > 1:
             assert load_drafter(found, nano()[0].config)
         assert same(go(folder, resume=found != str(folder)), expected)
-    assert n > 3
+    assert n > 2
 
 
 def test_resume_after_kill_9(small_run, monkeypatch, tmp_path):
     """The same with a real kill -9 at any moment of a real process; KILLS=20 python test_all.py kill_9 for more."""
-    for key, value in dict(epochs=8.0, save_every=1, eval_every=9, keep=2, decode_rows=1).items():
+    for key, value in dict(epochs=4.0, save_every=1, eval_every=9, keep=2, decode_rows=1).items():
         monkeypatch.setattr(train, key, value)
     expected, r = go(tmp_path / "whole-dflash"), random.Random(0)
     lines = [f"{k} = {v!r}" for k, v in config().items() if v is not None and k not in ("out_dir", "resume")]
