@@ -938,8 +938,8 @@ def small_run(monkeypatch, tmp_path):
     for name, value in dict(target=os.path.join(NANO, "target"), data=folder, out_dir=str(tmp_path / "run-dflash"),
                             resume=False, layers=1, heads=4, kv_heads=2, head_dim=32, mlp=64, taps=(1, 6),
                             anchors=64, batch_size=2, accumulation=2, max_length=128, length_step=64, lr=1e-2,
-                            warmup=0.2, clip=1.0, epochs=1.2, log_every=1, eval_every=3, eval_rows=3, save_every=3, device="cpu",
-                            dtype="float32", attention="grouped").items():
+                            warmup=0.2, clip=1.0, epochs=1.2, log_every=1, eval_every=3, eval_rows=3, save_every=3,
+                            device="cpu", dtype="float32", attention="grouped").items():
         monkeypatch.setattr(train, name, value)
     return rows
 
