@@ -1053,7 +1053,7 @@ print("not reached")
 def test_ranks_are_the_same_run(small_run, monkeypatch, tmp_path):
     """Failures 12 and 13: two gloo processes, DDP and FSDP, with unequal supervised counts, follow one process with
     twice the accumulation; their checkpoints resume on one process, and on two to the bit; a dead rank ends all."""
-    for name, value in dict(epochs=4.0, save_every=10, keep=9, eval_every=20, clip=0.5).items():
+    for name, value in dict(epochs=4.0, save_every=10, keep=9, eval_every=5, clip=0.5).items():
         monkeypatch.setattr(train, name, value)
     lines = [f"{k} = {v!r}" for k, v in config().items() if v is not None and k not in ("out_dir", "accumulation")]
     (tmp_path / "small.py").write_text("\n".join(lines)), (tmp_path / "ranks.py").write_text(RANKS)
