@@ -348,7 +348,7 @@ def save(run, config):
         except Exception as error:  # a full disk: OSError, or types of torch's and safetensors' own
             free = shutil.disk_usage(out_dir).free / 1e6
             shutil.rmtree(folder + ".part", ignore_errors=True)
-            raise ValueError(f"cannot write {folder}, its disk has {free:,.1f} MB left ({' '.join(str(error).split())}):"
+            raise ValueError(f"cannot write {folder}, its disk has {free:.1f} MB left ({' '.join(str(error).split())}):"
                              " make room; what was saved before is untouched, --resume goes on from it") from None
         prune()
     barrier()
