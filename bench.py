@@ -9,6 +9,7 @@ Measures a drafter. Each command prints a table and, as its last line, JSON; fig
     python bench.py curve                                        # speedup against tau, from drafters right by chance
     python bench.py coupling                                     # sampling: which guesses agree with the target most
     python bench.py speed --target=random:0.8b --drafter=random --prompts=random:64:256   # against transformers
+    python bench.py speed --parts=training                       # a training step against its arithmetic; ten minutes
 
 tau, the acceptance length, is the number of tokens returned in a round, the target's own included. micro: all tokens
 over all rounds. macro: the mean over prompts of each prompt's mean. Tokens past the end of an answer do not count, and
@@ -20,19 +21,16 @@ import json
 import os
 import random
 import sys
-import time
 from dataclasses import dataclass
-from statistics import median
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from configurator import configure
 from data.nano.problems import boxed, problems
-from draft_decode import Decoder, Sampling, choose, gumbel, run, score
+from draft_decode import Sampling, choose, gumbel, run, score
 from model import DFlashDraftModel, drafter_config, load_drafter
-from target import DecodeState, chat_prompt, gated_delta_rule, load_target, load_tokenizer, stop_ids
+from target import DecodeState, chat_prompt, load_target, load_tokenizer, stop_ids
 
 target = "data/nano/target"             # folder of the target, or random:0.8b and the like
 drafter = "data/nano/drafter-dflash"    # folder of the drafter, or random: untrained, of the target's own widths
@@ -51,6 +49,7 @@ oracle = 0.8                            # probability that a guess of exactness'
 out_dir = "out/bench"                   # figures and raw results
 device = "cuda" if torch.cuda.is_available() else "cpu"  # cpu or cuda
 dtype = "float32" if device == "cpu" else "bfloat16"     # of weights and activations
+parts: tuple[str] = ("decoding", "prefill", "kernel")       # of speed; also training
 compile = False                         # compile the target's layers: a minute or two once, then faster decoding
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -482,142 +481,15 @@ def coupling():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# speed: each part against the machine's floor and against transformers, in one run
-
-
-def clock():
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def seconds(f, count=1):
-    began = clock()
-    for _ in range(count):
-        f()
-    return (clock() - began) / count
-
-
-def race(arms, repeats=5):
-    """{name: [seconds of each repeat]} of functions that return seconds, one after another in alternating order."""
-    found = {name: [] for name in arms}
-    for i in range(repeats + 1):
-        for name in list(arms)[::1 if i % 2 else -1]:
-            elapsed = arms[name]()
-            found[name] += [elapsed] if i else []  # the first is the warm-up
-    return found
-
-
-def rates():
-    """Bytes a second of a copy, read and written, and operations a second of a product at the widths of the MLP."""
-    big = torch.zeros((1 << 31 if device.startswith("cuda") else 1 << 28) // 4, device=device)
-    kind = getattr(torch, dtype)
-    a, b = torch.randn(1024, 1024, device=device).to(kind), torch.randn(1024, 3584, device=device).to(kind)
-    copy, product = race({"copy": lambda: seconds(big.clone, 3), "ab": lambda: seconds(lambda: a @ b, 10)}).values()
-    return 2 * big.nbytes / median(copy), 2 * 1024 * 1024 * 3584 / median(product)
-
-
-def row(name, found, floor=None, peer="transformers", **more):
-    """A row of the report from race()'s findings: "ours", and "peer" if there is one; ratio: the median of ratios."""
-    ours, theirs = found["ours"], found.get("peer")
-    return {"name": name, "seconds": median(ours), "floor_seconds": floor, "peer": peer if theirs else None,
-            "peer_seconds": median(theirs) if theirs else None,
-            "ratio": median([b / a for a, b in zip(ours, theirs)]) if theirs else None, **more}
-
-
-def weight_bytes(*modules):
-    """Bytes of all weights, a tied one once."""
-    return sum(p.nbytes for m in modules for p in m.parameters())
-
-
-@torch.inference_mode()
-def decoding_rows(model, draft, theirs, copy):
-    """A step of the target alone and a round of drafter and target, after 256 tokens, and transformers' own step."""
-    count, ids = 32, [i % 100 for i in range(256)]
-    never = Oracle(model, draft)
-    decoders = {name: Decoder(model, arm, 1024, rows, Sampling()) for name, arm, rows in (
-        ("step", None, 1), ("block", None, draft.block_size), ("round", never, draft.block_size))}
-
-    def ours(name):
-        decoders[name].prefill(ids)
-        return seconds(decoders[name].run, count)
-
-    def peer():
-        x = torch.tensor([ids], device=device)
-        one, all_ = (seconds(lambda: theirs.generate(x, attention_mask=torch.ones_like(x), do_sample=False,
-                                                     min_new_tokens=n, max_new_tokens=n, pad_token_id=0))
-                     for n in (1, 1 + (count if device.startswith("cuda") else 4)))
-        return (all_ - one) / (count if device.startswith("cuda") else 4)
-
-    found = race({name: lambda name=name: ours(name) for name in decoders} | {"peer": peer})
-    target, head = weight_bytes(model), model.head.nbytes
-    floors = {"step": target / copy, "block": target / copy, "round": (target + weight_bytes(draft) + head) / copy}
-    names = {"step": "target step, one row", "block": "target step, sixteen rows", "round": "round of draft and verify"}
-    return [row(names[name], {"ours": found[name], "peer": found["peer"]}, floors[name],
-                "transformers generate, a token") for name in decoders]
-
-
-@torch.inference_mode()
-def prefill_rows(model, theirs, lengths, rate):
-    """Reading a prompt, its last logits included."""
-    rows, layer_ops = [], 2 * sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n
-                                  and "head" not in n)
-    for n in (n for n in lengths if n + 16 <= model.config.max_position_embeddings):
-        x = torch.arange(n, device=device)[None] % 1000
-        state = DecodeState(model, 1, n + 16)
-
-        def ours():
-            state.reset()
-            return seconds(lambda: model.prefill(x, state))
-
-        found = race({"ours": ours, "peer": lambda: seconds(lambda: theirs(x, logits_to_keep=1))})
-        rows.append(row(f"prefill, {n:,} tokens", found, layer_ops * n / rate))
-    return rows
-
-
-def kernel_rows(lengths):
-    """The chunked delta rule alone, 16 heads of 128, forward, and forward with backward."""
-    from transformers.models.qwen3_5.modeling_qwen3_5 import torch_chunk_gated_delta_rule
-    rows = []
-    for n in lengths:
-        g = torch.Generator(device).manual_seed(0)
-        q, k, v = (torch.randn(1, n, 16, 128, device=device, generator=g) for _ in range(3))
-        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-        beta, decay = (torch.rand(1, n, 16, device=device, generator=g) for _ in range(2))
-        inputs = [x.requires_grad_() for x in (q, k, v, -decay, beta)]
-
-        def both(f):
-            o = f(*inputs)[0]
-            torch.autograd.grad(o.sum(), inputs)
-
-        def forward(f):
-            with torch.no_grad():
-                f(*inputs)
-
-        for name, mode in (("forward", forward), ("forward and backward", both)):
-            found = race({"ours": lambda: seconds(lambda: mode(gated_delta_rule)),
-                          "peer": lambda: seconds(lambda: mode(torch_chunk_gated_delta_rule))})
-            rows.append(row(f"delta rule, {n:,} tokens, {name}", found))
-    return rows
+# speed
 
 
 def speed():
-    """Steps, rounds, prefill and the kernel, each beside its floor and transformers on the same weights."""
+    """Steps, rounds, prefill, kernel and training steps, each beside its floor and transformers: see speed.py."""
+    import speed as parts_of
     model, draft, *_ = load(1)
-    theirs, cuda = transformers_peer(model), device.startswith("cuda")
-    copy, rate = rates()
-    where = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
-    print(f"{target} in {dtype} on {where}, torch {torch.__version__}: copies {copy / 1e9:,.0f} GB/s, products "
-          f"{rate / 1e12:.2f} TFLOP/s\n")
-    rows = decoding_rows(model, draft, theirs, copy)
-    rows += prefill_rows(model, theirs, (512, 1024, 4096, 16384) if cuda else (1024,), rate)
-    rows += kernel_rows((2048, 16384) if cuda else (2048,))
-    print(f"{'':44} {'ms':>10} {'x floor':>8} {'peer ms':>10} {'ratio':>7}")
-    for r in rows:
-        floor = f"{r['seconds'] / r['floor_seconds']:8.2f}" if r["floor_seconds"] else f"{'':8}"
-        print(f"{r['name']:44} {1e3 * r['seconds']:10.3f} {floor} {1e3 * r['peer_seconds']:10.3f} {r['ratio']:6.2f}x")
-    return {"command": "speed", "target": target, "device": device, "dtype": dtype, "compile": compile,
-            "torch": torch.__version__, "copy_bytes_per_s": copy, "operations_per_s": rate, "rows": rows}
+    return {"command": "speed", "target": target, "compile": compile} | parts_of.measure(
+        model, draft, transformers_peer(model), device, dtype, parts)
 
 
 COMMANDS = {"acceptance": acceptance, "exactness": exactness, "curve": curve, "coupling": coupling, "speed": speed}

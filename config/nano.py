@@ -10,6 +10,7 @@ anchors = 24                # an answer has about 60 tokens to begin a block at
 batch_size = 16
 accumulation = 1
 max_length = 256
+length_step = 64
 epochs = 2.5
 lr = 2e-3                   # small models like large steps
 eval_every = 100

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import PreTrainedModel
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
@@ -54,6 +55,47 @@ def attend(q, k, v, mask):
     scores = wide(q.reshape(B, k.shape[1], -1, D) @ k.mT) * D ** -0.5                        # (B, Hkv, H/Hkv K, T)
     p = scores.unflatten(2, (-1, K)).masked_fill(~mask, -torch.inf).softmax(-1)
     return (p.to(v.dtype).flatten(2, 3) @ v).view(B, H, K, D)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# attention of training: the rows of A blocks, A K of them, to keys [T of context | A K of the blocks themselves]
+
+
+def sight(anchors, T, K, window=None):
+    """see(b, h, q, key): whether row q of batch row b may see that key; integer tensors that broadcast. A block sees
+    the context strictly before its anchor and its own K rows, never another block; in a sliding layer (window) it is
+    causal inside. It is the definition for both forms of attention below, and a mask_mod of flex_attention."""
+    def see(b, h, q, key):
+        anchor = anchors[b, q // K]
+        seen = (key < anchor) | ((key >= T) & ((key - T) // K == q // K))  # anchor < T
+        if window is not None:
+            row, at = anchor + q % K, torch.where(key < T, key, anchor + (key - T) % K)
+            seen = seen & (at <= row) & (at > row - window)
+        return seen
+    return see
+
+
+# compiled, as the plain function would form all scores; shapes are static, so once for each row length
+flex = torch.compile(flex_attention, dynamic=False)
+
+
+@torch.compiler.disable  # its shapes follow the data
+def grouped_attention(q, ck, cv, k, v, anchors, see, group=8):
+    """The form for CPUs: groups of anchors, which ascend, each with the context before its last one and no more.
+
+    q (B, H, A K, D); ck, cv (B, Hkv, T, D) of the context, k, v (B, Hkv, A K, D) of the blocks; see from sight().
+    Returns (B, H, A K, D). The heads of one key head are stacked as rows, so no key is copied for them.
+    """
+    (B, A), Hkv, R, rows = anchors.shape, k.shape[1], q.shape[1] // k.shape[1], q.shape[2]
+    batch, step, out = torch.arange(B, device=q.device)[:, None, None], rows // A * group, []
+    for i, last in zip(range(0, rows, step), anchors.split(group, 1)):
+        own, limit = slice(i, i + step), int(last.max())
+        index = torch.arange(rows, device=q.device)[own]
+        mask = see(batch, 0, index[:, None], torch.cat((torch.arange(limit, device=q.device), ck.shape[2] + index)))
+        keys, values = (torch.cat((x[:, :, :limit], y[:, :, own]), 2) for x, y in ((ck, k), (cv, v)))
+        o = F.scaled_dot_product_attention(q[:, :, own].unflatten(1, (Hkv, R)).flatten(2, 3), keys, values,
+                                           mask[:, None].repeat(1, 1, R, 1))
+        out.append(o.unflatten(2, (R, -1)).flatten(1, 2))
+    return torch.cat(out, 2)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # layers; names, shapes and order are those of the public checkpoints
@@ -98,27 +140,17 @@ class Attention(nn.Module):
             return torch.ones_like(query - key, dtype=torch.bool)
         return (key <= query) & (key > query - self.window)
 
-    def train_form(self, x, context, anchors, rotary, context_rotary):
-        """x (B, A, K, hidden), context (B, T, hidden), anchors (B, A). A block sees the context strictly before its
-        anchor and its own K rows; the scores between blocks are never formed."""
+    def train_form(self, x, context, rotary, context_rotary, anchors, mask):
+        """x (B, A, K, hidden), context (B, T, hidden), anchors (B, A), mask from sight(), or a BlockMask made of it."""
         B, A, K, _ = x.shape
-        R, T = self.heads // self.kv_heads, context.shape[1]
         ck, cv = (y.transpose(1, 2) for y in self.keys_values(context, context_rotary))      # (B, Hkv, T, D)
-        k, v = (y.permute(0, 3, 1, 2, 4) for y in self.keys_values(x, rotary))               # (B, Hkv, A, K, D)
-        q = self.queries(x, rotary).unflatten(3, (self.kv_heads, R)) * self.dim ** -0.5
-        q = q.permute(0, 3, 1, 4, 2, 5)                                                      # (B, Hkv, A, R, K, D)
-        far = (q.flatten(2, 4) @ ck.mT).view(B, self.kv_heads, A, R, K, T)
-        near = q @ k[:, :, :, None].mT                                                       # (B, Hkv, A, R, K, K)
-        row = anchors[:, :, None] + torch.arange(K, device=x.device)                         # (B, A, K)
-        token = torch.arange(T, device=x.device)
-        before = (token < anchors[:, :, None, None]).expand(B, A, K, T)
-        if self.window is not None:
-            before = before & (token > row[..., None] - self.window)
-        far = far.masked_fill(~before[:, None, :, None], -torch.inf)
-        near = near.masked_fill(~self.visible(row[..., :, None], row[..., None, :])[:, None, :, None], -torch.inf)
-        p = torch.cat((wide(far), wide(near)), -1).softmax(-1).to(v.dtype)
-        o = (p[..., :T].flatten(2, 4) @ cv).view(B, self.kv_heads, A, R, K, self.dim) + p[..., T:] @ v[:, :, :, None]
-        return self.o_proj(o.permute(0, 2, 4, 1, 3, 5).flatten(3))
+        k, v = (y.flatten(1, 2).transpose(1, 2) for y in self.keys_values(x, rotary))        # (B, Hkv, A K, D)
+        q = self.queries(x, rotary).flatten(1, 2).transpose(1, 2)                            # (B, H, A K, D)
+        if isinstance(mask, BlockMask):
+            o = flex(q, torch.cat((ck, k), 2), torch.cat((cv, v), 2), block_mask=mask, enable_gqa=True)
+        else:
+            o = grouped_attention(q, ck, cv, k, v, anchors, mask)
+        return self.o_proj(o.transpose(1, 2).unflatten(1, (A, K)).flatten(3))
 
     def decode_form(self, x, rotary, keys, values, rows):
         """x (B, K, hidden) at positions `rows` (K,); keys and values (B, Hkv, length, D), whose rows before the block
@@ -153,9 +185,9 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(self, x, attend):
-        """x (..., K, hidden); attend maps the normed rows to what attention adds to them."""
-        x = x + attend(self.input_layernorm(x))
+    def forward(self, x, attend, *args):
+        """x (..., K, hidden); attend, one of Attention's two forms, is given the normed rows and the rest."""
+        x = x + attend(self.self_attn, self.input_layernorm(x), *args)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -197,18 +229,23 @@ class DFlashDraftModel(PreTrainedModel):
         ids[..., 0] = tokens
         return F.embedding(ids, embedding)
 
-    def forward(self, features, blocks, anchors):
+    def forward(self, features, blocks, anchors, flex=False):
         """Training: many blocks of each row at once.
 
-        features (B, T, taps * hidden) of whole rows; blocks (B, A, K, hidden) from block(); anchors (B, A), positions
-        in the row. Returns the hidden states (B, A, K, hidden) that the target's head turns into guesses.
+        features (B, T, taps * hidden) of whole rows; blocks (B, A, K, hidden) from block(); anchors (B, A), ascending
+        positions in the row; flex: attend by flex_attention, for GPUs. Returns the hidden states (B, A, K, hidden)
+        that the target's head turns into guesses.
         """
-        context = self.context(features)
-        positions = anchors[:, :, None] + torch.arange(blocks.shape[2], device=anchors.device)
-        rotary, past = self.rotary(positions), self.rotary(torch.arange(features.shape[1], device=features.device))
+        (B, A, K, _), T, device = blocks.shape, features.shape[1], features.device
+        context, masks = self.context(features), {}
+        rotary = self.rotary(anchors[:, :, None] + torch.arange(K, device=device))
+        past = self.rotary(torch.arange(T, device=device))
+        for window in {layer.self_attn.window for layer in self.layers}:
+            see = sight(anchors, T, K, window)
+            masks[window] = create_block_mask(see, B, None, A * K, T + A * K, device) if flex else see
         x = blocks
         for layer in self.layers:
-            x = layer(x, lambda y: layer.self_attn.train_form(y, context, anchors, rotary, past))
+            x = layer(x, Attention.train_form, context, rotary, past, anchors, masks[layer.self_attn.window])
         return self.norm(x)
 
     def new_state(self, batch, length, like):
@@ -231,7 +268,7 @@ class DFlashDraftModel(PreTrainedModel):
         rows = pos + torch.arange(block.shape[1], device=block.device)
         rotary, x = self.rotary(rows), block
         for layer, (keys, values) in zip(self.layers, state):
-            x = layer(x, lambda y: layer.self_attn.decode_form(y, rotary, keys, values, rows))
+            x = layer(x, Attention.decode_form, rotary, keys, values, rows)
         return self.norm(x)
 
     def compile_decoding(self):
@@ -278,46 +315,69 @@ def block_labels(tokens, supervised, anchors, real, K, gamma):
     return labels, inside * real[:, :, None] * torch.exp(-(k - 1) / gamma)
 
 
+def dpace(q, inside, smooth):
+    """Weights (N, K-1) that follow the drafter's own confidence: w_j = sum over m >= j of s_1 .. s_m, where
+    s_i = (1 - a) q_i + a, is what the log of q_j adds to the expected length of the accepted prefix.
+
+    q (N, K-1) probabilities of the true tokens; inside (N, K-1) is 0 past the response; smooth is a in 0 .. 1.
+    Source: arXiv 2605.18810. There the loss is divided by the rows of a batch, here by the sum of all weights.
+    """
+    prefix = (((1 - smooth) * q + smooth) * (inside > 0)).cumprod(-1)
+    return prefix.flip(-1).cumsum(-1).flip(-1)
+
+
+def head_chunk(hidden, weight, labels, w, smooth, backward):
+    """One chunk of blocks: nll (N, K-1), whether the greedy guess is right, the weights used, and the gradient of
+    sum w nll by hidden (N, K-1, hidden), if wanted. The logits become the gradient in place: one (N, K-1, V) in all."""
+    # flat: rows of blocks are strided, and for those CPUs take a batched product that is three times as slow
+    logits = wide(F.linear(hidden.flatten(0, 1), weight)).view(*labels.shape, -1)
+    top, guess = logits.max(-1, keepdim=True)
+    label = logits.gather(-1, labels[..., None]) - top
+    logits.sub_(top).exp_()
+    total = logits.sum(-1, keepdim=True)
+    nll = (total.log() - label)[..., 0]
+    w = w if smooth is None else dpace((-nll).exp(), w, smooth)
+    if not backward:
+        return nll, guess[..., 0] == labels, w, None
+    scale = w[..., None].to(logits.dtype)
+    logits.mul_(scale / total).scatter_add_(-1, labels[..., None], -scale)  # w (softmax - onehot)
+    grad = logits.to(hidden.dtype).flatten(0, 1) @ weight
+    return nll, guess[..., 0] == labels, w, grad.view_as(hidden)
+
+
 class FrozenHeadLoss(torch.autograd.Function):
-    """sum_i w_i nll_i over rows (N, hidden) and the gradient by the rows, in one pass over chunks of them.
+    """sum_i w_i nll_i over blocks of rows (N, K-1, hidden) and the gradient by the rows, in one pass over chunks.
 
     The head is frozen, so its gradient is not needed, and (softmax - onehot) W is known as soon as a chunk's logits
     are: they are computed once and never stored. Peak memory is chunk x V, not N x V.
     """
     @staticmethod
-    def forward(ctx, hidden, weight, labels, w, chunk):
-        dtype, weight = torch.promote_types(hidden.dtype, torch.float32), weight.to(hidden.dtype)
-        nll, correct, grad = torch.empty_like(w, dtype=dtype), torch.empty_like(labels), torch.empty_like(hidden)
-        for i in range(0, len(hidden), chunk):
-            rows = slice(i, i + chunk)
-            logits = F.linear(hidden[rows], weight).to(dtype)                                # (chunk, V)
-            correct[rows] = (logits.argmax(-1) == labels[rows]).long()
-            p = logits.log_softmax(-1)
-            nll[rows] = -p.gather(1, labels[rows, None])[:, 0]
-            p = p.exp_()
-            p.scatter_add_(1, labels[rows, None], p.new_full((len(p), 1), -1.0))
-            if ctx.needs_input_grad[0]:
-                grad[rows] = (p * w[rows, None]).to(hidden.dtype) @ weight
-        ctx.save_for_backward(grad)
-        ctx.mark_non_differentiable(nll, correct)
-        return (nll * w).sum(), nll, correct
+    def forward(ctx, hidden, weight, labels, w, chunk, smooth, one):
+        weight, parts, n = weight.to(hidden.dtype), [], max(1, chunk // labels.shape[1])
+        for i in range(0, len(hidden), n):
+            parts.append(one(hidden[i:i + n], weight, labels[i:i + n], w[i:i + n], smooth, ctx.needs_input_grad[0]))
+        nll, correct, w = (torch.cat(x) for x in list(zip(*parts))[:3])
+        ctx.save_for_backward(torch.cat([part[3] for part in parts]) if ctx.needs_input_grad[0] else None)
+        ctx.mark_non_differentiable(nll, correct, w)
+        return (nll * w).sum(), nll, correct, w
 
     @staticmethod
     def backward(ctx, scale, *_):
-        return ctx.saved_tensors[0] * scale, None, None, None, None
+        return ctx.saved_tensors[0] * scale, None, None, None, None, None, None
 
 
-def block_loss(hidden, head, labels, weights, chunk=1024):
+def block_loss(hidden, head, labels, weights, chunk=1024, smooth=None, one=head_chunk):
     """The loss of training blocks as a *sum*; divide by the sum of all weights of the step, over micro-batches and
     ranks, so that neither split changes it.
 
-    hidden (B, A, K, hidden) from forward; head (V, hidden); labels, weights (B, A, K-1). Returns the scalar
-    sum of weight * nll, and per slot, both (B, A, K-1): nll, and whether the greedy guess is right.
-    Row 0 of a block is its anchor: it has no loss and never meets the head.
+    hidden (B, A, K, hidden) from forward; head (V, hidden); labels, weights (B, A, K-1); chunk: rows of logits that
+    exist at once, in whole blocks; smooth: None, or D-PACE's a, and then weights only say which slots count; one:
+    head_chunk, or a compiled one. Returns the scalar sum of weight * nll, and per slot, all (B, A, K-1): nll, whether
+    the greedy guess is right, and the weight. Row 0 of a block is its anchor: it has no loss and never meets the head.
     """
-    rows = hidden[:, :, 1:].flatten(0, 2)
-    loss, nll, correct = FrozenHeadLoss.apply(rows, head, labels.flatten(), weights.flatten(), chunk)
-    return loss, nll.view_as(labels), correct.view_as(labels).bool()
+    rows, labels, w = (x.flatten(0, 1) for x in (hidden[:, :, 1:], labels, weights))
+    loss, *slots = FrozenHeadLoss.apply(rows, head, labels, w, chunk, smooth, one)
+    return loss, *(x.view_as(weights) for x in slots)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # checkpoints

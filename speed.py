@@ -1,0 +1,222 @@
+"""
+What `python bench.py speed` measures: steps, rounds, prefill, the delta-rule kernel and training steps, each in
+interleaved repeats beside transformers on the same weights, and beside the floor that this machine's own rates, read in
+the same run, set for it: bytes of weights over the copy bandwidth, or operations over the rate of a large product.
+"""
+import math
+import multiprocessing
+import time
+from concurrent.futures import ProcessPoolExecutor
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+
+import train
+from draft_decode import Decoder, Sampling
+from model import DFlashDraftModel, block_labels, block_loss, drafter_config, sample_anchors
+from target import DecodeState, TargetConfig, gated_delta_rule
+
+# ----------------------------------------------------------------------------------------------------------------------
+# clocks and rates
+
+
+def clock():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def seconds(f, count=1):
+    began = clock()
+    for _ in range(count):
+        f()
+    return (clock() - began) / count
+
+
+def race(arms, repeats=5):
+    """{name: [seconds of each repeat]} of functions that return seconds, one after another in alternating order."""
+    found = {name: [] for name in arms}
+    for i in range(repeats + 1):
+        for name in list(arms)[::1 if i % 2 else -1]:
+            elapsed = arms[name]()
+            found[name] += [elapsed] if i else []  # the first is the warm-up
+    return found
+
+
+def rates(device, dtype):
+    """Bytes a second of a copy, read and written, and operations a second of a product at the widths of the MLP."""
+    big = torch.zeros((1 << 31 if device.startswith("cuda") else 1 << 28) // 4, device=device)
+    kind = getattr(torch, dtype)
+    a, b = torch.randn(1024, 1024, device=device).to(kind), torch.randn(1024, 3584, device=device).to(kind)
+    copy, product = race({"copy": lambda: seconds(big.clone, 3), "ab": lambda: seconds(lambda: a @ b, 10)}).values()
+    return 2 * big.nbytes / median(copy), 2 * 1024 * 1024 * 3584 / median(product)
+
+
+def row(name, found, floor=None, peer="transformers", **more):
+    """A row of the report from race()'s findings: "ours", and "peer" if there is one; ratio: the median of ratios."""
+    ours, theirs = found["ours"], found.get("peer")
+    return {"name": name, "seconds": median(ours), "floor_seconds": floor, "peer": peer if theirs else None,
+            "peer_seconds": median(theirs) if theirs else None,
+            "ratio": median([b / a for a, b in zip(ours, theirs)]) if theirs else None, **more}
+
+
+def weight_bytes(*modules):
+    """Bytes of all weights, a tied one once."""
+    return sum(p.nbytes for m in modules for p in m.parameters())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the rows
+
+
+@torch.inference_mode()
+def decoding_rows(model, draft, theirs, copy):
+    """A step of the target alone and a round of drafter and target, after 256 tokens, and transformers' own step."""
+    count, ids, device = 32, [i % 100 for i in range(256)], model.embed_tokens.weight.device
+    tokens = count if device.type == "cuda" else 4
+    decoders = {name: Decoder(model, arm, 1024, rows, Sampling()) for name, arm, rows in (
+        ("step", None, 1), ("block", None, draft.block_size), ("round", draft, draft.block_size))}
+
+    def ours(name):
+        decoders[name].prefill(ids)
+        return seconds(decoders[name].run, count)
+
+    def peer():
+        x = torch.tensor([ids], device=device)
+        one, all_ = (seconds(lambda: theirs.generate(x, attention_mask=torch.ones_like(x), do_sample=False,
+                                                     min_new_tokens=n, max_new_tokens=n, pad_token_id=0))
+                     for n in (1, 1 + tokens))
+        return (all_ - one) / tokens
+
+    found = race({name: lambda name=name: ours(name) for name in decoders} | {"peer": peer})
+    target, head = weight_bytes(model), model.head.nbytes
+    floors = {"step": target / copy, "block": target / copy, "round": (target + weight_bytes(draft) + head) / copy}
+    names = {"step": "target step, one row", "block": "target step, sixteen rows", "round": "round of draft and verify"}
+    return [row(names[name], {"ours": found[name], "peer": found["peer"]}, floors[name],
+                "transformers generate, a token") for name in decoders]
+
+
+@torch.inference_mode()
+def prefill_rows(model, theirs, lengths, rate):
+    """Reading a prompt, its last logits included."""
+    rows, layer_ops = [], 2 * sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n
+                                  and "head" not in n)
+    device = model.embed_tokens.weight.device
+    for n in (n for n in lengths if n + 16 <= model.config.max_position_embeddings):
+        x = torch.arange(n, device=device)[None] % 1000
+        state = DecodeState(model, 1, n + 16)
+
+        def ours():
+            state.reset()
+            return seconds(lambda: model.prefill(x, state))
+
+        found = race({"ours": ours, "peer": lambda: seconds(lambda: theirs(x, logits_to_keep=1))})
+        rows.append(row(f"prefill, {n:,} tokens", found, layer_ops * n / rate))
+    return rows
+
+
+def kernel_rows(lengths, device):
+    """The chunked delta rule alone, 16 heads of 128, forward, and forward with backward."""
+    from transformers.models.qwen3_5.modeling_qwen3_5 import torch_chunk_gated_delta_rule
+    rows = []
+    for n in lengths:
+        g = torch.Generator(device).manual_seed(0)
+        q, k, v = (torch.randn(1, n, 16, 128, device=device, generator=g) for _ in range(3))
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        beta, decay = (torch.rand(1, n, 16, device=device, generator=g) for _ in range(2))
+        inputs = [x.requires_grad_() for x in (q, k, v, -decay, beta)]
+
+        def both(f):
+            o = f(*inputs)[0]
+            torch.autograd.grad(o.sum(), inputs)
+
+        def forward(f):
+            with torch.no_grad():
+                f(*inputs)
+
+        for name, mode in (("forward", forward), ("forward and backward", both)):
+            found = race({"ours": lambda: seconds(lambda: mode(gated_delta_rule)),
+                          "peer": lambda: seconds(lambda: mode(torch_chunk_gated_delta_rule))})
+            rows.append(row(f"delta rule, {n:,} tokens, {name}", found))
+    return rows
+
+
+WIDTHS = TargetConfig(vocab_size=248320, hidden_size=1024, intermediate_size=3584, num_hidden_layers=24,
+                      num_attention_heads=8, num_key_value_heads=2, head_dim=256, linear_num_key_heads=16,
+                      linear_num_value_heads=16, linear_key_head_dim=128, linear_value_head_dim=128)
+
+
+def matrix_rate():
+    """Operations a second of a product of 1024 x 1024 with 1024 x 3584 in fp32, the best of ten."""
+    a, b, best = torch.randn(1024, 1024), torch.randn(1024, 3584), math.inf
+    for _ in range(10):
+        began = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - began)
+    return 2 * 1024 * 1024 * 3584 / best
+
+
+def training_row(T, A):
+    """Seconds of one forward and backward of T tokens with A anchors, the better of two, the floor, and the peak memory
+    of the process that ran it, which should be one of its own. The floor is train.operations over the matrix rate: with
+    1,024 tokens and 128 anchors, 2,048 rows, in units of 1e9 operations: layers 6 x 81.3 M x 2,048 = 999, keys and
+    values of the context 32, fc 21, attention 12 x 10,240 x 2,048 x 528 = 133, head 4 x 254 M x 1,920 = 1,953."""
+    draft = DFlashDraftModel(drafter_config(WIDTHS, 5, (3, 7, 11, 15, 19), 248077, 8, 2, 256, 3584))
+    head = torch.empty(WIDTHS.vocab_size, WIDTHS.hidden_size).normal_(std=0.02)
+    tokens, features = torch.randint(0, WIDTHS.vocab_size, (1, T)), torch.randn(1, T, 5 * WIDTHS.hidden_size)
+    seconds, rates = math.inf, [matrix_rate()]
+    for _ in range(2):
+        began = time.perf_counter()
+        at, real = sample_anchors(tokens >= 0, A, torch.Generator().manual_seed(0))
+        labels, weights = block_labels(tokens, tokens >= 0, at, real, 16, 7.0)
+        hidden = draft(features, draft.block(tokens.gather(1, at), head), at)
+        block_loss(hidden, head, labels, weights, 256)[0].backward()
+        seconds = min(seconds, time.perf_counter() - began)
+        rates.append(matrix_rate())
+    with open("/proc/self/status") as f:
+        peak = next(int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM"))
+    return {"name": f"training, {T} tokens, {A} anchors", "seconds": seconds, "peak_bytes": peak,
+            "floor_seconds": train.operations(draft, 1, T, A) / max(rates)}
+
+
+def training_rows():
+    """The training rows, and whether time is affine in the number of anchors. Peer: SpecForge's step as measured on two
+    cores of another machine, so the ratio to it says less than that to the floor."""
+    rows, peers = [], {(512, 32): 12.5, (1024, 128): 65.8}
+    for T, A in ((512, 32), (1024, 32), (1024, 64), (1024, 128), (1024, 256)):
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            made = pool.submit(training_row, T, A).result()
+        peer = peers.get((T, A))
+        rows.append(made | {"peer": peer and "SpecForge, elsewhere", "peer_seconds": peer,
+                            "ratio": peer and peer / made["seconds"]})
+    A = torch.tensor([[1.0, 32], [1, 64], [1, 128], [1, 256]], dtype=torch.float64)
+    seconds, peaks = (torch.tensor([[made[key]] for made in rows[1:]], dtype=torch.float64)
+                      for key in ("seconds", "peak_bytes"))
+    error = ((A @ torch.linalg.lstsq(A, seconds).solution) / seconds - 1).abs().max().item()
+    per_anchor = torch.linalg.lstsq(A, peaks).solution[1].item()
+    print(f"training: affine in the anchors within {error:.1%}; {per_anchor / 1e6:.1f} MB an anchor")
+    return rows
+
+
+def measure(model, draft, theirs, device, dtype, parts):
+    """The parts named, as a table and as a dict for the JSON line."""
+    cuda = device.startswith("cuda")
+    copy, rate = rates(device, dtype)
+    where = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
+    print(f"{dtype} on {where}, torch {torch.__version__}: copies {copy / 1e9:,.0f} GB/s, products "
+          f"{rate / 1e12:.2f} TFLOP/s\n")
+    made = {"decoding": lambda: decoding_rows(model, draft, theirs, copy),
+            "prefill": lambda: prefill_rows(model, theirs, (512, 1024, 4096, 16384) if cuda else (512, 1024), rate),
+            "kernel": lambda: kernel_rows((2048, 16384) if cuda else (2048,), device), "training": training_rows}
+    if unknown := set(parts) - set(made):
+        raise ValueError(f"parts = {parts}: {unknown.pop()!r} is none of {', '.join(made)}")
+    rows = [row for part in parts for row in made[part]()]
+    print(f"{'':44} {'ms':>10} {'x floor':>8} {'peer ms':>10} {'ratio':>7} {'peak GB':>8}")
+    for r in rows:
+        floor = f"{r['seconds'] / r['floor_seconds']:8.2f}" if r["floor_seconds"] else f"{'-':>8}"
+        peer = f"{1e3 * r['peer_seconds']:10.3f} {r['ratio']:6.2f}x" if r["ratio"] else f"{'-':>10} {'-':>7}"
+        peak = f"{r['peak_bytes'] / 1e9:8.2f}" if r.get("peak_bytes") else ""
+        print(f"{r['name']:44} {1e3 * r['seconds']:10.3f} {floor} {peer} {peak}")
+    return {"device": where, "dtype": dtype, "torch": torch.__version__, "copy_bytes_per_s": copy,
+            "operations_per_s": rate, "rows": rows}
