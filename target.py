@@ -374,7 +374,7 @@ class DecodeState:
     pos      tokens committed, a tensor, so that a round has static shapes and can be captured as a graph
     keys     and values of each full layer; rows past pos are scratch, hidden by the mask
     S        delta-rule state of each linear layer after b tokens, b = pos rounded down to a multiple of C = K
-    window   q k v g beta of tokens b .. b + 2C - 1: the committed tail, the block, then zeros, which change nothing
+    window   q k v g beta of tokens b .. b + 2C - 1: the committed tail, the block, and rows that none of those sees
     conv     inputs of the short convolution: those of the taps - 1 tokens before pos, then the block's
 
     The chunk grid is absolute, so a token meets the same chunks in the same order however the sequence was cut: this
@@ -426,8 +426,7 @@ class DecodeState:
             passed = self.pos % C + n >= C  # the block's chunk is complete: its state was computed by the forward
             torch.where(passed, self.S_next, self.S, out=self.S)
             if C > 1:
-                moved = torch.cat((self.window[:, :, C:], torch.zeros_like(self.window[:, :, C:])), 2)
-                torch.where(passed, moved, self.window, out=self.window)
+                self.window[:, :, :C] = torch.where(passed, self.window[:, :, C:], self.window[:, :, :C])
             self.conv[:, :, :past] = self.conv.index_select(2, n + self.steps[:past])
         self.pos += n
 

@@ -63,6 +63,7 @@ batch_size = 2                              # rows of a micro-batch
 accumulation = 2                            # micro-batches of a step
 max_length = 3072                           # tokens of a row; longer ones are cut
 length_step = 512                           # padded lengths are multiples of it: few shapes, so few compilations
+bucket = 64                                 # micro-batches sorted by length together: less padding, less mixing
 epochs = 1.0                                # passes over the rows
 lr = 3e-4                                   # peak of the learning rate
 warmup = 0.04                               # share of the steps up to it; then a cosine to zero
@@ -177,11 +178,11 @@ class Batches:
         return self.order[1][place]
 
     def shuffled(self, epoch):
-        """(micro-batches, batch_size): shuffled rows, sorted by length in windows of 64 batches; then whole batches are
-        shuffled, as a run that saw short rows first would learn from another distribution than the data's."""
+        """(micro-batches, batch_size): shuffled rows, sorted by length in windows of `bucket` batches; then whole
+        batches are shuffled, as a run that saw short rows first would learn from another distribution than the data's."""
         r = np.random.default_rng((seed, epoch))
         rows = r.permutation(len(self.rows))[:len(self) * batch_size]
-        for part in np.split(rows, range(64 * batch_size, len(rows), 64 * batch_size)):
+        for part in np.split(rows, range(bucket * batch_size, len(rows), bucket * batch_size)):
             part[:] = part[np.argsort(self.lengths[part], kind="stable")]  # a view of rows
         return r.permutation(rows.reshape(-1, batch_size))
 

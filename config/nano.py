@@ -11,6 +11,7 @@ batch_size = 16
 accumulation = 1
 max_length = 256
 length_step = 64
+bucket = 1                  # batches of one length are batches of one kind of problem: tau 6.2 against 8.1
 epochs = 2.5
 lr = 2e-3                   # small models like large steps
 eval_every = 100
