@@ -179,7 +179,7 @@ class Batches:
 
     def shuffled(self, epoch):
         """(micro-batches, batch_size): shuffled rows, sorted by length in windows of `bucket` batches; then whole
-        batches are shuffled, as a run that saw short rows first would learn from another distribution than the data's."""
+        batches are shuffled, as a run that saw short rows first would learn another distribution than the data's."""
         r = np.random.default_rng((seed, epoch))
         rows = r.permutation(len(self.rows))[:len(self) * batch_size]
         for part in np.split(rows, range(bucket * batch_size, len(rows), bucket * batch_size)):
