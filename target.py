@@ -143,12 +143,14 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=CHUNK, keep=None):
 
 def delta_step(q, k, v, g, beta, S):
     """One token of the gated delta rule, shapes as above with T = 1: the recurrence itself, the fastest form for it."""
-    dtype = torch.promote_types(v.dtype, torch.float32)
-    R = v.shape[2] // q.shape[2]
-    q, k = (x[:, 0].to(dtype).repeat_interleave(R, dim=1)[:, :, None] for x in (q, k))       # (B, H, 1, D)
-    S = S * g[:, 0].to(dtype).exp()[..., None, None]
-    S = S + k.mT @ ((v[:, 0, :, None] - k @ S) * beta[:, 0, :, None, None])
-    return (q * q.shape[-1] ** -0.5 @ S).transpose(1, 2).to(v.dtype), S
+    B, _, Hv, Dv = v.shape
+    if q.shape[2] != Hv:
+        q, k = (x.repeat_interleave(Hv // x.shape[2], dim=2) for x in (q, k))
+    q, k, v = (wide(x).reshape(B * Hv, 1, -1) for x in (q, k, v))
+    S = S.flatten(0, 1) * wide(g).exp().view(-1, 1, 1)
+    S = torch.baddbmm(S, k.mT, (v - k @ S) * wide(beta).view(-1, 1, 1))
+    o = q @ S * q.shape[-1] ** -0.5
+    return o.view(B, 1, Hv, Dv), S.unflatten(0, (B, Hv))
 
 # ----------------------------------------------------------------------------------------------------------------------
 # layers; parameter names are those of the public checkpoint
@@ -188,9 +190,9 @@ def linear(fan_in, fan_out):
 
 
 def unit(x):
-    """x / |x| over the last axis, in fp32 or better: keys of unit length keep I - beta k k^T a contraction."""
-    x = wide(x)
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+    """x / sqrt(|x|^2 + 1e-6) over the last axis, in fp32: keys of unit length keep I - beta k k^T a contraction."""
+    D = x.shape[-1]
+    return F.rms_norm(wide(x), (D,), None, 1e-6 / D) * D ** -0.5
 
 
 class Joined(nn.Module):
@@ -219,18 +221,17 @@ class GatedDeltaNet(Joined):
     def __init__(self, c):
         super().__init__()
         self.heads, self.value_heads = c.linear_num_key_heads, c.linear_num_value_heads
-        keys, values = self.heads * c.linear_key_head_dim, self.value_heads * c.linear_value_head_dim
-        self.widths = (keys, keys, values)
-        self.in_proj_qkv = linear(c.hidden_size, sum(self.widths))
-        self.in_proj_z = linear(c.hidden_size, values)
+        self.keys, self.values = self.heads * c.linear_key_head_dim, self.value_heads * c.linear_value_head_dim
+        channels = 2 * self.keys + self.values
+        self.in_proj_qkv = linear(c.hidden_size, channels)
+        self.in_proj_z = linear(c.hidden_size, self.values)
         self.in_proj_b = linear(c.hidden_size, self.value_heads)
         self.in_proj_a = linear(c.hidden_size, self.value_heads)
-        self.conv1d = nn.Conv1d(sum(self.widths), sum(self.widths), c.linear_conv_kernel_dim, groups=sum(self.widths),
-                                bias=False)
+        self.conv1d = nn.Conv1d(channels, channels, c.linear_conv_kernel_dim, groups=channels, bias=False)
         self.A_log = nn.Parameter(torch.empty(self.value_heads).uniform_(0.01, 16).log())
         self.dt_bias = nn.Parameter(torch.ones(self.value_heads))
         self.norm = GatedRMSNorm(c.linear_value_head_dim, c.rms_norm_eps)
-        self.out_proj = linear(values, c.hidden_size)
+        self.out_proj = linear(self.values, c.hidden_size)
 
     def forward(self, x, memory, rotary):
         T, taps = x.shape[1], self.conv1d.weight.shape[-1]
@@ -238,9 +239,11 @@ class GatedDeltaNet(Joined):
         # the convolution looks at the taps - 1 tokens before: zeros at the start, the state's memory in decoding
         qkv = F.pad(qkv, (0, 0, taps - 1, 0)) if memory is None else memory.convolve(qkv)
         weight = self.conv1d.weight[:, 0].T                                                  # (taps, channels)
-        qkv = rowwise(F.silu, sum(weight[i] * qkv[:, i:i + T] for i in range(taps)))
-        q, k, v = qkv.split(self.widths, dim=-1)
-        q, k = unit(q.unflatten(-1, (self.heads, -1))), unit(k.unflatten(-1, (self.heads, -1)))
+        mixed = weight[0] * qkv[:, :T]
+        for i in range(1, taps):
+            mixed = mixed + weight[i] * qkv[:, i:i + T]
+        qk, v = rowwise(F.silu, mixed).split((2 * self.keys, self.values), dim=-1)
+        q, k = unit(qk.unflatten(-1, (2 * self.heads, -1))).chunk(2, dim=-2)
         v = v.unflatten(-1, (self.value_heads, -1))
         beta = b.sigmoid()
         g = -self.A_log.exp() * F.softplus(wide(a) + self.dt_bias)
