@@ -147,8 +147,8 @@ def delta_step(q, k, v, g, beta, S):
     if q.shape[2] != Hv:
         q, k = (x.repeat_interleave(Hv // x.shape[2], dim=2) for x in (q, k))
     q, k, v = (wide(x).reshape(B * Hv, 1, -1) for x in (q, k, v))
-    S = S.flatten(0, 1) * wide(g).exp().view(-1, 1, 1)
-    S = torch.baddbmm(S, k.mT, (v - k @ S) * wide(beta).view(-1, 1, 1))
+    S = S.flatten(0, 1) * wide(g).exp().reshape(-1, 1, 1)
+    S = torch.baddbmm(S, k.mT, (v - k @ S) * wide(beta).reshape(-1, 1, 1))
     o = q @ S * q.shape[-1] ** -0.5
     return o.view(B, 1, Hv, Dv), S.unflatten(0, (B, Hv))
 

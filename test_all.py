@@ -1896,7 +1896,7 @@ def test_math500_prompts(main, tmp_path):
     source, out = tmp_path / "test.jsonl", tmp_path / "new" / "prompts.jsonl"
     source.write_text(json.dumps({"problem": "What is $1+1$?", "answer": "2", "level": 1}) + "\n")
     assert "1 prompts" in main(math500, f"--source={source}", f"--out={out}")
-    (question, answer), = bench.load_prompts(str(out), 5)
+    (question, answer), = bench.read_questions(str(out), 5)
     assert answer == "2" and question == \
         "What is $1+1$?\nPlease reason step by step, and put your final answer within \\boxed{}."
 

@@ -19,7 +19,7 @@ sys.path[:0] = [ROOT, os.path.join(ROOT, "data", "nano")]  # the project's modul
 from configurator import configure
 from data.rows import write_rows
 from problems import problems
-from target import chat_prompt, fingerprint, load_target, load_tokenizer
+from target import DecodeState, chat_prompt, fingerprint, load_target, load_tokenizer
 
 target = os.path.join(ROOT, "data", "nano", "target")   # whose answers to write
 out_dir = os.path.join(ROOT, "data", "nano")            # where the rows go
@@ -46,7 +46,8 @@ def answer(target, tokenizer, questions, limit, batch_size):
         n = len(prompts[order[0]])
         group = [i for i in order[:batch_size] if len(prompts[i]) == n]
         order = order[len(group):]
-        state, _, logits = target.prefill(torch.tensor([prompts[i] for i in group], device=where), n + limit, rows=1)
+        state = DecodeState(target, len(group), n + limit, 1)
+        _, logits = target.prefill(torch.tensor([prompts[i] for i in group], device=where), state)
         steps = [logits.argmax(-1)]
         stopped = steps[0] == stop
         while len(steps) < limit and not (len(steps) % 8 == 0 and bool(stopped.all())):
