@@ -18,6 +18,7 @@ step; both arms run prompt by prompt in one process, in alternating order. Every
 first guess too; the prefill, which they share, is not.
 """
 import json
+import math
 import os
 import random
 import sys
@@ -317,7 +318,6 @@ def transformers_peer(model):
     weight = model.embed_tokens.weight
     with torch.device(weight.device):
         theirs = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**text, rope_parameters=rope, dtype=weight.dtype)).eval()
-    theirs.to(weight.dtype)
     weights = {k if k == "lm_head.weight" else "model." + k: v for k, v in model.state_dict().items()}
     weights.setdefault("lm_head.weight", model.head)
     theirs.load_state_dict(weights, assign=True)
@@ -335,14 +335,15 @@ def peer_answer(theirs, ids, stops, K):
 
 
 @torch.inference_mode()
-def margin(model, ids, s, K):
-    """The gap between the two best scores of the choice that follows ids: rounding turns a small one over, and a
-    wrong state any."""
+def margin(model, ids, a, b, s, K):
+    """How far apart the scores of two tokens a and b are in the choice that follows ids: what rounding turned over is
+    close, what a wrong state did need not be. None where a filter leaves only one of them."""
     n = len(ids)
     logits = model.prefill(torch.tensor([ids], device=device), DecodeState(model, 1, n + K, K))[1]
     noise = gumbel(s.seed, torch.tensor([n], device=device), logits.shape[-1]) if s.temperature else None
-    best = score(logits.float(), s, s.temperature, noise)[0].topk(2)[0]
-    return (best[0] - best[1]).item()
+    scores = score(logits.float(), s, s.temperature, noise)[0]
+    gap = (scores[a] - scores[b]).abs().item()
+    return gap if math.isfinite(gap) else None
 
 
 def first_difference(a, b):
@@ -370,8 +371,9 @@ def compare(model, drafters, theirs, questions, stops, s):
             rounds.setdefault(name, []).extend(made)
             for against, other in others.items():
                 i = first_difference(tokens, other)
-                found.setdefault((name, against), []).append(
-                    None if i is None else (i, margin(model, ids + tokens[:i], s, K)))
+                pair = [] if i is None else [x[i] for x in (tokens, other) if i < len(x)]
+                gap = margin(model, ids + tokens[:i], *pair, s, K) if len(pair) == 2 else None
+                found.setdefault((name, against), []).append(None if i is None else (i, gap))
     return found, {name: sum(len(r.tokens) for r in made) / max(1, len(made)) for name, made in rounds.items()}
 
 
@@ -389,16 +391,16 @@ def exactness():
             found, tau = compare(model, dict(drafters), theirs, questions, stops, s)
             for (name, against), differences in found.items():
                 seen = [d for d in differences if d]
-                at, gap = max(seen, key=lambda d: d[1], default=(None, None))
+                at, gap = max(seen, key=lambda d: d[1] or 0.0, default=(None, None))
                 rows.append({"drafter": name, "temperature": t, "dtype": kind, "against": against,
                              "prompts": len(questions), "identical": 1 - len(seen) / len(questions), "margin": gap,
                              "position": at, "tau": tau[name]})
                 lines.append(json.dumps(rows[-1] | {"differences": differences}) + "\n")
     write(os.path.join(out_dir, "exactness.jsonl"), "".join(lines))
-    print(f"{len(questions)} prompts; margin: between the two best scores where an output first differs, the largest\n")
+    print(f"{len(questions)} prompts; margin: between the scores of the two tokens that first differ, the largest\n")
     print(f"{'dtype':9} {'T':>4} {'drafter':8} {'tau':>6}  {'against':13} {'identical':>9} {'margin':>8} {'token':>6}")
     for r in rows:
-        gap = ("-", "-") if r["margin"] is None else (f"{r['margin']:.4f}", r["position"])
+        gap = ("-", r["position"] or "-") if r["margin"] is None else (f"{r['margin']:.4f}", r["position"])
         print(f"{r['dtype']:9} {r['temperature']:4} {r['drafter']:8} {r['tau']:6.2f}  {r['against']:13} "
               f"{r['identical']:9.1%} {gap[0]:>8} {gap[1]:>6}")
     return {"command": "exactness", "rows": rows}
@@ -507,7 +509,13 @@ def main():
         report = COMMANDS[command]()
     except ValueError as error:
         sys.exit(f"error: {error}")
-    print(json.dumps(report))
+    where = torch.cuda.get_device_name() if device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
+    print(json.dumps({"target": target, "drafter": drafter, "prompt_set": prompts, "device": where, "dtype": dtype,
+                      "max_new_tokens": max_new_tokens, "torch": torch.__version__} | report))
+    same = [report.get("identical", 1), *(r["identical"] for r in report.get("rows", ())
+                                          if r.get("against") == "fixed shape")]
+    if min(same) < 1:
+        sys.exit("error: an output differs from the target's own at the same shape; that must not be: please report it")
 
 
 if __name__ == "__main__":

@@ -85,9 +85,9 @@ def keep(scores, top_k, top_p):
     if 0 < top_k < scores.shape[-1]:
         scores = scores.masked_fill(scores < scores.topk(top_k)[0][..., -1:], -torch.inf)
     if top_p < 1:
-        ordered, index = scores.sort(descending=True)
-        p = ordered.softmax(-1)
-        outside = p.cumsum(-1) - p >= top_p  # the tokens before it reach top_p without it
+        ordered, index = scores.sort(descending=True, stable=True)
+        p = (ordered.double().softmax(-1) * 2.0 ** 52).long()  # integers, as sums of floats depend on their order
+        outside = p.cumsum(-1) - p >= int(top_p * 2.0 ** 52)  # the tokens before it reach top_p without it
         scores = scores.masked_fill(torch.zeros_like(outside).scatter(-1, index, outside), -torch.inf)
     return scores
 

@@ -45,12 +45,15 @@ def race(arms, repeats=5):
 
 
 def rates(device, dtype):
-    """Bytes a second of a copy, read and written, and operations a second of a product at the widths of the MLP."""
-    big = torch.zeros((1 << 31 if device.startswith("cuda") else 1 << 28) // 4, device=device)
-    kind = getattr(torch, dtype)
-    a, b = torch.randn(1024, 1024, device=device).to(kind), torch.randn(1024, 3584, device=device).to(kind)
-    copy, product = race({"copy": lambda: seconds(big.clone, 3), "ab": lambda: seconds(lambda: a @ b, 10)}).values()
-    return 2 * big.nbytes / median(copy), 2 * 1024 * 1024 * 3584 / median(product)
+    """Bytes a second of a copy, read and written, between tensors whose pages are there; operations a second of a
+    product at the widths of the MLP, of as many rows as suit the machine."""
+    cuda = device.startswith("cuda")
+    big, kind = torch.ones((1 << 31 if cuda else 1 << 28) // 4, device=device), getattr(torch, dtype)
+    out, rows = torch.ones_like(big), 16384 if cuda else 1024
+    a, b = torch.randn(rows, 1024, device=device).to(kind), torch.randn(1024, 3584, device=device).to(kind)
+    copy, product = race({"copy": lambda: seconds(lambda: out.copy_(big), 3),
+                          "product": lambda: seconds(lambda: a @ b, 10)}).values()
+    return 2 * big.nbytes / median(copy), 2 * rows * 1024 * 3584 / median(product)
 
 
 def row(name, found, floor=None, peer="transformers", **more):
@@ -62,8 +65,9 @@ def row(name, found, floor=None, peer="transformers", **more):
 
 
 def weight_bytes(*modules):
-    """Bytes of all weights, a tied one once."""
-    return sum(p.nbytes for m in modules for p in m.parameters())
+    """Bytes of the weights that a forward reads: all, a tied one once, but of an untied embedding only some rows."""
+    return sum(p.nbytes for m in modules for name, p in m.named_parameters()
+               if name != "embed_tokens.weight" or m.config.tie_word_embeddings)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

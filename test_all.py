@@ -803,6 +803,16 @@ def arms(limit, stops=()):
     return [list(generate(small_target(), drafter, prompt, limit, stops)) for drafter in drafters]
 
 
+def test_generate_begins_anew_with_each_prompt():
+    """Failure 6: a Decoder that serves many prompts keeps something of the one before."""
+    prompts, decoders = [tokens_of(n, seed=n).tolist() for n in (40, 3, 21)], {}
+    for drafter in (None, small_drafter()):
+        kept, fresh = ([[r.tokens for r in generate(small_target(), drafter, x, 40, decoders=d)] for x in prompts]
+                       for d in (decoders, None))
+        assert kept == fresh
+    assert len(decoders) == 2
+
+
 @pytest.mark.parametrize("limit", (1, 2, 5, 16, 17, 18, 30))
 def test_generate_ends_at_the_limit(limit):
     """Failure 15: a round's tokens past max_new_tokens are returned, or counted as accepted."""
@@ -2013,9 +2023,10 @@ def benchmark(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(ROOT)
     before = {k: v for k, v in vars(bench).items() if isinstance(v, (str, int, float, tuple))}
 
-    def call(*args):
+    def call(*args, broken=False):
         monkeypatch.setattr(sys, "argv", ["bench.py", *args, f"--out_dir={tmp_path}"])
-        bench.main()
+        with pytest.raises(SystemExit, match="differs") if broken else contextlib.nullcontext():
+            bench.main()
         return json.loads(capsys.readouterr().out.splitlines()[-1])
     yield call
     vars(bench).update(before)
@@ -2068,7 +2079,7 @@ def test_bench_exactness(benchmark, monkeypatch):
             self.conv.zero_()
 
     monkeypatch.setattr(DecodeState, "commit", forgets)
-    broken = [r for r in benchmark(*args)["rows"] if r["against"] == "transformers" and r["drafter"] != "trained"]
+    broken = [r for r in benchmark(*args, broken=True)["rows"] if r["against"] == "transformers" and r["drafter"] != "trained"]
     assert all(r["identical"] == 0 and r["margin"] > 0 for r in broken), [(r["drafter"], r["margin"]) for r in broken]
 
 

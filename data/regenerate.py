@@ -16,6 +16,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -101,12 +102,14 @@ def decoder():
     """A function like ask that decodes here."""
     where, tokenizer = load_target(target, device, dtype), load_tokenizer(target)
     draft = load_drafter(drafter, where.config, device, dtype) if drafter else None
-    stops, s = stop_ids(tokenizer), Sampling(temperature)
+    stops, decoders = stop_ids(tokenizer), {}
 
     def answer(messages):
         try:
             prompt = chat_prompt(tokenizer, messages, thinking)
-            tokens, _, _ = run(where, draft, prompt, max_new_tokens, stops, None if draft else 1, s)
+            s = Sampling(temperature, seed=zlib.crc32(str(prompt).encode()))  # else prompts would share their noise
+            tokens, _, _ = run(where, draft, prompt, max_new_tokens, stops, None if draft else 1, s,
+                               decoders=None if temperature else decoders)
         except ValueError as error:
             return None, f"refused: {error}"
         if tokens[-1] not in stops:
