@@ -72,6 +72,7 @@ import draft_decode
 import model
 import prepare
 import pretrain
+import speed
 import train
 from configurator import configure, script_keys
 from data import regenerate
@@ -1897,7 +1898,7 @@ def test_math500_prompts(main, tmp_path):
     source, out = tmp_path / "test.jsonl", tmp_path / "new" / "prompts.jsonl"
     source.write_text(json.dumps({"problem": "What is $1+1$?", "answer": "2", "level": 1}) + "\n")
     assert "1 prompts" in main(math500, f"--source={source}", f"--out={out}")
-    (question, answer), = bench.load_prompts(str(out), 5)
+    (question, answer), = bench.load_questions(str(out), 5)
     assert answer == "2" and question == \
         "What is $1+1$?\nPlease reason step by step, and put your final answer within \\boxed{}."
 
@@ -2035,6 +2036,118 @@ def test_bench_acceptance(benchmark, tmp_path):
     assert report["accuracy"]["target"] == report["accuracy"]["speculative"] >= 0.5
     assert report["speedup"] == report["tokens_per_s"]["speculative"] / report["tokens_per_s"]["target"]
     assert (tmp_path / "acceptance.png").stat().st_size > 1000
+
+
+def test_bench_tau_by_hand():
+    """Failure 15: tokens past a stop or past the limit counted. A stop in mid-round, a limit in mid-round, full blocks.
+
+    The prompt's own token is in no round. Limit 20, 3 guesses right: 19 tokens, rounds of 4 4 4 4 3. Stop at the 11th
+    token: 10 tokens, rounds of 4 4 2. Limit 33, 15 right: 32 tokens, rounds of 16 16."""
+    prompt, answer = reference()
+    stop = answer[10]
+    assert answer.index(stop) == 10
+    drafters = [Oracle(len(prompt), answer, lambda right=right: right) for right in (3, 3, 15)]
+    ends = [(20, ()), (40, {stop}), (33, ())]
+
+    def arm(drafter_of):
+        calls = iter([0, 0, 1, 2])  # the first is the warm-up
+        return lambda ids: (lambda i: run(small_target(), drafter_of(i), ids, *ends[i]))(next(calls))
+
+    journal = type("Kept", (), {"row": lambda self, i, make: json.loads(json.dumps(make(i)))})()
+    results = bench.measure({name: (arm(of), 1) for name, of in (
+        ("speculative", drafters.__getitem__), ("alone", lambda i: None), ("target", lambda i: None))},
+        [bench.Prompt(prompt, None)] * 3, journal)
+    assert [[len(tokens) for _, tokens in row["speculative"]["rounds"]] for row in results] == [
+        [4, 4, 4, 4, 3], [4, 4, 2], [16, 16]]
+    report = bench.statistics(results, None, K)
+    assert report["tau_micro"] == (19 + 10 + 32) / (5 + 3 + 2) == 6.1 and report["identical"] == 1
+    assert report["tau_macro"] == pytest.approx((19 / 5 + 10 / 3 + 16) / 3)
+    assert report["slots"] == [1.0, 1.0, 0.9] + [0.2] * 12  # the stop's round returned two guesses: a third was cut off
+
+
+@pytest.fixture
+def copies(monkeypatch):
+    """bench's card without its second of copying."""
+    monkeypatch.setattr(speed, "rates", lambda device, dtype: (1e9, 1e12))
+
+
+def test_bench_speedup(benchmark, copies, tmp_path):
+    """Failure 15: figures that contradict each other. tau of acceptance, of speedup and of the loop is one number."""
+    args = ("--limit=2", "--max_new_tokens=24", "--repeats=2", "--hf")
+    report, other = benchmark("speedup", *args), benchmark("acceptance", *args)
+    assert {"faster", "prompts", "geomean", "min", "median", "max"} < set(report) and report["prompts"] == 2
+    target, tokenizer = nano()
+    lengths = [[len(r.tokens) for r in list(generate(target, shipped(), q.ids, 24, stop_ids(tokenizer)))[1:]]
+               for q in bench.load_prompts("nano", 2, target, tokenizer)]
+    assert report["tau_micro"] == other["tau_micro"] == sum(map(sum, lengths)) / sum(map(len, lengths))
+    assert report["tau_macro"] == other["tau_macro"]
+    rows = [json.loads(line) for line in (tmp_path / "speedup.jsonl").read_text().splitlines()]
+    gains = [row["speedup"] for row in rows]
+    assert report["min"] == min(gains) <= report["geomean"] <= max(gains) == report["max"]
+    assert report["geomean"] == pytest.approx(math.prod(gains) ** 0.5) and report["median"] == sum(gains) / 2
+    assert report["faster"] == sum(x > 1 for x in gains) and [len(row["target"]["repeats"]) for row in rows] == [2, 2]
+    assert report["identical"] == report["identical_to_transformers"] == 1 < report["tokens_per_s"]["transformers"]
+    card = report["card"]
+    assert card["bytes"]["step"] == 4 * card["parameters"]["target"] and card["floor_seconds"]["step"] == \
+        card["bytes"]["step"] / 1e9
+    assert card["ceiling"] == pytest.approx(report["tau_micro"] * card["bytes"]["step"] / card["bytes"]["round"])
+    assert card["share_of_ceiling"] == report["speedup"] / card["ceiling"]
+    assert (tmp_path / "speedup.png").stat().st_size > 1000
+
+
+def without_clock(report):
+    return {k: v for k, v in report.items() if k not in ("tokens_per_s", "speedup", "card", "geomean", "min", "median",
+                                                         "max", "faster")}
+
+
+@pytest.mark.parametrize("command", ("acceptance", "exactness"))
+def test_bench_resume_after_an_interruption(benchmark, monkeypatch, tmp_path, command):
+    """A torn line, prompts measured twice or not at all, or rows of another run taken for this one's."""
+    args = (command, "--limit=3", "--max_new_tokens=8", "--dtypes=float32", "--temperatures=1,")
+    whole = benchmark(*args)
+    assert not list(tmp_path.glob("*.part.jsonl"))
+    calls, made = [], bench.run
+
+    def stops_in_the_second(*rest, **more):
+        calls.append(rest[2])
+        if len(calls) > (7 if command == "acceptance" else 9):  # runs of a prompt, and of acceptance a warm-up
+            raise KeyboardInterrupt
+        return made(*rest, **more)
+
+    monkeypatch.setattr(bench, "run", stops_in_the_second)
+    with pytest.raises(SystemExit, match="interrupted: .*--resume"):
+        benchmark(*args)
+    part = tmp_path / f"{command}.part.jsonl"
+    before = part.read_text()
+    assert before.endswith("\n") and len([json.loads(line) for line in before.splitlines()]) == 2
+    part.write_text(before + before[:40])  # as a power cut leaves it
+    monkeypatch.setattr(bench, "run", made)
+    with pytest.raises(SystemExit, match="made with count = 3, now it is 2"):
+        benchmark(command, "--limit=2", *args[2:], "--resume")
+    measured = []
+    monkeypatch.setattr(bench, "run", lambda *rest, **more: measured.append(rest[2]) or made(*rest, **more))
+    report = benchmark(*args, "--resume")
+    assert without_clock(report) == without_clock(whole) and not part.exists()
+    assert len({tuple(ids) for ids in measured}) == (3 if command == "acceptance" else 2)  # acceptance warms up
+    with pytest.raises(SystemExit, match="coupling cannot be resumed"):
+        benchmark("coupling", "--resume")
+
+
+def test_bench_prompts_by_name(main, tmp_path, monkeypatch):
+    """Another question than the published figures were measured with; a copy of a data set that is none of it."""
+    files = {"math500": {"problem": "1+1?", "answer": "2"}, "gsm8k": {"question": "1+1?", "answer": "so\n#### 1,002"},
+             "humaneval": {"task_id": "0", "prompt": "def f():"}}
+    for name, row in files.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    suffix = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+    assert bench.load_questions(f"math500:{tmp_path}/math500.jsonl", 9) == [("1+1?" + suffix, "2")]
+    assert bench.load_questions(f"gsm8k:{tmp_path}/gsm8k.jsonl", 9) == [("1+1?" + suffix, "1002")]
+    (question, answer), = bench.load_questions(f"humaneval:{tmp_path}/humaneval.jsonl", 9)
+    assert "```python\ndef f():\n```" in question and answer is None
+    for name, hint in ((f"math500:{tmp_path}/gsm8k.jsonl", "row 1 is none of math500"), ("gsm8k:nowhere", "no file"),
+                       ("gsm8k", "hub does not give"), ("mbpp", "none of nano, math500, gsm8k, humaneval")):
+        with pytest.raises(ValueError, match=hint):
+            bench.load_questions(name, 9)
 
 
 def test_bench_times_the_first_draft(monkeypatch):
