@@ -10,6 +10,7 @@ Measures a drafter. Each command prints a table and, as its last line, JSON; fig
     python bench.py exactness --target=random:0.8b:4 --drafter=random --prompts=random:64:256
     python bench.py curve                                        # speedup against tau, from drafters right by chance
     python bench.py coupling                                     # sampling: which guesses agree with the target most
+    python bench.py report A/speedup.json B/speedup.json         # runs side by side; each left its JSON in its out_dir
     python bench.py speed --target=random:0.8b --drafter=random --prompts=random:64:256   # against transformers
     python bench.py speed --parts=training                       # a training step against its arithmetic; ten minutes
 
@@ -532,7 +533,7 @@ def print_speedup(r):
     percent = {(key, arm): "unknown" if value is None else f"{value:.1%}" for key in ("boxed", "accuracy")
                for arm, value in r[key].items()}
     late, gained = r["prompts"] - r["timed"], r["card"]["share_of_ceiling"]
-    rows = [("faster", f"{r['faster']} of {r['prompts']} prompts" + f", {late} ended with their first token" * (late > 0)),
+    rows = [("faster", f"{r['faster']} of {r['prompts']} prompts" + f"; {late} ended at their first token" * (late > 0)),
             ("speedup a prompt", f"{r['geomean']:.2f}x geometric mean; {r['min']:.2f}x to {r['max']:.2f}x, "
                                  f"median {r['median']:.2f}x"),
             ("speedup in all", f"{r['speedup']:.2f}x in total time, {gained:.0%} of the ceiling"),
@@ -749,9 +750,85 @@ def speed():
     return {"command": "speed", "target": target, "compile": compile} | parts_of.measure(
         model, draft, transformers_peer(model), device, dtype, parts), setup(questions, stops)
 
+# ----------------------------------------------------------------------------------------------------------------------
+# report: runs side by side
+
+SAME = ("digest", "count", "max_new_tokens", "stops", "thinking", "temperature", "top_k", "top_p", "seed")
+
+
+def read_run(path):
+    """A run's OUT_DIR/COMMAND.json. ValueError when it is none, or is only the line that a command printed."""
+    try:
+        with open(path) as f:
+            run = json.load(f)
+        if "setup" not in run:
+            raise ValueError("it has no setup")
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} is no report ({error}): give the COMMAND.json files that commands leave in their "
+                         "out_dir") from None
+    return run
+
+
+def figures(run, prefix=""):
+    """{name: number, or (number, low, high)} of a report, those of its inner dicts as "outer, inner"."""
+    found = {}
+    for key, value in run.items():
+        if isinstance(value, dict) and value.keys() == {"value", "low", "high"}:
+            found[prefix + key] = tuple(value.values())
+        elif isinstance(value, dict) and key not in ("setup", "card"):
+            found |= figures(value, f"{prefix}{key}, ")
+        elif isinstance(value, (int, float)):
+            found[prefix + key] = value
+    return found
+
+
+def show(value):
+    """A figure as a cell of the table."""
+    if isinstance(value, tuple):
+        return "-" if value[0] is None else "{} [{}, {}]".format(*map(show, value))
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:,.3f}"
+
+
+def report(paths):
+    """Runs of the same prompts, limits and stop rules as a Markdown table and a picture; ValueError for others."""
+    if len(paths) < 2:
+        raise ValueError("report compares at least two runs: python bench.py report A.json B.json")
+    runs = [read_run(path) for path in paths]
+    setups, found = [made["setup"] for made in runs], [figures(made) for made in runs]
+    for path, made_from in zip(paths, setups):
+        if other := [k for k in SAME if made_from.get(k) != setups[0].get(k)]:
+            raise ValueError(f"{paths[0]} and {path} cannot be compared, {other[0]} is {setups[0].get(other[0])!r} and "
+                             f"{made_from.get(other[0])!r}: measure both with the same keys")
+    names = list(dict.fromkeys(name for each in found for name in each))
+    lines = [["", *paths], ["---"] * (1 + len(paths)), ["command", *(made["command"] for made in runs)]]
+    lines += [[key, *(str(made.get(key, "-")) for made in setups)] for key in ("target", "drafter", "device", "dtype")]
+    lines += [[name, *(show(each.get(name)) for each in found)] for name in names]
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    write(os.path.join(out_dir, "report.md"), table)
+    plot_report(os.path.join(out_dir, "report.png"), paths, found)
+    print(f"{table}\nwrote {out_dir}/report.md, {out_dir}/report.png")
+    return {"command": "report", "runs": paths, "rows": {n: [each.get(n) for each in found] for n in names}}, setups[0]
+
+
+def plot_report(path, names, found):
+    def draw(plt):
+        figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+        for axis, keys in zip(axes, (("tau_micro", "tau_macro", "tau"), ("speedup", "geomean"))):
+            for i, key in enumerate(keys):
+                heights = [each.get(key) for each in found]
+                heights = [v[0] if isinstance(v, tuple) else v for v in heights]
+                at = [(j + i / 4, v) for j, v in enumerate(heights) if v is not None]
+                if at:
+                    axis.bar(*zip(*at), 0.2, label=key)
+            axis.set_xticks(range(len(names)), names)
+            if axis.containers:
+                axis.legend()
+        return figure
+    save_figure(path, draw)
+
 
 COMMANDS = {"acceptance": acceptance, "speedup": speedup, "exactness": exactness, "curve": curve, "coupling": coupling,
-            "speed": speed}
+            "speed": speed, "report": report}
 RESUMABLE = ("acceptance", "speedup", "exactness")
 
 
@@ -761,19 +838,20 @@ def main():
         if command in ("-h", "--help"):
             configure(globals(), ["--help"])
         sys.exit(f"usage: python bench.py {'|'.join(COMMANDS)} [config.py] [--key=value]; --help lists the keys")
-    configure(globals(), sys.argv[2:])
+    files = [word for word in sys.argv[2:] if command == "report" and word.endswith(".json") and word[0] != "-"]
+    configure(globals(), [word for word in sys.argv[2:] if word not in files])
     try:
         if resume and command not in RESUMABLE:
             raise ValueError(f"{command} cannot be resumed, only {', '.join(RESUMABLE)}: leave --resume away")
         os.makedirs(out_dir, exist_ok=True)
-        report, made_from = COMMANDS[command]()
-        write(os.path.join(out_dir, f"{command}.json"), json.dumps(report | {"setup": made_from}) + "\n")
+        found, made_from = COMMANDS[command](*[files] if command == "report" else [])
+        write(os.path.join(out_dir, f"{command}.json"), json.dumps(found | {"setup": made_from}) + "\n")
     except ValueError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         hint = f"the same command with --resume goes on from {out_dir}" if command in RESUMABLE else "nothing is kept"
         sys.exit(f"interrupted: {hint}")
-    print(json.dumps(report))
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -2133,6 +2133,34 @@ def test_bench_resume_after_an_interruption(benchmark, monkeypatch, tmp_path, co
         benchmark("coupling", "--resume")
 
 
+def test_bench_report(benchmark, tmp_path):
+    """Runs set side by side that measured other prompts, other lengths or other ends of an answer."""
+    setup = {"digest": "a", "count": 2, "max_new_tokens": 8, "stops": [1], "thinking": False, "temperature": 0.0,
+             "top_k": 0, "top_p": 1.0, "seed": 0, "target": "T", "drafter": "D"}
+    base = {"command": "speedup", "prompts": 2, "tau_micro": 5.25, "speedup": 1.5, "accuracy": {"target": None},
+            "tokens_per_s": {"speculative": 1234.5}, "slots": [1, 0.5]}
+    served_run = base | {"command": "serve", "speedup": {"value": 2.0, "low": 1.75, "high": 2.5}}
+    names = []
+    for name, made, change in (("a", base, {"drafter": "D"}), ("b", served_run, {"drafter": "E"}),
+                               ("digest", base, {"digest": "b"}), ("limit", base, {"max_new_tokens": 9}),
+                               ("stops", base, {"stops": [1, 2]})):
+        names.append(str(tmp_path / f"{name}.json"))
+        (tmp_path / f"{name}.json").write_text(json.dumps(made | {"setup": setup | change}))
+    rows = benchmark("report", *names[:2])["rows"]
+    assert rows["tau_micro"] == [5.25, 5.25] and rows["tokens_per_s, speculative"] == [1234.5, 1234.5]
+    table = (tmp_path / "report.md").read_text()
+    assert "| speedup | 1.500 | 2.000 [1.750, 2.500] |" in table and "| drafter | D | E |" in table
+    assert (tmp_path / "report.png").stat().st_size > 1000
+    for other, key in zip(names[2:], ("digest", "max_new_tokens", "stops")):
+        with pytest.raises(SystemExit, match=f"cannot be compared, {key} is"):
+            benchmark("report", names[0], other)
+    (tmp_path / "line.json").write_text(json.dumps(base))
+    for files, hint in ((names[:1], "at least two"), ([names[0], f"{tmp_path}/line.json"], "line.json is no report"),
+                        ([names[0], "nowhere.json"], "nowhere.json is no report")):
+        with pytest.raises(SystemExit, match=hint):
+            benchmark("report", *files)
+
+
 def test_bench_prompts_by_name(main, tmp_path, monkeypatch):
     """Another question than the published figures were measured with; a copy of a data set that is none of it."""
     files = {"math500": {"problem": "1+1?", "answer": "2"}, "gsm8k": {"question": "1+1?", "answer": "so\n#### 1,002"},
