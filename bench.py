@@ -10,6 +10,7 @@ Measures a drafter. Each command prints a table and, as its last line, JSON; fig
     python bench.py exactness --target=random:0.8b:4 --drafter=random --prompts=random:64:256
     python bench.py curve                                        # speedup against tau, from drafters right by chance
     python bench.py coupling                                     # sampling: which guesses agree with the target most
+    python bench.py serve --base_url=http://localhost:30000/v1 --baseline_url=http://localhost:30001/v1 --concurrency=8
     python bench.py report A/speedup.json B/speedup.json         # runs side by side; each left its JSON in its out_dir
     python bench.py speed --target=random:0.8b --drafter=random --prompts=random:64:256   # against transformers
     python bench.py speed --parts=training                       # a training step against its arithmetic; ten minutes
@@ -58,6 +59,11 @@ dtypes: tuple[str] = ("float32", "bfloat16")                # of exactness
 oracle = 0.8                            # probability that a guess of exactness' oracle is right
 repeats = 3                             # of each prompt in speedup, whose median counts
 hf = False                              # speedup also times transformers' own generate
+base_url = ""                           # of serve: the server with a drafter, its address up to /v1
+baseline_url = ""                       # of serve: the server without one
+served_model = ""                       # of serve: the target's name there; empty: the first that each lists
+concurrency = 1                         # of serve: requests at a time
+timeout = 600.0                         # of serve: seconds until a request counts as failed
 out_dir = "out/bench"                   # figures and raw results
 resume = False                          # go on from what an interrupted command left in out_dir
 device = "cuda" if torch.cuda.is_available() else "cpu"  # cpu or cuda
@@ -533,7 +539,7 @@ def print_speedup(r):
     percent = {(key, arm): "unknown" if value is None else f"{value:.1%}" for key in ("boxed", "accuracy")
                for arm, value in r[key].items()}
     late, gained = r["prompts"] - r["timed"], r["card"]["share_of_ceiling"]
-    rows = [("faster", f"{r['faster']} of {r['prompts']} prompts" + f"; {late} ended at their first token" * (late > 0)),
+    rows = [("faster", f"{r['faster']} of {r['prompts']} prompts" + f"; {late} ended at the first token" * (late > 0)),
             ("speedup a prompt", f"{r['geomean']:.2f}x geometric mean; {r['min']:.2f}x to {r['max']:.2f}x, "
                                  f"median {r['median']:.2f}x"),
             ("speedup in all", f"{r['speedup']:.2f}x in total time, {gained:.0%} of the ceiling"),
@@ -751,6 +757,36 @@ def speed():
         model, draft, transformers_peer(model), device, dtype, parts), setup(questions, stops)
 
 # ----------------------------------------------------------------------------------------------------------------------
+# serve
+
+
+def serve():
+    """A server with a drafter against one without, as their users see them: see serve.py."""
+    import serve as client
+    if not base_url or not baseline_url or concurrency < 1 or timeout <= 0:
+        raise ValueError("give --base_url and --baseline_url, each up to /v1, and concurrency and timeout above 0")
+    found = load_questions(prompts, limit or 16)
+    servers = {arm: (url.rstrip("/"), served_model or client.model_name(url.rstrip("/"), timeout))
+               for arm, url in (("speculative", base_url), ("baseline", baseline_url))}
+    made_from = setup([Prompt(*pair) for pair in found], ()) | {
+        "stops": "the servers'", "target": [model for _, model in servers.values()], "drafter": base_url,
+        "device": "servers", "dtype": "servers", "baseline_url": baseline_url, "concurrency": concurrency}
+    body = {"max_tokens": max_new_tokens, "temperature": temperature, "stream": True, "seed": seed, "top_p": top_p,
+            "stream_options": {"include_usage": True}, "chat_template_kwargs": {"enable_thinking": thinking}}
+    body |= {"top_k": top_k} if top_k else {}  # not in OpenAI's form, but in both engines'
+    journal = Journal("serve", made_from)
+    rows = client.measure(servers, body, [question for question, _ in found], concurrency, timeout, journal, progress)
+    report = client.statistics(rows, [answer for _, answer in found], is_correct)
+    answers = {arm: [answer for row in rows for answer in row[arm]["answers"]] for arm in servers}
+    journal.close({"prompt": i} | {arm: answers[arm][i] for arm in servers} for i in range(len(found)))
+    client.show(report)
+    print(f"\nMethod: {len(found)} prompts of {prompts}, temperature {temperature}, at most {max_new_tokens} new "
+          f"tokens, thinking {'on' if thinking else 'off'}; {concurrency} at a time, groups sent to both servers in "
+          f"alternating order after a warm-up; streamed, timed at the client, prefill and network included; failed "
+          f"requests are in no figure.")
+    return report, made_from
+
+# ----------------------------------------------------------------------------------------------------------------------
 # report: runs side by side
 
 SAME = ("digest", "count", "max_new_tokens", "stops", "thinking", "temperature", "top_k", "top_p", "seed")
@@ -828,8 +864,8 @@ def plot_report(path, names, found):
 
 
 COMMANDS = {"acceptance": acceptance, "speedup": speedup, "exactness": exactness, "curve": curve, "coupling": coupling,
-            "speed": speed, "report": report}
-RESUMABLE = ("acceptance", "speedup", "exactness")
+            "speed": speed, "serve": serve, "report": report}
+RESUMABLE = ("acceptance", "speedup", "exactness", "serve")
 
 
 def main():

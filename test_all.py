@@ -2073,11 +2073,11 @@ def copies(monkeypatch):
 
 def test_bench_speedup(benchmark, copies, tmp_path):
     """Failure 15: figures that contradict each other. tau of acceptance, of speedup and of the loop is one number."""
-    args = ("--limit=2", "--max_new_tokens=24", "--repeats=2", "--hf")
+    args = ("--limit=2", "--max_new_tokens=16", "--repeats=2", "--hf")
     report, other = benchmark("speedup", *args), benchmark("acceptance", *args)
     assert {"faster", "prompts", "geomean", "min", "median", "max"} < set(report) and report["prompts"] == 2
     target, tokenizer = nano()
-    lengths = [[len(r.tokens) for r in list(generate(target, shipped(), q.ids, 24, stop_ids(tokenizer)))[1:]]
+    lengths = [[len(r.tokens) for r in list(generate(target, shipped(), q.ids, 16, stop_ids(tokenizer)))[1:]]
                for q in bench.load_prompts("nano", 2, target, tokenizer)]
     assert report["tau_micro"] == other["tau_micro"] == sum(map(sum, lengths)) / sum(map(len, lengths))
     assert report["tau_macro"] == other["tau_macro"]
@@ -2131,6 +2131,137 @@ def test_bench_resume_after_an_interruption(benchmark, monkeypatch, tmp_path, co
     assert len({tuple(ids) for ids in measured}) == (3 if command == "acceptance" else 2)  # acceptance warms up
     with pytest.raises(SystemExit, match="coupling cannot be resumed"):
         benchmark("coupling", "--resume")
+
+
+class Broken(http.server.BaseHTTPRequestHandler):
+    """Passes a request on to self.upstream, but a prompt that names a fault meets that fault. Its /metrics are vLLM's,
+    with a round of 4 tokens for each request and another engine's rounds of 2."""
+    upstream, asked = "", 0
+    streams = {"cut": b'data: {"choices": [{"delta": {"content": "4"}}]}\n\n', "garbage": b"data: {nonsense\n\n",
+               "number": b"data: 7\n\n", "html": b"<html>It works</html>", "error": b'data: {"error": "full"}\n\n',
+               "countless": b'data: {"choices": [{"delta": {"content": "4"}, "finish_reason": "stop"}]}\n\n'}
+
+    def do_GET(self):
+        counts = (("drafts", 0, 1), ("drafts", 1, 1), ("accepted_tokens", 0, 3), ("accepted_tokens", 1, 1))
+        text = "".join(f'vllm:spec_decode_num_{name}_total{{engine="{engine}"}} {n * Broken.asked}.0\n'
+                       for name, engine, n in counts)
+        self.reply(text.encode() if self.path == "/metrics" else b"[]")
+
+    def reply(self, content):
+        self.send_response(200), self.send_header("Content-Length", str(len(content))), self.end_headers()
+        self.wfile.write(content)
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        fault = json.loads(body)["messages"][0]["content"]
+        Broken.asked += 1
+        if fault in self.streams:
+            self.reply(self.streams[fault])
+        elif fault == "busy":
+            self.send_error(503)
+        elif fault == "dead":
+            self.close_connection = True
+        elif fault == "slow":
+            self.send_response(200), self.end_headers()
+            with contextlib.suppress(OSError):
+                for _ in range(20):
+                    self.wfile.write(self.streams["cut"]), time.sleep(0.4)
+        else:
+            request = urllib.request.Request(self.upstream + self.path.removeprefix("/v1"), body,
+                                             {"Content-Type": "application/json"})
+            with urllib.request.urlopen(request) as answer:
+                self.reply(answer.read())
+
+    def log_message(self, *args):
+        pass
+
+
+def test_bench_serve(benchmark, monkeypatch, served, tmp_path):
+    """A server's failures averaged into its speed or accuracy, or counted for the other; an answer that is not the
+    target's. Both arms are one real server, behind one that fails in every way there is."""
+    faults = ["busy", "dead", "slow", *Broken.streams]
+    good = sorted(problems("test", 30), key=lambda p: len(p[1]))[:2]
+    rows = [{"question": q, "answer": a} for q, _, a in good] + [{"question": f, "answer": "1"} for f in faults]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(Broken, "upstream", served)
+    args = ["serve", f"--prompts={tmp_path}/prompts.jsonl", f"--served_model={NANO}/target", "--limit=99",
+            "--max_new_tokens=72", f"--baseline_url={served}", "--concurrency=2", "--timeout=5"]
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Broken) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        report = benchmark(*args, f"--base_url=http://127.0.0.1:{proxy.server_port}/v1/")
+        proxy.shutdown()
+    ours, theirs = report["speculative"], report["baseline"]
+    assert ours["answered"] == report["pairs"] == 2 and ours["failed"] == len(faults) == sum(ours["errors"].values())
+    assert theirs["failed"] == 0 and theirs["answered"] == len(rows)
+    assert {"status 503", "no end within 5 s"} < set(ours["errors"]) and len(ours["errors"]) == len(faults)
+    assert report["agreement"]["value"] == 1 and ours["tokens_per_s_of_all"]["value"] > 0
+    assert report["tau"] == 3 and "counters" in ours["tau_source"] and theirs["tau"] is None
+    lines = [json.loads(line) for line in (tmp_path / "serve.jsonl").read_text().splitlines()]
+    counted = [line for line in lines if "error" not in line["speculative"]]
+    assert [line["prompt"] for line in counted] == [0, 1]
+    a, b = ([line[arm] for line in counted] for arm in ("speculative", "baseline"))
+    speed_of = [sum(x["tokens"] for x in arm) / sum(x["seconds"] for x in arm) for arm in (a, b)]
+    assert report["speedup"]["value"] == pytest.approx(speed_of[0] / speed_of[1])
+    assert report["speedup"]["low"] <= report["speedup"]["value"] <= report["speedup"]["high"]
+    assert ours["first_token_s"]["value"] == pytest.approx(sum(x["first"] for x in a) / 2)
+    assert all(0 < x["first"] <= x["seconds"] for x in a + b)
+    target, tokenizer = nano()
+    said = [run(target, shipped(), chat_prompt(tokenizer, q), 72, stop_ids(tokenizer))[0] for q, _, _ in good]
+    assert [x["text"].lstrip() for x in b] == [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in said]
+    assert ours["accuracy"]["value"] == sum(boxed(x["text"]) == y for x, (_, _, y) in zip(a, good)) / 2 >= 0.5
+    for url, hint in (("http://127.0.0.1:9/v1", "the speculative server .* does not answer"), ("", "give --base_url")):
+        with pytest.raises(SystemExit, match=hint):
+            benchmark(*args, f"--base_url={url}")
+
+
+def test_bench_serve_resumes(benchmark, monkeypatch, served, tmp_path):
+    """Groups asked twice, or lost, after an interruption."""
+    import serve
+    args = ["serve", f"--served_model={NANO}/target", "--limit=3", "--max_new_tokens=8", f"--base_url={served}",
+            f"--baseline_url={served}"]
+    asked, ask = [], serve.ask
+
+    def until(count):
+        def count_and_ask(url, body, timeout):
+            asked.append(body["messages"][0]["content"])
+            if len(asked) > count:
+                raise KeyboardInterrupt
+            return ask(url, body, timeout)
+        return count_and_ask
+
+    monkeypatch.setattr(serve, "ask", until(2 + 3))  # two of warm-up, the first prompt, and half of the second
+    with pytest.raises(SystemExit, match="interrupted"):
+        benchmark(*args)
+    assert len((tmp_path / "serve.part.jsonl").read_text().splitlines()) == 2
+    asked.clear(), monkeypatch.setattr(serve, "ask", until(99))
+    report = benchmark(*args, "--resume")
+    assert len(asked) == 2 + 4 and report["pairs"] == report["prompts"] == 3 and report["agreement"]["value"] == 1
+
+
+def test_bench_serve_figures(monkeypatch):
+    """A tau without the target's own token, or of other requests; an interval that is none."""
+    import serve
+    answer = {"text": "x", "tokens": 5, "first": 1.0, "seconds": 3.0}
+    engine = {"/metrics": "vllm:spec_decode_num_drafts_created 1.7e9\n", "/get_server_info": json.dumps(
+        {"internal_states": [{"avg_spec_accept_length": 5.25}]})}
+    monkeypatch.setattr(serve, "get", lambda url, timeout: engine.get(url.removeprefix("http://x"), ""))
+    assert serve.acceptance("http://x/v1", 1) == {"mean": 5.25}  # sglang
+    rows = [{"answers": [answer, answer], "wall": 4.0, "before": {}, "after": {"mean": 5.25}},
+            {"answers": [answer, {"error": "dead"}], "wall": 600.0, "before": {}, "after": {"mean": 5.25}}]
+    figures = serve.arm_figures(rows, ["x"] * 4, lambda text, answer: text == answer)
+    assert figures["tau"] == 5.25 and figures["tau_source"] == "the server's mean since its start"
+    assert figures["tokens_per_s_of_all"]["value"] == 10 / 4 and figures["token_s"]["value"] == 2 / 4
+    assert figures["tokens_per_s"] == {"value": pytest.approx(5 / 3), "low": pytest.approx(5 / 3),
+                                       "high": pytest.approx(5 / 3)} and figures["answered"] == 3
+    engine["/metrics"] = "".join(f'vllm:spec_decode_num_{name}_total{{model_name="a b",engine="0"}} {count}\n'
+                                  for name, count in (("drafts", "1.2e+02"), ("accepted_tokens", "480.0")))
+    assert serve.acceptance("http://x/v1", 1) == {"drafts": 120, "accepted": 480}
+    rows = [{"before": {"drafts": 20, "accepted": 80}, "after": serve.acceptance("http://x/v1", 1)}]
+    assert serve.tau(rows) == (5.0, "the server's counters over these requests")
+    x = np.random.default_rng(1).normal(10, 2, 400)
+    found = serve.estimate(serve.mean, x)  # by the normal distribution: mean +- 1.96 * 2 / 20
+    assert found["low"] == pytest.approx(x.mean() - 0.196, abs=0.03) and \
+        found["high"] == pytest.approx(x.mean() + 0.196, abs=0.03)
 
 
 def test_bench_report(benchmark, tmp_path):
