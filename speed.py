@@ -70,6 +70,17 @@ def weight_bytes(*modules):
                if name != "embed_tokens.weight" or m.config.tie_word_embeddings)
 
 
+def reads(model, draft):
+    """Bytes of weights that a step of the target reads, and a round of drafter and target, which reads the head twice.
+    An embedding that is not the head too gives a few rows only."""
+    step = weight_bytes(model) - (0 if model.config.tie_word_embeddings else model.embed_tokens.weight.nbytes)
+    return {"step": step, "round": step + weight_bytes(draft) + model.head.nbytes}
+
+
+def where(device):
+    return torch.cuda.get_device_name() if device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # the rows
 
@@ -94,8 +105,8 @@ def decoding_rows(model, draft, theirs, copy):
         return (all_ - one) / tokens
 
     found = race({name: lambda name=name: ours(name) for name in decoders} | {"peer": peer})
-    target, head = weight_bytes(model), model.head.nbytes
-    floors = {"step": target / copy, "block": target / copy, "round": (target + weight_bytes(draft) + head) / copy}
+    size = reads(model, draft)
+    floors = {"step": size["step"] / copy, "block": size["step"] / copy, "round": size["round"] / copy}
     names = {"step": "target step, one row", "block": "target step, sixteen rows", "round": "round of draft and verify"}
     return [row(names[name], {"ours": found[name], "peer": found["peer"]}, floors[name],
                 "transformers generate, a token") for name in decoders]
@@ -207,8 +218,7 @@ def measure(model, draft, theirs, device, dtype, parts):
     """The parts named, as a table and as a dict for the JSON line."""
     cuda = device.startswith("cuda")
     copy, rate = rates(device, dtype)
-    where = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
-    print(f"{dtype} on {where}, torch {torch.__version__}: copies {copy / 1e9:,.0f} GB/s, products "
+    print(f"{dtype} on {where(device)}, torch {torch.__version__}: copies {copy / 1e9:,.0f} GB/s, products "
           f"{rate / 1e12:.2f} TFLOP/s\n")
     made = {"decoding": lambda: decoding_rows(model, draft, theirs, copy),
             "prefill": lambda: prefill_rows(model, theirs, (512, 1024, 4096, 16384) if cuda else (512, 1024), rate),
@@ -222,5 +232,5 @@ def measure(model, draft, theirs, device, dtype, parts):
         peer = f"{1e3 * r['peer_seconds']:10.3f} {r['ratio']:6.2f}x" if r["ratio"] else f"{'-':>10} {'-':>7}"
         peak = f"{r['peak_bytes'] / 1e9:8.2f}" if r.get("peak_bytes") else ""
         print(f"{r['name']:44} {1e3 * r['seconds']:10.3f} {floor} {peer} {peak}")
-    return {"device": where, "dtype": dtype, "torch": torch.__version__, "copy_bytes_per_s": copy,
+    return {"device": where(device), "dtype": dtype, "torch": torch.__version__, "copy_bytes_per_s": copy,
             "operations_per_s": rate, "rows": rows}

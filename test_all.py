@@ -72,6 +72,7 @@ import draft_decode
 import model
 import prepare
 import pretrain
+import speed
 import train
 from configurator import configure, script_keys
 from data import regenerate
@@ -1906,7 +1907,7 @@ def test_math500_prompts(main, tmp_path):
     source, out = tmp_path / "test.jsonl", tmp_path / "new" / "prompts.jsonl"
     source.write_text(json.dumps({"problem": "What is $1+1$?", "answer": "2", "level": 1}) + "\n")
     assert "1 prompts" in main(math500, f"--source={source}", f"--out={out}")
-    (question, answer), = bench.read_questions(str(out), 5)
+    (question, answer), = bench.load_questions(str(out), 5)
     assert answer == "2" and question == \
         "What is $1+1$?\nPlease reason step by step, and put your final answer within \\boxed{}."
 
@@ -2047,6 +2048,277 @@ def test_bench_acceptance(benchmark, tmp_path):
     assert (tmp_path / "acceptance.png").stat().st_size > 1000
 
 
+def test_bench_tau_by_hand():
+    """Failure 15: tokens past a stop or past the limit counted. A stop in mid-round, a limit in mid-round, full blocks.
+
+    The prompt's own token is in no round. Limit 20, 3 guesses right: 19 tokens, rounds of 4 4 4 4 3. Stop at the 11th
+    token: 10 tokens, rounds of 4 4 2. Limit 33, 15 right: 32 tokens, rounds of 16 16."""
+    prompt, answer = reference()
+    stop = answer[10]
+    assert answer.index(stop) == 10
+    drafters = [Oracle(len(prompt), answer, lambda right=right: right) for right in (3, 3, 15)]
+    ends = [(20, ()), (40, {stop}), (33, ())]
+
+    def arm(drafter_of):
+        calls = iter([0, 0, 1, 2])  # the first is the warm-up
+        return lambda ids: (lambda i: run(small_target(), drafter_of(i), ids, *ends[i]))(next(calls))
+
+    journal = type("Kept", (), {"row": lambda self, i, make: json.loads(json.dumps(make(i)))})()
+    results = bench.measure({name: (arm(of), 1) for name, of in (
+        ("speculative", drafters.__getitem__), ("alone", lambda i: None), ("target", lambda i: None))},
+        [bench.Prompt(prompt, None)] * 3, journal)
+    assert [[len(tokens) for _, tokens in row["speculative"]["rounds"]] for row in results] == [
+        [4, 4, 4, 4, 3], [4, 4, 2], [16, 16]]
+    report = bench.statistics(results, None, K)
+    assert report["tau_micro"] == (19 + 10 + 32) / (5 + 3 + 2) == 6.1 and report["identical"] == 1
+    assert report["tau_macro"] == pytest.approx((19 / 5 + 10 / 3 + 16) / 3)
+    assert report["slots"] == [1.0, 1.0, 0.9] + [0.2] * 12  # the stop's round returned two guesses: a third was cut off
+
+
+@pytest.fixture
+def copies(monkeypatch):
+    """bench's card without its second of copying."""
+    monkeypatch.setattr(speed, "rates", lambda device, dtype: (1e9, 1e12))
+
+
+def test_bench_speedup(benchmark, copies, tmp_path):
+    """Failure 15: figures that contradict each other. tau of acceptance, of speedup and of the loop is one number."""
+    args = ("--limit=2", "--max_new_tokens=16", "--repeats=2", "--hf")
+    report, other = benchmark("speedup", *args), benchmark("acceptance", *args)
+    assert {"faster", "prompts", "geomean", "min", "median", "max"} < set(report) and report["prompts"] == 2
+    target, tokenizer = nano()
+    lengths = [[len(r.tokens) for r in list(generate(target, shipped(), q.ids, 16, stop_ids(tokenizer)))[1:]]
+               for q in bench.load_prompts("nano", 2, target, tokenizer)]
+    assert report["tau_micro"] == other["tau_micro"] == sum(map(sum, lengths)) / sum(map(len, lengths))
+    assert report["tau_macro"] == other["tau_macro"]
+    rows = [json.loads(line) for line in (tmp_path / "speedup.jsonl").read_text().splitlines()]
+    gains = [row["speedup"] for row in rows]
+    assert report["min"] == min(gains) <= report["geomean"] <= max(gains) == report["max"]
+    assert report["geomean"] == pytest.approx(math.prod(gains) ** 0.5) and report["median"] == sum(gains) / 2
+    assert report["faster"] == sum(x > 1 for x in gains) and [len(row["target"]["repeats"]) for row in rows] == [2, 2]
+    assert report["identical"] == report["identical_to_transformers"] == 1 < report["tokens_per_s"]["transformers"]
+    card = report["card"]
+    assert card["bytes"]["step"] == 4 * card["parameters"]["target"] and card["floor_seconds"]["step"] == \
+        card["bytes"]["step"] / 1e9
+    assert card["ceiling"] == pytest.approx(report["tau_micro"] * card["bytes"]["step"] / card["bytes"]["round"])
+    assert card["share_of_ceiling"] == report["speedup"] / card["ceiling"]
+    assert (tmp_path / "speedup.png").stat().st_size > 1000
+
+
+def without_clock(report):
+    return {k: v for k, v in report.items() if k not in ("tokens_per_s", "speedup", "card", "geomean", "min", "median",
+                                                         "max", "faster")}
+
+
+@pytest.mark.parametrize("command", ("acceptance", "exactness"))
+def test_bench_resume_after_an_interruption(benchmark, monkeypatch, tmp_path, command):
+    """A torn line, prompts measured twice or not at all, or rows of another run taken for this one's."""
+    args = (command, "--limit=3", "--max_new_tokens=8", "--dtypes=float32", "--temperatures=1,")
+    whole = benchmark(*args)
+    assert not list(tmp_path.glob("*.part.jsonl"))
+    calls, made = [], bench.run
+
+    def stops_in_the_second(*rest, **more):
+        calls.append(rest[2])
+        if len(calls) > (7 if command == "acceptance" else 9):  # runs of a prompt, and of acceptance a warm-up
+            raise KeyboardInterrupt
+        return made(*rest, **more)
+
+    monkeypatch.setattr(bench, "run", stops_in_the_second)
+    with pytest.raises(SystemExit, match="interrupted: .*--resume"):
+        benchmark(*args)
+    part = tmp_path / f"{command}.part.jsonl"
+    before = part.read_text()
+    assert before.endswith("\n") and len([json.loads(line) for line in before.splitlines()]) == 2
+    part.write_text(before + before[:40])  # as a power cut leaves it
+    monkeypatch.setattr(bench, "run", made)
+    with pytest.raises(SystemExit, match="made with count = 3, now it is 2"):
+        benchmark(command, "--limit=2", *args[2:], "--resume")
+    measured = []
+    monkeypatch.setattr(bench, "run", lambda *rest, **more: measured.append(rest[2]) or made(*rest, **more))
+    report = benchmark(*args, "--resume")
+    assert without_clock(report) == without_clock(whole) and not part.exists()
+    assert len({tuple(ids) for ids in measured}) == (3 if command == "acceptance" else 2)  # acceptance warms up
+    with pytest.raises(SystemExit, match="coupling cannot be resumed"):
+        benchmark("coupling", "--resume")
+
+
+class Broken(http.server.BaseHTTPRequestHandler):
+    """Passes a request on to self.upstream, but a prompt that names a fault meets that fault. Its /metrics are vLLM's,
+    with a round of 4 tokens for each request and another engine's rounds of 2."""
+    upstream, asked = "", 0
+    streams = {"cut": b'data: {"choices": [{"delta": {"content": "4"}}]}\n\n', "garbage": b"data: {nonsense\n\n",
+               "number": b"data: 7\n\n", "html": b"<html>It works</html>", "error": b'data: {"error": "full"}\n\n',
+               "countless": b'data: {"choices": [{"delta": {"content": "4"}, "finish_reason": "stop"}]}\n\n'}
+
+    def do_GET(self):
+        counts = (("drafts", 0, 1), ("drafts", 1, 1), ("accepted_tokens", 0, 3), ("accepted_tokens", 1, 1))
+        text = "".join(f'vllm:spec_decode_num_{name}_total{{engine="{engine}"}} {n * Broken.asked}.0\n'
+                       for name, engine, n in counts)
+        self.reply(text.encode() if self.path == "/metrics" else b"[]")
+
+    def reply(self, content):
+        self.send_response(200), self.send_header("Content-Length", str(len(content))), self.end_headers()
+        self.wfile.write(content)
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        fault = json.loads(body)["messages"][0]["content"]
+        Broken.asked += 1
+        if fault in self.streams:
+            self.reply(self.streams[fault])
+        elif fault == "busy":
+            self.send_error(503)
+        elif fault == "dead":
+            self.close_connection = True
+        elif fault == "slow":
+            self.send_response(200), self.end_headers()
+            with contextlib.suppress(OSError):
+                for _ in range(20):
+                    self.wfile.write(self.streams["cut"]), time.sleep(0.4)
+        else:
+            request = urllib.request.Request(self.upstream + self.path.removeprefix("/v1"), body,
+                                             {"Content-Type": "application/json"})
+            with urllib.request.urlopen(request) as answer:
+                self.reply(answer.read())
+
+    def log_message(self, *args):
+        pass
+
+
+def test_bench_serve(benchmark, monkeypatch, served, tmp_path):
+    """A server's failures averaged into its speed or accuracy, or counted for the other; an answer that is not the
+    target's. Both arms are one real server, behind one that fails in every way there is."""
+    faults = ["busy", "dead", "slow", *Broken.streams]
+    good = sorted(problems("test", 30), key=lambda p: len(p[1]))[:2]
+    rows = [{"question": q, "answer": a} for q, _, a in good] + [{"question": f, "answer": "1"} for f in faults]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(Broken, "upstream", served)
+    args = ["serve", f"--prompts={tmp_path}/prompts.jsonl", f"--served_model={NANO}/target", "--limit=99",
+            "--max_new_tokens=72", f"--baseline_url={served}", "--concurrency=2", "--timeout=5"]
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Broken) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        report = benchmark(*args, f"--base_url=http://127.0.0.1:{proxy.server_port}/v1/")
+        proxy.shutdown()
+    ours, theirs = report["speculative"], report["baseline"]
+    assert ours["answered"] == report["pairs"] == 2 and ours["failed"] == len(faults) == sum(ours["errors"].values())
+    assert theirs["failed"] == 0 and theirs["answered"] == len(rows)
+    assert {"status 503", "no end within 5 s"} < set(ours["errors"]) and len(ours["errors"]) == len(faults)
+    assert report["agreement"]["value"] == 1 and ours["tokens_per_s_of_all"]["value"] > 0
+    assert report["tau"] == 3 and "counters" in ours["tau_source"] and theirs["tau"] is None
+    lines = [json.loads(line) for line in (tmp_path / "serve.jsonl").read_text().splitlines()]
+    counted = [line for line in lines if "error" not in line["speculative"]]
+    assert [line["prompt"] for line in counted] == [0, 1]
+    a, b = ([line[arm] for line in counted] for arm in ("speculative", "baseline"))
+    speed_of = [sum(x["tokens"] for x in arm) / sum(x["seconds"] for x in arm) for arm in (a, b)]
+    assert report["speedup"]["value"] == pytest.approx(speed_of[0] / speed_of[1])
+    assert report["speedup"]["low"] <= report["speedup"]["value"] <= report["speedup"]["high"]
+    assert ours["first_token_s"]["value"] == pytest.approx(sum(x["first"] for x in a) / 2)
+    assert all(0 < x["first"] <= x["seconds"] for x in a + b)
+    target, tokenizer = nano()
+    said = [run(target, shipped(), chat_prompt(tokenizer, q), 72, stop_ids(tokenizer))[0] for q, _, _ in good]
+    assert [x["text"].lstrip() for x in b] == [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in said]
+    assert ours["accuracy"]["value"] == sum(boxed(x["text"]) == y for x, (_, _, y) in zip(a, good)) / 2 >= 0.5
+    for url, hint in (("http://127.0.0.1:9/v1", "the speculative server .* does not answer"), ("", "give --base_url")):
+        with pytest.raises(SystemExit, match=hint):
+            benchmark(*args, f"--base_url={url}")
+
+
+def test_bench_serve_resumes(benchmark, monkeypatch, served, tmp_path):
+    """Groups asked twice, or lost, after an interruption."""
+    import serve
+    args = ["serve", f"--served_model={NANO}/target", "--limit=3", "--max_new_tokens=8", f"--base_url={served}",
+            f"--baseline_url={served}"]
+    asked, ask = [], serve.ask
+
+    def until(count):
+        def count_and_ask(url, body, timeout):
+            asked.append(body["messages"][0]["content"])
+            if len(asked) > count:
+                raise KeyboardInterrupt
+            return ask(url, body, timeout)
+        return count_and_ask
+
+    monkeypatch.setattr(serve, "ask", until(2 + 3))  # two of warm-up, the first prompt, and half of the second
+    with pytest.raises(SystemExit, match="interrupted"):
+        benchmark(*args)
+    assert len((tmp_path / "serve.part.jsonl").read_text().splitlines()) == 2
+    asked.clear(), monkeypatch.setattr(serve, "ask", until(99))
+    report = benchmark(*args, "--resume")
+    assert len(asked) == 2 + 4 and report["pairs"] == report["prompts"] == 3 and report["agreement"]["value"] == 1
+
+
+def test_bench_serve_figures(monkeypatch):
+    """A tau without the target's own token, or of other requests; an interval that is none."""
+    import serve
+    answer = {"text": "x", "tokens": 5, "first": 1.0, "seconds": 3.0}
+    engine = {"/metrics": "vllm:spec_decode_num_drafts_created 1.7e9\n", "/get_server_info": json.dumps(
+        {"internal_states": [{"avg_spec_accept_length": 5.25}]})}
+    monkeypatch.setattr(serve, "get", lambda url, timeout: engine.get(url.removeprefix("http://x"), ""))
+    assert serve.acceptance("http://x/v1", 1) == {"mean": 5.25}  # sglang
+    rows = [{"answers": [answer, answer], "wall": 4.0, "before": {}, "after": {"mean": 5.25}},
+            {"answers": [answer, {"error": "dead"}], "wall": 600.0, "before": {}, "after": {"mean": 5.25}}]
+    figures = serve.arm_figures(rows, ["x"] * 4, lambda text, answer: text == answer)
+    assert figures["tau"] == 5.25 and figures["tau_source"] == "the server's mean since its start"
+    assert figures["tokens_per_s_of_all"]["value"] == 10 / 4 and figures["token_s"]["value"] == 2 / 4
+    assert figures["tokens_per_s"] == {"value": pytest.approx(5 / 3), "low": pytest.approx(5 / 3),
+                                       "high": pytest.approx(5 / 3)} and figures["answered"] == 3
+    engine["/metrics"] = "".join(f'vllm:spec_decode_num_{name}_total{{model_name="a b",engine="0"}} {count}\n'
+                                  for name, count in (("drafts", "1.2e+02"), ("accepted_tokens", "480.0")))
+    assert serve.acceptance("http://x/v1", 1) == {"drafts": 120, "accepted": 480}
+    rows = [{"before": {"drafts": 20, "accepted": 80}, "after": serve.acceptance("http://x/v1", 1)}]
+    assert serve.tau(rows) == (5.0, "the server's counters over these requests")
+    x = np.random.default_rng(1).normal(10, 2, 400)
+    found = serve.estimate(serve.mean, x)  # by the normal distribution: mean +- 1.96 * 2 / 20
+    assert found["low"] == pytest.approx(x.mean() - 0.196, abs=0.03) and \
+        found["high"] == pytest.approx(x.mean() + 0.196, abs=0.03)
+
+
+def test_bench_report(benchmark, tmp_path):
+    """Runs set side by side that measured other prompts, other lengths or other ends of an answer."""
+    setup = {"digest": "a", "count": 2, "max_new_tokens": 8, "stops": [1], "thinking": False, "temperature": 0.0,
+             "top_k": 0, "top_p": 1.0, "seed": 0, "target": "T", "drafter": "D"}
+    base = {"command": "speedup", "prompts": 2, "tau_micro": 5.25, "speedup": 1.5, "accuracy": {"target": None},
+            "tokens_per_s": {"speculative": 1234.5}, "slots": [1, 0.5]}
+    served_run = base | {"command": "serve", "speedup": {"value": 2.0, "low": 1.75, "high": 2.5}}
+    names = []
+    for name, made, change in (("a", base, {"drafter": "D"}), ("b", served_run, {"drafter": "E"}),
+                               ("digest", base, {"digest": "b"}), ("limit", base, {"max_new_tokens": 9}),
+                               ("stops", base, {"stops": [1, 2]})):
+        names.append(str(tmp_path / f"{name}.json"))
+        (tmp_path / f"{name}.json").write_text(json.dumps(made | {"setup": setup | change}))
+    rows = benchmark("report", *names[:2])["rows"]
+    assert rows["tau_micro"] == [5.25, 5.25] and rows["tokens_per_s, speculative"] == [1234.5, 1234.5]
+    table = (tmp_path / "report.md").read_text()
+    assert "| speedup | 1.500 | 2.000 [1.750, 2.500] |" in table and "| drafter | D | E |" in table
+    assert (tmp_path / "report.png").stat().st_size > 1000
+    for other, key in zip(names[2:], ("digest", "max_new_tokens", "stops")):
+        with pytest.raises(SystemExit, match=f"cannot be compared, {key} is"):
+            benchmark("report", names[0], other)
+    (tmp_path / "line.json").write_text(json.dumps(base))
+    for files, hint in ((names[:1], "at least two"), ([names[0], f"{tmp_path}/line.json"], "line.json is no report"),
+                        ([names[0], "nowhere.json"], "nowhere.json is no report")):
+        with pytest.raises(SystemExit, match=hint):
+            benchmark("report", *files)
+
+
+def test_bench_prompts_by_name(main, tmp_path, monkeypatch):
+    """Another question than the published figures were measured with; a copy of a data set that is none of it."""
+    files = {"math500": {"problem": "1+1?", "answer": "2"}, "gsm8k": {"question": "1+1?", "answer": "so\n#### 1,002"},
+             "humaneval": {"task_id": "0", "prompt": "def f():"}}
+    for name, row in files.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    suffix = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+    assert bench.load_questions(f"math500:{tmp_path}/math500.jsonl", 9) == [("1+1?" + suffix, "2")]
+    assert bench.load_questions(f"gsm8k:{tmp_path}/gsm8k.jsonl", 9) == [("1+1?" + suffix, "1002")]
+    (question, answer), = bench.load_questions(f"humaneval:{tmp_path}/humaneval.jsonl", 9)
+    assert "```python\ndef f():\n```" in question and answer is None
+    for name, hint in ((f"math500:{tmp_path}/gsm8k.jsonl", "row 1 is none of math500"), ("gsm8k:nowhere", "no file"),
+                       ("gsm8k", "hub does not give"), ("mbpp", "none of nano, math500, gsm8k, humaneval")):
+        with pytest.raises(ValueError, match=hint):
+            bench.load_questions(name, 9)
+
+
 def test_bench_times_the_first_draft(monkeypatch):
     """Failure 15: the drafter's first guess, or any round of either arm, is not in the seconds."""
     clock, prompt = [0.0], reference()[0]
@@ -2079,7 +2351,8 @@ def test_bench_exactness(benchmark, monkeypatch):
             self.conv.zero_()
 
     monkeypatch.setattr(DecodeState, "commit", forgets)
-    broken = [r for r in benchmark(*args, broken=True)["rows"] if r["against"] == "transformers" and r["drafter"] != "trained"]
+    broken = [r for r in benchmark(*args, broken=True)["rows"]
+              if r["against"] == "transformers" and r["drafter"] != "trained"]
     assert all(r["identical"] == 0 and r["margin"] > 0 for r in broken), [(r["drafter"], r["margin"]) for r in broken]
 
 

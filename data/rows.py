@@ -134,18 +134,19 @@ def source_files(source):
     return files
 
 
-def read_source(source, split="train"):
-    """Rows, as dicts, of a file of JSON lines or parquet, of a folder of such files, or of a hub data set's split.
+def read_source(source, split="train", part=None):
+    """Rows, as dicts, of a file of JSON lines or parquet, of a folder of such files, or of a hub data set's split;
+    part: its configuration, where it has several.
 
     Raises ValueError, naming the file and line, for what cannot be read; a row that is no dict is such a line.
     """
     if not os.path.exists(source):
         import datasets  # here, as it costs a second that local files need not pay
         try:
-            yield from datasets.load_dataset(source, split=split)
+            yield from datasets.load_dataset(source, part, split=split)
         except Exception as error:  # offline, unknown, gated, a broken copy: a dozen types of four libraries
             raise ValueError(f"no file {source!r}, and the hub does not give such a data set ({type(error).__name__}): "
-                             "copy its files here and give their folder as --source=...") from None
+                             "copy its files here and give the path of their folder instead") from None
         return
     for path in source_files(source):
         if path.endswith(".parquet"):
