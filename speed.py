@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import train
 from draft_decode import Decoder, Sampling
 from model import DFlashDraftModel, block_labels, block_loss, drafter_config, sample_anchors
-from target import DecodeState, TargetConfig, gated_delta_rule
+from target import SIZES, DecodeState, gated_delta_rule
 
 # ----------------------------------------------------------------------------------------------------------------------
 # clocks and rates
@@ -157,9 +157,7 @@ def kernel_rows(lengths, device):
     return rows
 
 
-WIDTHS = TargetConfig(vocab_size=248320, hidden_size=1024, intermediate_size=3584, num_hidden_layers=24,
-                      num_attention_heads=8, num_key_value_heads=2, head_dim=256, linear_num_key_heads=16,
-                      linear_num_value_heads=16, linear_key_head_dim=128, linear_value_head_dim=128)
+WIDTHS = SIZES["0.8b"]
 
 
 def matrix_rate():
