@@ -9,12 +9,14 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from statistics import median
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from torch._dynamo.utils import counters
 
 import train
 from draft_decode import Decoder, Sampling
-from model import DFlashDraftModel, block_labels, block_loss, drafter_config, sample_anchors
+from model import DFlashDraftModel, block_labels, block_loss, drafter_config, head_chunk, sample_anchors
 from target import SIZES, DecodeState, gated_delta_rule
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -212,6 +214,88 @@ def training_rows():
     return rows
 
 
+def phase1_2_run(model, rows, **keys):
+    """A train.Run of Phase 1.2's drafter over rows, with those of train.py's keys set."""
+    vars(train).update(keys)
+    torch.manual_seed(0)
+    draft = DFlashDraftModel(drafter_config(model.config, 5, (3, 7, 11, 15, 19), model.config.vocab_size - 1, 8, 2, 256,
+                                            3584)).to(model.embed_tokens.weight.device)
+    if train.compile:
+        train.compile_layers(model, draft)
+    return train.Run(model, draft, draft, torch.optim.AdamW(draft.parameters(), lr=3e-4), train.Batches(rows), 1 << 30)
+
+
+def split(run):
+    """Seconds of each part of a micro-batch's way to the next weights, the device awaited after each."""
+    marks, draft = [(None, clock())], run.drafter
+
+    def mark(name):
+        marks.append((name, clock()))
+
+    tokens, supervised = run.batches[0]
+    mark("data")
+    with torch.no_grad():
+        features, _ = run.model(tokens, taps=draft.taps)
+    mark("target forward")
+    at, real = sample_anchors(supervised, train.anchors, torch.Generator().manual_seed(0))
+    labels, weights = block_labels(tokens, supervised, at, real, draft.block_size, train.gamma)
+    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=train.dtype == "bfloat16"):
+        hidden = draft(features, draft.block(tokens.gather(1, at), run.model.embed_tokens.weight), at,
+                       train.attention == "flex")
+    mark("drafter forward")
+    loss = block_loss(hidden, run.model.head, labels, weights, train.head_rows, None,
+                      train.compiled_chunk if train.compile else head_chunk)[0]
+    mark("head and loss")
+    loss.backward()
+    mark("backward")
+    torch.nn.utils.clip_grad_norm_(draft.parameters(), train.clip)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    mark("optimizer")
+    return {name: t - before for (_, before), (name, t) in zip(marks, marks[1:])}
+
+
+def step_rows(model, device, dtype, rate, count=8):
+    """Whole training steps of Phase 1.2, of rows of 3,072 tokens and of a mix like the real data's, which has 1,200 on
+    average: 4 rows a step, 512 anchors each. The floor is train.operations over the rate of a large product. What is
+    compiled comes last, as the layers stay so."""
+    made, r, V = [], np.random.default_rng(0), model.config.vocab_size
+    mix = np.clip(r.lognormal(math.log(1000), 0.6, 256), 200, 3072).astype(int)
+    whole = {"attention": "flex"}
+    for name, lengths, keys in (
+            ("3,072 tokens", [3072] * 64, whole), ("3,072 tokens, grouped attention", [3072] * 64, {"attention": "grouped"}),
+            ("3,072 tokens, head_rows 4096", [3072] * 64, whole | {"head_rows": 4096}),
+            ("mixed lengths", mix, whole), ("3,072 tokens, --compile", [3072] * 64, whole | {"compile": True}),
+            ("mixed lengths, --compile", mix, whole | {"compile": True})):
+        rows = [(r.integers(0, V, n), np.arange(n) >= min(100, n // 2)) for n in lengths]
+        run = phase1_2_run(model, rows, **{"device": device, "dtype": dtype, "anchors": 512, "head_rows": 1024,
+                                           "compile": False, "batch_size": 2, "accumulation": 2} | keys)
+        began = clock()
+        if len(set(lengths)) > 1:
+            train.warm_up(run)
+        for _ in range(2):
+            train.train_step(run)
+        warm, graphs = clock() - began, counters["stats"]["unique_graphs"]
+        torch.cuda.reset_peak_memory_stats()
+        seconds, tokens, work, real = [], 0, 0, 0
+        for _ in range(count):
+            real += sum(run.batches.lengths[run.batches.chosen(2 * run.step + i)].sum() for i in range(2))
+            began = clock()
+            _, padded, operations = train.train_step(run)
+            seconds, tokens, work = seconds + [clock() - began], tokens + padded, work + operations
+        total = sum(seconds)
+        made.append({"name": f"training step, {name}", "seconds": median(seconds), "floor_seconds": work / count / rate,
+                     "peak_bytes": torch.cuda.max_memory_allocated(), "peer": None, "peer_seconds": None, "ratio": None,
+                     "samples_per_s": 4 * count / total, "tokens_per_s": int(real) / total, "mfu": train.mfu(work / total),
+                     "recompiled": counters["stats"]["unique_graphs"] - graphs, "warm_up_s": warm,
+                     "split": [split(run) for _ in range(3)][-1]})
+        m = made[-1]
+        print(f"{m['name']}: {m['samples_per_s']:.2f} samples/s, {m['tokens_per_s']:,.0f} tokens/s without padding, "
+              f"{m['mfu'] or 0:.1%} MFU, {m['recompiled']} recompiled after {warm:.0f} s of warm-up; ms of a micro-batch: "
+              + ", ".join(f"{part} {1e3 * t:.1f}" for part, t in m["split"].items()), flush=True)
+    return made
+
+
 def measure(model, draft, theirs, device, dtype, parts):
     """The parts named, as a table and as a dict for the JSON line."""
     cuda = device.startswith("cuda")
@@ -220,7 +304,8 @@ def measure(model, draft, theirs, device, dtype, parts):
           f"{rate / 1e12:.2f} TFLOP/s\n")
     made = {"decoding": lambda: decoding_rows(model, draft, theirs, copy),
             "prefill": lambda: prefill_rows(model, theirs, (512, 1024, 4096, 16384) if cuda else (512, 1024), rate),
-            "kernel": lambda: kernel_rows((2048, 16384) if cuda else (2048,), device), "training": training_rows}
+            "kernel": lambda: kernel_rows((2048, 16384) if cuda else (2048,), device),
+            "training": (lambda: step_rows(model, device, dtype, rate)) if cuda else training_rows}
     if unknown := set(parts) - set(made):
         raise ValueError(f"parts = {parts}: {unknown.pop()!r} is none of {', '.join(made)}")
     rows = [row for part in parts for row in made[part]()]

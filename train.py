@@ -520,9 +520,7 @@ def setup(config):
                                               block_size)).to(device)
     before = load_state(folder if resume else start, drafter, model, config) if resume or start else None
     if compile:
-        torch._dynamo.config.recompile_limit = 64  # one for each row length and kind of layer
-        for layer in (*model.layers, *drafter.layers):
-            layer.compile(dynamic=False)
+        compile_layers(model, drafter)
     net, batches = distribute(model, drafter), Batches(rows)
     optimizer = torch.optim.AdamW(drafter.parameters(), lr=lr, betas=betas, weight_decay=weight_decay)
     run = Run(model, drafter, net, optimizer, batches,
@@ -534,6 +532,12 @@ def setup(config):
         raise ValueError(f"{len(rows)} rows make no step of {batch_size} x {accumulation * ranks()[1]} rows: lower "
                          "batch_size")
     return run, held_out, stop_ids(tokenizer)
+
+
+def compile_layers(model, drafter):
+    torch._dynamo.config.recompile_limit = 64  # one for each row length and kind of layer
+    for layer in (*model.layers, *drafter.layers):
+        layer.compile(dynamic=False)
 
 
 def warm_up(run):
