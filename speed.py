@@ -259,37 +259,36 @@ def step_rows(model, device, dtype, rate, count=8):
     """Whole training steps of Phase 1.2, of rows of 3,072 tokens and of a mix like the real data's, which has 1,200 on
     average: 4 rows a step, 512 anchors each. The floor is train.operations over the rate of a large product. What is
     compiled comes last, as the layers stay so."""
-    made, r, V = [], np.random.default_rng(0), model.config.vocab_size
+    made, r, V, full = [], np.random.default_rng(0), model.config.vocab_size, [3072] * 64
     mix = np.clip(r.lognormal(math.log(1000), 0.6, 256), 200, 3072).astype(int)
-    whole = {"attention": "flex"}
     for name, lengths, keys in (
-            ("3,072 tokens", [3072] * 64, whole), ("3,072 tokens, grouped attention", [3072] * 64, {"attention": "grouped"}),
-            ("3,072 tokens, head_rows 4096", [3072] * 64, whole | {"head_rows": 4096}),
-            ("mixed lengths", mix, whole), ("3,072 tokens, --compile", [3072] * 64, whole | {"compile": True}),
-            ("mixed lengths, --compile", mix, whole | {"compile": True})):
+            ("3,072 tokens", full, {}), ("3,072 tokens, grouped attention", full, {"attention": "grouped"}),
+            ("3,072 tokens, head_rows 4096", full, {"head_rows": 4096}), ("mixed lengths", mix, {}),
+            ("3,072 tokens, --compile", full, {"compile": True}), ("mixed lengths, --compile", mix, {"compile": True})):
         rows = [(r.integers(0, V, n), np.arange(n) >= min(100, n // 2)) for n in lengths]
-        run = phase1_2_run(model, rows, **{"device": device, "dtype": dtype, "anchors": 512, "head_rows": 1024,
-                                           "compile": False, "batch_size": 2, "accumulation": 2} | keys)
+        run = phase1_2_run(model, rows, **{
+            "device": device, "dtype": dtype, "attention": "flex", "anchors": 512, "head_rows": 1024, "compile": False,
+            "batch_size": 2, "accumulation": 2} | keys)
         began = clock()
-        if len(set(lengths)) > 1:
+        if lengths is mix:
             train.warm_up(run)
         for _ in range(2):
             train.train_step(run)
         warm, graphs = clock() - began, counters["stats"]["unique_graphs"]
         torch.cuda.reset_peak_memory_stats()
-        seconds, tokens, work, real = [], 0, 0, 0
+        seconds, tokens, work = [], 0, 0
         for _ in range(count):
-            real += sum(run.batches.lengths[run.batches.chosen(2 * run.step + i)].sum() for i in range(2))
+            tokens += sum(run.batches.lengths[run.batches.chosen(2 * run.step + i)].sum() for i in range(2))
             began = clock()
-            _, padded, operations = train.train_step(run)
-            seconds, tokens, work = seconds + [clock() - began], tokens + padded, work + operations
+            work += train.train_step(run)[2]
+            seconds.append(clock() - began)
         total = sum(seconds)
-        made.append({"name": f"training step, {name}", "seconds": median(seconds), "floor_seconds": work / count / rate,
-                     "peak_bytes": torch.cuda.max_memory_allocated(), "peer": None, "peer_seconds": None, "ratio": None,
-                     "samples_per_s": 4 * count / total, "tokens_per_s": int(real) / total, "mfu": train.mfu(work / total),
-                     "recompiled": counters["stats"]["unique_graphs"] - graphs, "warm_up_s": warm,
-                     "split": [split(run) for _ in range(3)][-1]})
-        m = made[-1]
+        m = {"name": f"training step, {name}", "seconds": median(seconds), "floor_seconds": work / count / rate,
+             "peak_bytes": torch.cuda.max_memory_allocated(), "peer": None, "peer_seconds": None, "ratio": None,
+             "samples_per_s": 4 * count / total, "tokens_per_s": int(tokens) / total, "mfu": train.mfu(work / total),
+             "recompiled": counters["stats"]["unique_graphs"] - graphs, "warm_up_s": warm,
+             "split": [split(run) for _ in range(3)][-1]}
+        made.append(m)
         print(f"{m['name']}: {m['samples_per_s']:.2f} samples/s, {m['tokens_per_s']:,.0f} tokens/s without padding, "
               f"{m['mfu'] or 0:.1%} MFU, {m['recompiled']} recompiled after {warm:.0f} s of warm-up; ms of a micro-batch: "
               + ", ".join(f"{part} {1e3 * t:.1f}" for part, t in m["split"].items()), flush=True)

@@ -2508,7 +2508,7 @@ BROKEN = {  # what a person gives: (script, arguments from a scratch folder, wha
                                                  f"--target={NANO}/target"], "Not a directory"),
     "rows of another vocabulary": (train, lambda t: finished_rows(t, 600), "vocab_size 600, this target .* 512"),
     "rows cut off": (train, lambda t: finished_rows(t, cut=True), "(cannot read the train rows|3 tokens).*prepare.py"),
-    "unfinished rows": (train, lambda t: finished_rows(t)[:1] + [f"--data={t}"], "no finished data: run python"),
+    "unfinished rows": (train, lambda t: finished_rows(t) + [f"--data={t}"], "no finished data: run python"),
     "no prompts": (regenerate, lambda t: ["--out=x"], "give --prompts and --out"),
     "prompts without a question": (regenerate, lambda t: ["--prompts=" + text(t, '{"a": 1}'),
                                                           f"--out={t}/y.jsonl"], "row 1: no question"),
