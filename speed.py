@@ -290,7 +290,7 @@ def step_rows(model, device, dtype, rate, count=8):
              "split": [split(run) for _ in range(3)][-1]}
         made.append(m)
         print(f"{m['name']}: {m['samples_per_s']:.2f} samples/s, {m['tokens_per_s']:,.0f} tokens/s without padding, "
-              f"{m['mfu'] or 0:.1%} MFU, {m['recompiled']} recompiled after {warm:.0f} s of warm-up; ms of a micro-batch: "
+              f"{m['mfu'] or 0:.1%} MFU, {m['recompiled']} recompiled after {warm:.0f} s of warm-up; ms of a part: "
               + ", ".join(f"{part} {1e3 * t:.1f}" for part, t in m["split"].items()), flush=True)
     return made
 
