@@ -418,6 +418,7 @@ def acceptance():
     plot(os.path.join(out_dir, "acceptance.png"), report)
     journal.close({"prompt": row["prompt"], "round": i, "accepted": accepted, "tokens": tokens}
                   for row in results for i, (accepted, tokens) in enumerate(row["speculative"]["rounds"]))
+    print_card(card(model, draft, report))
     percent = {arm: "unknown" if value is None else f"{value:.1%}" for arm, value in report["accuracy"].items()}
     for name, value in (
             ("tau, micro", f"{report['tau_micro']:.3f}   {report['tokens']} tokens in {report['rounds']} rounds"),

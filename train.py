@@ -599,7 +599,8 @@ def loop(run, held_out, config):
             plot(os.path.join(out_dir, "training.png"))
     if stopped and run.step < steps:
         words = [word for word in sys.argv[1:] if word != "--resume"]
-        raise SystemExit(f"stopped at step {run.step}, saved {folder}; to go on: python train.py "
+        how = "python" if ranks()[1] == 1 else "torchrun ..., as before,"
+        raise SystemExit(f"stopped at step {run.step}, saved {folder}; to go on: {how} train.py "
                          f"{' '.join(words + ['--resume'])}" if ranks()[0] == 0 else 1)
     return folder
 
