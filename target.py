@@ -129,11 +129,12 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=CHUNK, keep=None):
     S = q.new_zeros(B * Hv, D, Dv) if S is None else S.to(dtype).flatten(0, 1)
     N, kept, states, writes = c.shape[1], S, [], []
     keep = N if keep is None else keep
-    for i in range(N):
+    # unbind: the gradient of u[:, i] would be a tensor as large as u, in every chunk
+    for i, (u, w, k, fade) in enumerate(zip(*(x.unbind(1) for x in (u, w, k, fade)))):
         states.append(S)
-        writes.append(torch.baddbmm(u[:, i], w[:, i], S, alpha=-1))
+        writes.append(torch.baddbmm(u, w, S, alpha=-1))
         if i < max(keep, N - 1):
-            S = torch.baddbmm(S * fade[:, i], k[:, i], writes[i])
+            S = torch.baddbmm(S * fade, k, writes[i])
         kept = S if i < keep else kept
     scale = D ** -0.5
     o = (q @ torch.stack(states, 1)).mul_(grow[..., None] * scale).flatten(0, 1)
