@@ -90,7 +90,8 @@ def where(device):
 @torch.inference_mode()
 def decoding_rows(model, draft, theirs, copy):
     """A step of the target alone and a round of drafter and target, after 256 tokens, and transformers' own step."""
-    count, ids, device = 32, [i % 100 for i in range(256)], model.embed_tokens.weight.device
+    ids, device = [i % 100 for i in range(256)], model.embed_tokens.weight.device
+    count = 4 if device.type == "cpu" and model.embed_tokens.weight.numel() > 1e8 else 32
     tokens = count if device.type == "cuda" else 4
     decoders = {name: Decoder(model, arm, 1024, rows, Sampling()) for name, arm, rows in (
         ("step", None, 1), ("block", None, draft.block_size), ("round", draft, draft.block_size))}
