@@ -5,6 +5,7 @@ the same run, set for it: bytes of weights over the copy bandwidth, or operation
 """
 import math
 import multiprocessing
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from statistics import median
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch._dynamo.utils import counters
+from tqdm import tqdm
 
 import train
 from draft_decode import Decoder, Sampling
@@ -29,6 +31,10 @@ def clock():
     return time.perf_counter()
 
 
+def progress(items):
+    return tqdm(items, leave=False, disable=not sys.stderr.isatty())
+
+
 def seconds(f, count=1):
     began = clock()
     for _ in range(count):
@@ -39,7 +45,7 @@ def seconds(f, count=1):
 def race(arms, repeats=5):
     """{name: [seconds of each repeat]} of functions that return seconds, one after another in alternating order."""
     found = {name: [] for name in arms}
-    for i in range(repeats + 1):
+    for i in progress(range(repeats + 1)):
         for name in list(arms)[::1 if i % 2 else -1]:
             elapsed = arms[name]()
             found[name] += [elapsed] if i else []  # the first is the warm-up
@@ -200,7 +206,7 @@ def training_rows():
     """The training rows, and whether time is affine in the number of anchors. Peer: SpecForge's step as measured on two
     cores of another machine, so the ratio to it says less than that to the floor."""
     rows, peers = [], {(512, 32): 12.5, (1024, 128): 65.8}
-    for T, A in ((512, 32), (1024, 32), (1024, 64), (1024, 128), (1024, 256)):
+    for T, A in progress(((512, 32), (1024, 32), (1024, 64), (1024, 128), (1024, 256))):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             made = pool.submit(training_row, T, A).result()
         peer = peers.get((T, A))
