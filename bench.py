@@ -40,7 +40,7 @@ from data.math500.prepare import SUFFIX
 from data.nano.problems import boxed, problems
 from data.rows import read_source
 from draft_decode import Sampling, choose, gumbel, run, score
-from model import DFlashDraftModel, drafter_config, load_drafter
+from model import DFlashDraftModel, drafter_config, load_drafter, pack_linears
 from target import DecodeState, chat_prompt, load_target, load_tokenizer, stop_ids
 
 target = "data/nano/target"             # folder of the target, or random:0.8b and the like
@@ -68,7 +68,7 @@ out_dir = "out/bench"                   # figures and raw results
 resume = False                          # go on from what an interrupted command left in out_dir
 device = "cuda" if torch.cuda.is_available() else "cpu"  # cpu or cuda
 dtype = "float32" if device == "cpu" else "bfloat16"     # of weights and activations
-parts: tuple[str] = ("decoding", "prefill", "kernel")       # of speed; also training
+parts: tuple[str] = ("decoding", "prefill", "kernel")       # of speed; also memory, training
 compile = False                         # compile the target's layers: a minute or two once, then faster decoding
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def random_drafter(model):
     torch.manual_seed(0)
     draft = DFlashDraftModel(drafter_config(c, 5, taps, c.vocab_size - 1, c.num_attention_heads,
                                             c.num_key_value_heads, c.head_dim, c.intermediate_size))
-    return draft.to(model.embed_tokens.weight).requires_grad_(False).eval()
+    return pack_linears(draft.to(model.embed_tokens.weight).requires_grad_(False).eval())
 
 
 class Oracle:

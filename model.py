@@ -47,6 +47,27 @@ def rotate(x, rotary):
     return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
 
 
+LARGE = 1 << 18  # numbers in a weight from which packing it pays
+
+
+def pack(weight):
+    """The function x -> x W^T of a frozen weight (N, K) that is large and on a CPU, from a copy in oneDNN's blocked
+    order: one row runs 1.3 times as fast as by F.linear, sixteen two to four times, and a row's bits depend on it
+    alone. None for others, where F.linear serves."""
+    if weight.device.type != "cpu" or weight.numel() < LARGE or not torch.backends.mkldnn.is_available():
+        return None
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 16)
+    return torch.compiler.disable(lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""))
+
+
+def pack_linears(module, skip=()):
+    """Let the projections of a frozen module, but for those named in `skip`, use packed weights; returns the module."""
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Linear) and part.bias is None and name not in skip:
+            part.forward = pack(part.weight) or part.forward
+    return module
+
+
 def attend(q, k, v, mask):
     """Grouped-query attention (B, H, K, D) of a few rows q (B, H, K, D) over a whole buffer k, v (B, Hkv, T, D), of
     which each row sees what the mask (K, T) says: two products and a softmax in fp32 with weights of exactly zero
@@ -279,7 +300,7 @@ class DFlashDraftModel(PreTrainedModel):
         """Guesses (B, K-1) for the tokens after the anchors (B,) at position pos: what `pick` makes of the logits
         (B, K-1, V) of the slots."""
         hidden = self.guess(self.block(anchor, target.embed_tokens.weight), state, pos)
-        return pick(F.linear(hidden[:, 1:], target.head))
+        return pick(target.logits(hidden[:, 1:]))
 
 # ----------------------------------------------------------------------------------------------------------------------
 # training: anchors, labels, loss
@@ -568,4 +589,4 @@ def load_drafter(name, target, device="cpu", dtype="float32"):
     if max(taps) > target.num_hidden_layers - 2 or mask >= target.vocab_size:
         raise ValueError(f"the drafter in {folder!r} does not fit this target: last tap {max(taps)} of "
                          f"{target.num_hidden_layers} layers, mask id {mask} of {target.vocab_size} ids")
-    return load_weights(drafter, folder, device, getattr(torch, dtype))
+    return pack_linears(load_weights(drafter, folder, device, getattr(torch, dtype)))

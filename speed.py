@@ -3,6 +3,8 @@ What `python bench.py speed` measures: steps, rounds, prefill, the delta-rule ke
 interleaved repeats beside transformers on the same weights, and beside the floor that this machine's own rates, read in
 the same run, set for it: bytes of weights over the copy bandwidth, or operations over the rate of a large product.
 """
+import copy
+import functools
 import math
 import multiprocessing
 import sys
@@ -18,8 +20,8 @@ from tqdm import tqdm
 
 import train
 from draft_decode import Decoder, Sampling
-from model import DFlashDraftModel, block_labels, block_loss, drafter_config, head_chunk, sample_anchors
-from target import SIZES, DecodeState, gated_delta_rule
+from model import DFlashDraftModel, block_labels, block_loss, drafter_config, head_chunk, pack_linears, sample_anchors
+from target import SIZES, DecodeState, gated_delta_rule, load_target
 
 # ----------------------------------------------------------------------------------------------------------------------
 # clocks and rates
@@ -79,9 +81,8 @@ def weight_bytes(*modules):
 
 
 def reads(model, draft):
-    """Bytes of weights that a step of the target reads, and a round of drafter and target, which reads the head twice.
-    An embedding that is not the head too gives a few rows only."""
-    step = weight_bytes(model) - (0 if model.config.tie_word_embeddings else model.embed_tokens.weight.nbytes)
+    """Bytes of weights that a step of the target reads, and a round of both models, which reads the head twice."""
+    step = weight_bytes(model)
     return {"step": step, "round": step + weight_bytes(draft) + model.head.nbytes}
 
 
@@ -94,31 +95,40 @@ def where(device):
 
 
 @torch.inference_mode()
-def decoding_rows(model, draft, theirs, copy):
-    """A step of the target alone and a round of drafter and target, after 256 tokens, and transformers' own step."""
-    ids, device = [i % 100 for i in range(256)], model.embed_tokens.weight.device
+def decoding_rows(model, draft, theirs, copy_rate):
+    """After 256 tokens: a step of the target alone, a step of a block's rows with all their logits, and a round of
+    drafter and target, which reads the head twice. Peers: transformers' forward of as many tokens with its cache; for
+    the round a token of its generate."""
+    device, K = model.embed_tokens.weight.device, draft.block_size
     count = 4 if device.type == "cpu" and model.embed_tokens.weight.numel() > 1e8 else 32
-    tokens = count if device.type == "cuda" else 4
+    x = torch.arange(256 + K, device=device)[None] % 100
+    past = theirs(x[:, :256], use_cache=True).past_key_values
     decoders = {name: Decoder(model, arm, 1024, rows, Sampling()) for name, arm, rows in (
-        ("step", None, 1), ("block", None, draft.block_size), ("round", draft, draft.block_size))}
+        ("one row", None, 1), ("block", None, K), ("round", draft, K))}
+    for decoder in decoders.values():
+        decoder.prefill(x[0, :256].tolist())
 
     def ours(name):
-        decoders[name].prefill(ids)
+        decoders[name].state.pos.fill_(256)
         return seconds(decoders[name].run, count)
 
-    def peer():
-        x = torch.tensor([ids], device=device)
-        one, all_ = (seconds(lambda: theirs.generate(x, attention_mask=torch.ones_like(x), do_sample=False,
-                                                     min_new_tokens=n, max_new_tokens=n, pad_token_id=0))
-                     for n in (1, 1 + tokens))
-        return (all_ - one) / tokens
+    def forward(n):
+        cache = copy.deepcopy(past)
+        return seconds(lambda: theirs(x[:, 256:256 + n], past_key_values=cache), count)
 
-    found = race({name: lambda name=name: ours(name) for name in decoders} | {"peer": peer})
+    def generated():
+        cache, ids = copy.deepcopy(past), x[:, :257]
+        return seconds(lambda: theirs.generate(ids, past_key_values=cache, attention_mask=torch.ones_like(ids),
+                                               do_sample=False, min_new_tokens=count, max_new_tokens=count,
+                                               pad_token_id=0)) / count
+
+    found = race({name: functools.partial(ours, name) for name in decoders} | {
+        "forward of one": lambda: forward(1), "forward of sixteen": lambda: forward(K), "generate": generated})
     size = reads(model, draft)
-    floors = {"step": size["step"] / copy, "block": size["step"] / copy, "round": size["round"] / copy}
-    names = {"step": "target step, one row", "block": "target step, sixteen rows", "round": "round of draft and verify"}
-    return [row(names[name], {"ours": found[name], "peer": found["peer"]}, floors[name],
-                "transformers generate, a token") for name in decoders]
+    return [row(name, {"ours": found[arm], "peer": found[peer]}, size[read] / copy_rate, f"transformers, {peer}")
+            for name, arm, peer, read in (("target step, one row", "one row", "forward of one", "step"),
+                                          ("target step, sixteen rows", "block", "forward of sixteen", "step"),
+                                          ("round of draft and verify", "round", "generate", "round"))]
 
 
 @torch.inference_mode()
@@ -169,6 +179,41 @@ def kernel_rows(lengths, device):
 WIDTHS = SIZES["0.8b"]
 
 
+def phase1_2_drafter(config):
+    return DFlashDraftModel(drafter_config(config, 5, (3, 7, 11, 15, 19), config.vocab_size - 1, 8, 2, 256, 3584))
+
+
+def peak_bytes():
+    """The most memory that this process ever held."""
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM"))
+
+
+def in_own_process(f, *args):
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(f, *args).result()
+
+
+@torch.inference_mode()
+def memory_rows():
+    """Peak memory of one generation with target and drafter at Qwen3.5-0.8B's widths, in float32 on a CPU, after 256
+    and after 4,096 tokens, every round made to end 16 tokens later; state_bytes: of the buffers it began with."""
+    model = load_target("random:0.8b")
+    draft = pack_linears(phase1_2_drafter(model.config).requires_grad_(False).eval())
+    decoder, rows, began = Decoder(model, draft, 8192, draft.block_size, Sampling()), [], peak_bytes()
+    decoder.prefill(list(range(64)))
+    held = decoder.memory.nbytes + sum(x.nbytes for x in vars(decoder.state).values() if torch.is_tensor(x))
+    for tokens in (256, 4096):
+        positions = range(decoder.state.pos.item(), tokens, draft.block_size)
+        t = seconds(lambda at=iter(positions): (decoder.state.pos.fill_(next(at)), decoder.run()), len(positions))
+        rows.append({"name": f"decoding, {tokens:,} tokens", "seconds": t, "floor_seconds": None, "peer": None,
+                     "peer_seconds": None, "ratio": None, "peak_bytes": peak_bytes(), "state_bytes": held})
+    print(f"decoding: {began / 1e9:.3f} GB with weights and buffers; of those, buffers for 8,192 tokens "
+          f"{held / 1e9:.3f} GB; {(rows[1]['peak_bytes'] - rows[0]['peak_bytes']) / 1e6:.1f} MB more at 4,096 tokens "
+          "than at 256")
+    return rows
+
+
 def matrix_rate():
     """Operations a second of a product of 1024 x 1024 with 1024 x 3584 in fp32, the best of ten."""
     a, b, best = torch.randn(1024, 1024), torch.randn(1024, 3584), math.inf
@@ -184,7 +229,7 @@ def training_row(T, A):
     of the process that ran it, which should be one of its own. The floor is train.operations over the matrix rate: with
     1,024 tokens and 128 anchors, 2,048 rows, in units of 1e9 operations: layers 6 x 81.3 M x 2,048 = 999, keys and
     values of the context 32, fc 21, attention 12 x 10,240 x 2,048 x 528 = 133, head 4 x 254 M x 1,920 = 1,953."""
-    draft = DFlashDraftModel(drafter_config(WIDTHS, 5, (3, 7, 11, 15, 19), 248077, 8, 2, 256, 3584))
+    draft = phase1_2_drafter(WIDTHS)
     head = torch.empty(WIDTHS.vocab_size, WIDTHS.hidden_size).normal_(std=0.02)
     tokens, features = torch.randint(0, WIDTHS.vocab_size, (1, T)), torch.randn(1, T, 5 * WIDTHS.hidden_size)
     seconds, rates = math.inf, [matrix_rate()]
@@ -196,9 +241,7 @@ def training_row(T, A):
         block_loss(hidden, head, labels, weights, 256)[0].backward()
         seconds = min(seconds, time.perf_counter() - began)
         rates.append(matrix_rate())
-    with open("/proc/self/status") as f:
-        peak = next(int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM"))
-    return {"name": f"training, {T} tokens, {A} anchors", "seconds": seconds, "peak_bytes": peak,
+    return {"name": f"training, {T} tokens, {A} anchors", "seconds": seconds, "peak_bytes": peak_bytes(),
             "floor_seconds": train.operations(draft, 1, T, A) / max(rates)}
 
 
@@ -207,8 +250,7 @@ def training_rows():
     cores of another machine, so the ratio to it says less than that to the floor."""
     rows, peers = [], {(512, 32): 12.5, (1024, 128): 65.8}
     for T, A in progress(((512, 32), (1024, 32), (1024, 64), (1024, 128), (1024, 256))):
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            made = pool.submit(training_row, T, A).result()
+        made = in_own_process(training_row, T, A)
         peer = peers.get((T, A))
         rows.append(made | {"peer": peer and "SpecForge, elsewhere", "peer_seconds": peer,
                             "ratio": peer and peer / made["seconds"]})
@@ -225,8 +267,7 @@ def phase1_2_run(model, rows, **keys):
     """A train.Run of Phase 1.2's drafter over rows, with those of train.py's keys set."""
     vars(train).update(keys)
     torch.manual_seed(0)
-    draft = DFlashDraftModel(drafter_config(model.config, 5, (3, 7, 11, 15, 19), model.config.vocab_size - 1, 8, 2, 256,
-                                            3584)).to(model.embed_tokens.weight.device)
+    draft = phase1_2_drafter(model.config).to(model.embed_tokens.weight.device)
     if train.compile:
         train.compile_layers(model, draft)
     return train.Run(model, draft, draft, torch.optim.AdamW(draft.parameters(), lr=3e-4), train.Batches(rows), 1 << 30)
@@ -262,21 +303,21 @@ def split(run):
     return {name: t - before for (_, before), (name, t) in zip(marks, marks[1:])}
 
 
-def step_rows(model, device, dtype, rate, count=8):
+def step_rows(model, device, dtype, rate):
     """Whole training steps of Phase 1.2, of rows of 3,072 tokens and of a mix like the real data's, which has 1,200 on
     average: 4 rows a step, 512 anchors each. The floor is train.operations over the rate of a large product. What is
     compiled comes last, as the layers stay so."""
     made, r, V, full = [], np.random.default_rng(0), model.config.vocab_size, [3072] * 64
     mix = np.clip(r.lognormal(math.log(1000), 0.6, 256), 200, 3072).astype(int)
     for name, lengths, keys in (
-            ("3,072 tokens", full, {}), ("3,072 tokens, grouped attention", full, {"attention": "grouped"}),
-            ("3,072 tokens, head_rows 4096", full, {"head_rows": 4096}), ("mixed lengths", mix, {}),
+            ("3,072 tokens", full, {}), ("3,072 tokens, head_rows 4096", full, {"head_rows": 4096}),
+            ("mixed lengths", mix, {}), ("3,072 tokens, grouped attention", full, {"attention": "grouped"}),
             ("3,072 tokens, --compile", full, {"compile": True}), ("mixed lengths, --compile", mix, {"compile": True})):
         rows = [(r.integers(0, V, n), np.arange(n) >= min(100, n // 2)) for n in lengths]
         run = phase1_2_run(model, rows, **{
             "device": device, "dtype": dtype, "attention": "flex", "anchors": 512, "head_rows": 1024, "compile": False,
             "batch_size": 2, "accumulation": 2} | keys)
-        began = clock()
+        began, count = clock(), 2 if "attention" in keys else 8  # the grouped form takes ten seconds a step
         if lengths is mix:
             train.warm_up(run)
         for _ in range(2):
@@ -305,12 +346,13 @@ def step_rows(model, device, dtype, rate, count=8):
 def measure(model, draft, theirs, device, dtype, parts):
     """The parts named, as a table and as a dict for the JSON line."""
     cuda = device.startswith("cuda")
-    copy, rate = rates(device, dtype)
-    print(f"{dtype} on {where(device)}, torch {torch.__version__}: copies {copy / 1e9:,.0f} GB/s, products "
+    copy_rate, rate = rates(device, dtype)
+    print(f"{dtype} on {where(device)}, torch {torch.__version__}: copies {copy_rate / 1e9:,.0f} GB/s, products "
           f"{rate / 1e12:.2f} TFLOP/s\n")
-    made = {"decoding": lambda: decoding_rows(model, draft, theirs, copy),
+    made = {"decoding": lambda: decoding_rows(model, draft, theirs, copy_rate),
             "prefill": lambda: prefill_rows(model, theirs, (512, 1024, 4096, 16384) if cuda else (512, 1024), rate),
             "kernel": lambda: kernel_rows((2048, 16384) if cuda else (2048,), device),
+            "memory": lambda: in_own_process(memory_rows),
             "training": (lambda: step_rows(model, device, dtype, rate)) if cuda else training_rows}
     if unknown := set(parts) - set(made):
         raise ValueError(f"parts = {parts}: {unknown.pop()!r} is none of {', '.join(made)}")
@@ -321,5 +363,5 @@ def measure(model, draft, theirs, device, dtype, parts):
         peer = f"{1e3 * r['peer_seconds']:10.3f} {r['ratio']:6.2f}x" if r["ratio"] else f"{'-':>10} {'-':>7}"
         peak = f"{r['peak_bytes'] / 1e9:8.2f}" if r.get("peak_bytes") else ""
         print(f"{r['name']:44} {1e3 * r['seconds']:10.3f} {floor} {peer} {peak}")
-    return {"device": where(device), "dtype": dtype, "torch": torch.__version__, "copy_bytes_per_s": copy,
+    return {"device": where(device), "dtype": dtype, "torch": torch.__version__, "copy_bytes_per_s": copy_rate,
             "operations_per_s": rate, "rows": rows}

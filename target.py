@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
-from model import attend, checkpoint_folder, load_weights, rotary_table, rotate, wide
+from model import attend, checkpoint_folder, load_weights, pack, pack_linears, rotary_table, rotate, wide
 
-CHUNK = 64  # tokens of a delta-rule chunk in training and prefill; decoding uses chunks of K, its block
+# tokens of a delta-rule chunk in training and prefill: on a GPU fewer launches count for more than fewer operations.
+CHUNK, CUDA_CHUNK = 64, 128  # decoding uses chunks of K, its block
 
 
 @dataclass
@@ -97,7 +98,7 @@ SIZES = {"0.8b": public_size(1024, 3584, 24, 8, 2, 16, True), "2b": public_size(
 # the gated delta rule:  S_t = exp(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,   o_t = S_t^T q_t / sqrt(D)
 
 
-def gated_delta_rule(q, k, v, g, beta, S=None, chunk=CHUNK, keep=None):
+def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, keep=None):
     """The gated delta rule over chunks: parallel inside a chunk, one state update from chunk to chunk.
 
     q, k (B, T, H, D) of unit length; v (B, T, Hv, Dv), Hv a multiple of H; g, beta (B, T, Hv); S (B, Hv, D, Dv).
@@ -106,6 +107,7 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=CHUNK, keep=None):
     Source: arXiv 2412.06464, section 3.3 (the WY form of the product of Householder factors, solved, not inverted).
     """
     (B, T, Hv, Dv), D, kind = v.shape, q.shape[-1], v.dtype
+    chunk = chunk or (CUDA_CHUNK if v.is_cuda else CHUNK)
     dtype = torch.promote_types(kind, torch.float32)                    # decay, solve and state are an fp32 island
     if q.shape[2] != Hv:
         q, k = (x.repeat_interleave(Hv // x.shape[2], dim=2) for x in (q, k))
@@ -199,7 +201,7 @@ def unit(x):
 class Joined(nn.Module):
     """A module whose projections of one input are computed as one product: `join` makes their weights views of one
     tensor, under their own names. A row of a product does not depend on how many columns there are beside it."""
-    joined = None
+    joined = packed = None
 
     def join(self):
         weights = [getattr(self, name).weight for name in self.names]
@@ -207,12 +209,14 @@ class Joined(nn.Module):
         for w in weights:
             w.data = self.joined[start:start + len(w)]
             start += len(w)
+        self.packed = pack(self.joined)
+        pack_linears(self, skip=self.names)
 
     def project(self, x):
         """The projections (B, T, width) of x, in the order of `names`."""
         weights = [getattr(self, name).weight for name in self.names]
         whole = torch.cat(weights) if self.joined is None else self.joined
-        return F.linear(x, whole).split([len(w) for w in weights], -1)
+        return (self.packed(x) if self.packed else F.linear(x, whole)).split([len(w) for w in weights], -1)
 
 
 class GatedDeltaNet(Joined):
@@ -440,7 +444,7 @@ class DecodeState:
 
 class Target(nn.Module):
     """The text model of Qwen3.5; `config` is a TargetConfig."""
-    compiled = None
+    compiled = packed_head = None
 
     def __init__(self, config):
         super().__init__()
@@ -480,8 +484,11 @@ class Target(nn.Module):
             if i in taps:
                 seen[i] = x
         features = torch.cat([seen[i] for i in taps], -1) if taps else None
-        logits = F.linear(self.norm(x[:, rows]), self.head) if rows is not None else None
-        return features, logits
+        return features, self.logits(self.norm(x[:, rows])) if rows is not None else None
+
+    def logits(self, hidden):
+        """Logits (..., V) of normed hidden states (..., hidden), the target's or a drafter's."""
+        return self.packed_head(hidden) if self.packed_head else F.linear(hidden, self.head)
 
     @torch.no_grad()
     def prefill(self, tokens, state, taps=()):
@@ -504,10 +511,11 @@ class Target(nn.Module):
         return torch.cat(parts, 1) if taps else None, logits[:, 0]
 
     def join(self):
-        """Let every layer compute its projections of one input as one product."""
+        """Let every layer compute its projections of one input as one product; weights must not change after it."""
         for module in self.modules():
             if isinstance(module, Joined):
                 module.join()
+        self.packed_head = pack(self.head)
         return self
 
     def compile(self):

@@ -139,7 +139,7 @@ def distribute(model, drafter):
         return DistributedDataParallel(drafter, broadcast_buffers=False, gradient_as_bucket_view=True)
     for layer in model.modules():
         if hasattr(layer, "joined"):
-            layer.joined = None  # one tensor of several weights would stay whole on every rank
+            layer.joined = layer.packed = None  # one tensor of several weights would stay whole on every rank
     mesh = dist.init_device_mesh(device, (ranks()[1],))
     inside = {p for layer in model.layers for p in layer.parameters()}
     for module, ignored in ((model, {p for p in model.parameters() if p not in inside}), (drafter, None)):
