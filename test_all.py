@@ -743,8 +743,8 @@ def test_packed_and_plain_models_agree(monkeypatch):
         inside = [id(getattr(m, name)) for m in joined for name in m.names] + [id(getattr(target, "lm_head", None))]
         own = [m for m in (*target.modules(), *drafter.modules()) if isinstance(m, torch.nn.Linear)
                and id(m) not in inside]
-        wide = [m.packed for m in joined] + [target.packed_head] + [vars(m).get("forward") for m in own]
-        assert all(wide) if least == 0 else not any(wide), wide
+        found_forms = [m.packed for m in joined] + [target.packed_head] + [vars(m).get("forward") for m in own]
+        assert all(found_forms) if least == 0 else not any(found_forms), found_forms
         with torch.no_grad():
             features, logits = target(tokens, taps=drafter.taps, rows=slice(None))
             guesses = drafter(features, drafter.block(tokens[:, 20:22], target.embed_tokens.weight),

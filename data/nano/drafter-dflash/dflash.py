@@ -64,7 +64,8 @@ def pack_linears(module, skip=()):
     """Let the projections of a frozen module, but for those named in `skip`, use packed weights; returns the module."""
     for name, part in module.named_modules():
         if isinstance(part, nn.Linear) and part.bias is None and name not in skip:
-            part.forward = pack(part.weight) or part.forward
+            if times := pack(part.weight):
+                part.forward = times
     return module
 
 
