@@ -1,5 +1,6 @@
 # Phase 1.2: the published drafter of Qwen3.5-0.8B (Moonlight556/Qwen3.5-0.8B-DFlash), one GPU, hours
 #
+# One H200 made 15.1 samples/s with --compile and 10.4 without, on rows of 1,092 tokens on average: 4.4 and 6.4 hours.
 # 239,467 rows, of which 512 are held out: 238,955 rows to train on.
 # A step is 2 rows x 2 micro-batches = 4 rows, at most 4 x 3072 = 12,288 tokens; an epoch is 59,738 steps and at most
 # 734 M tokens. Warm-up is 4 % of them, 2,390 steps.
