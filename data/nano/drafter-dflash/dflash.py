@@ -54,7 +54,9 @@ def pack(weight):
     """The function x -> x W^T of a frozen weight (N, K) that is large and on a CPU, from a copy in oneDNN's blocked
     order: one row runs 1.3 times as fast as by F.linear, sixteen two to four times, and a row's bits depend on it
     alone. None for others, where F.linear serves."""
-    if weight.device.type != "cpu" or weight.numel() < LARGE or not torch.backends.mkldnn.is_available():
+    kinds = [torch.float32] if torch.backends.mkldnn.is_available() else []
+    kinds += [torch.bfloat16] if kinds and torch.ops.mkldnn._is_mkldnn_bf16_supported() else []  # not on older CPUs
+    if weight.device.type != "cpu" or weight.numel() < LARGE or weight.dtype not in kinds:
         return None
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 16)
     return torch.compiler.disable(lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""))
