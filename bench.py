@@ -12,6 +12,7 @@ Measures a drafter. Each command prints a table and, as its last line, JSON; fig
     python bench.py coupling                                     # sampling: which guesses agree with the target most
     python bench.py serve --base_url=http://localhost:30000/v1 --baseline_url=http://localhost:30001/v1 --concurrency=8
     python bench.py report A/speedup.json B/speedup.json         # runs side by side; each left its JSON in its out_dir
+    python bench.py figures                                      # the README's pictures, from the reports in logs/
     python bench.py speed --target=random:0.8b --drafter=random --prompts=random:64:256   # against transformers
     python bench.py speed --parts=training                       # a training step against its arithmetic; ten minutes
 
@@ -35,6 +36,7 @@ from statistics import median
 import torch
 from tqdm import tqdm
 
+import plots
 from configurator import configure
 from data.math500.prepare import SUFFIX
 from data.nano.problems import boxed, problems
@@ -379,33 +381,25 @@ def write(path, text):
     os.replace(path + ".tmp", path)
 
 
-def save_figure(path, draw):
-    """The picture that draw(pyplot) returns, whole or not at all."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure = draw(plt)
-    figure.savefig(path + ".tmp", format="png", dpi=120)
-    plt.close(figure)
-    os.replace(path + ".tmp", path)
-
-
-def plot(path, report):
-    """Acceptance by slot, and the histogram of round lengths, as a picture."""
-    def draw(plt):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-        left.bar(range(1, len(report["slots"]) + 1), report["slots"])
-        left.set(xlabel="slot of the block", ylabel="share of rounds that accept it", ylim=(0, 1))
-        right.bar(range(1, len(report["lengths"]) + 1), report["lengths"])
-        right.set(xlabel="tokens returned in a round", ylabel="rounds",
-                  title=f"tau {report['tau_micro']:.2f} over {report['prompts']} prompts")
-        return figure
-    save_figure(path, draw)
-
-
 def tau(rounds):
     """Tokens a round, of a prompt's [[guesses accepted, tokens returned], ..]."""
     return sum(len(tokens) for _, tokens in rounds) / len(rounds)
+
+
+def transcript(model, draft, tokenizer, ids, stops):
+    """The rounds of one answer as text: [{"anchor", "guesses": all K - 1, "accepted": how many, "own": the target's own
+    token after them, None where the answer ended before it}]."""
+    decoders, made = {}, []
+
+    def note(tokens, result):
+        if len(tokens) > len(result.tokens):  # the prompt's own token is in no round
+            block = next(iter(decoders.values())).block[0].tolist()  # this round's: the next has not begun
+            anchor, *guesses = [tokenizer.decode([t]) for t in block]
+            own = tokenizer.decode(result.tokens[-1:]) if len(result.tokens) > result.accepted else None
+            made.append({"anchor": anchor, "guesses": guesses, "accepted": result.accepted, "own": own})
+
+    run(model, draft, ids, max_new_tokens, stops, None, sampling(), note, decoders)
+    return made
 
 
 def acceptance():
@@ -415,7 +409,13 @@ def acceptance():
     journal = Journal("acceptance", made_from)
     results = measure(arms_of(model, draft, stops), questions, journal)
     report = statistics(results, tokenizer, draft.block_size)
-    plot(os.path.join(out_dir, "acceptance.png"), report)
+    rounds = {row["prompt"]: row["speculative"]["rounds"] for row in results}
+    timed = sorted((i for i, made in rounds.items() if made), key=lambda i: tau(rounds[i]))
+    report["transcript"] = None
+    if tokenizer and timed:
+        i = timed[len(timed) // 2]  # the prompt of median tau
+        report["transcript"] = {"prompt": i, "rounds": transcript(model, draft, tokenizer, questions[i].ids, stops)}
+    plots.acceptance(os.path.join(out_dir, "acceptance.png"), report)
     journal.close({"prompt": row["prompt"], "round": i, "accepted": accepted, "tokens": tokens}
                   for row in results for i, (accepted, tokens) in enumerate(row["speculative"]["rounds"]))
     print_card(card(model, draft, report))
@@ -441,7 +441,7 @@ def card(model, draft, report):
     """What runs where, and what this device's copy bandwidth allows: seconds of a step and of a round that only read
     their weights, and the speedup of such rounds at the measured tau."""
     import speed as parts_of
-    copy, reads = parts_of.rates(device, dtype)[0], parts_of.reads(model, draft)
+    copy, reads = parts_of.bandwidth(device), parts_of.reads(model, draft)
     ceiling = report["tau_micro"] * reads["step"] / reads["round"]
     return {"device": parts_of.where(device), "dtype": dtype, "torch": torch.__version__,
             "parameters": {"target": sum(p.numel() for p in model.parameters()),
@@ -484,18 +484,6 @@ def timed_peer(theirs, ids, stops, K):
     return tokens, [], max(0.0, time.perf_counter() - began - 2 * one)
 
 
-def plot_speedup(path, points, report):
-    def draw(plt):
-        figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-        axis.plot(*zip(*points) if points else ((), ()), "o", alpha=0.6)
-        axis.axhline(1, color="grey", linewidth=0.8)
-        axis.set(xlabel="tau of the prompt (tokens a round)", ylabel="speedup over the target alone, one row a step",
-                 title=f"{report['faster']} of {report['prompts']} prompts faster, geometric mean "
-                       f"{report['geomean']:.2f}x")
-        return figure
-    save_figure(path, draw)
-
-
 def speedup():
     """Prompt by prompt, how much faster a drafter makes the fastest target-only mode, and that the outputs agree."""
     if repeats < 1:
@@ -528,7 +516,7 @@ def speedup():
         report["identical_to_transformers"] = share(r["speculative"]["tokens"] == r["transformers"]["tokens"]
                                                     for r in results)
     report["card"] = card(model, draft, report)
-    plot_speedup(os.path.join(out_dir, "speedup.png"), points, report)
+    plots.speedup(os.path.join(out_dir, "speedup.png"), points, report)
     found = {row["prompt"]: point for row, point in zip(timed, points)}
     journal.close(row | dict(zip(("tau", "speedup"), found.get(row["prompt"], (None, None)))) for row in results)
     print_speedup(report)
@@ -648,8 +636,10 @@ def exactness():
         model, draft, _, questions, stops = load(4, kind)
         made_from = setup(questions, stops, dtype=dtypes, temperature=temperatures, oracle=oracle)
         journal = journal or Journal("exactness", made_from)
-        drafters = {"random": random_drafter(model)} | ({} if drafter == "random" else {"trained": draft})
-        assert all(d.block_size == 16 for d in drafters.values())
+        drafters = {"random": draft} if drafter == "random" else {"random": random_drafter(model), "trained": draft}
+        if draft.block_size != drafters["random"].block_size:
+            raise ValueError(f"{drafter} drafts blocks of {draft.block_size}; exactness compares drafters of "
+                             f"{drafters['random'].block_size}: give such a one, or --drafter=random")
         theirs = transformers_peer(model) if 0 in temperatures else None
         for t in temperatures:
             s = Sampling(t, top_k, top_p, seed, draft_temperature)
@@ -704,6 +694,8 @@ def curve():
     points = []
     for name, found in results.items():
         count, rounds, seconds = (sum(x) for x in zip(*found))
+        if not rounds:  # every answer of the trained drafter ended with its first token
+            continue
         alone = sum(n * step for (n, *_), step in zip(found, steps))
         points.append({"drafter": "oracle" if name != "drafter" else "trained", "tau": count / rounds,
                        "speedup": alone / seconds, "round_s": seconds / rounds, "step_s": alone / count})
@@ -711,22 +703,9 @@ def curve():
     for p in points:
         print(f"{p['drafter']:8} {p['tau']:6.2f} {p['speedup']:7.2f}x {1e3 * p['round_s']:6.2f} ms "
               f"{1e3 * p['step_s']:6.2f} ms")
-    plot_curve(os.path.join(out_dir, "curve.png"), points)
+    plots.curve(os.path.join(out_dir, "curve.png"), {"oracles": points})
     print(f"wrote {out_dir}/curve.png")
     return {"command": "curve", "prompts": len(questions), "rows": points}, setup(questions, stops)
-
-
-def plot_curve(path, points):
-    def draw(plt):
-        figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-        for kind, style in (("oracle", "o-"), ("trained", "r*")):
-            at = [(p["tau"], p["speedup"]) for p in points if p["drafter"] == kind]
-            axis.plot(*zip(*at) if at else ((), ()), style, label=kind, markersize=14 if kind == "trained" else 5)
-        axis.axhline(1, color="grey", linewidth=0.8)
-        axis.set(xlabel="tau (tokens a round)", ylabel="speedup over the target alone, one row a step")
-        axis.legend()
-        return figure
-    save_figure(path, draw)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # coupling: whose noise should a guess have
@@ -812,14 +791,14 @@ def read_run(path):
     return run
 
 
-def figures(run, prefix=""):
+def numbers(run, prefix=""):
     """{name: number, or (number, low, high)} of a report, those of its inner dicts as "outer, inner"."""
     found = {}
     for key, value in run.items():
         if isinstance(value, dict) and value.keys() == {"value", "low", "high"}:
             found[prefix + key] = tuple(value.values())
         elif isinstance(value, dict) and key not in ("setup", "card"):
-            found |= figures(value, f"{prefix}{key}, ")
+            found |= numbers(value, f"{prefix}{key}, ")
         elif isinstance(value, (int, float)):
             found[prefix + key] = value
     return found
@@ -837,7 +816,7 @@ def report(paths):
     if len(paths) < 2:
         raise ValueError("report compares at least two runs: python bench.py report A.json B.json")
     runs = [read_run(path) for path in paths]
-    setups, found = [made["setup"] for made in runs], [figures(made) for made in runs]
+    setups, found = [made["setup"] for made in runs], [numbers(made) for made in runs]
     for path, made_from in zip(paths, setups):
         if other := [k for k in SAME if made_from.get(k) != setups[0].get(k)]:
             raise ValueError(f"{paths[0]} and {path} cannot be compared, {other[0]} is {setups[0].get(other[0])!r} and "
@@ -848,30 +827,32 @@ def report(paths):
     lines += [[name, *(show(each.get(name)) for each in found)] for name in names]
     table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     write(os.path.join(out_dir, "report.md"), table)
-    plot_report(os.path.join(out_dir, "report.png"), paths, found)
+    plots.report(os.path.join(out_dir, "report.png"), paths, found)
     print(f"{table}\nwrote {out_dir}/report.md, {out_dir}/report.png")
     return {"command": "report", "runs": paths, "rows": {n: [each.get(n) for each in found] for n in names}}, setups[0]
 
 
-def plot_report(path, names, found):
-    def draw(plt):
-        figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-        for axis, keys in zip(axes, (("tau_micro", "tau_macro", "tau"), ("speedup", "geomean"))):
-            for i, key in enumerate(keys):
-                heights = [each.get(key) for each in found]
-                heights = [v[0] if isinstance(v, tuple) else v for v in heights]
-                at = [(j + i / 4, v) for j, v in enumerate(heights) if v is not None]
-                if at:
-                    axis.bar(*zip(*at), 0.2, label=key)
-            axis.set_xticks(range(len(names)), names)
-            if axis.containers:
-                axis.legend()
-        return figure
-    save_figure(path, draw)
+# ----------------------------------------------------------------------------------------------------------------------
+# figures: the README's
 
 
+def figures(folder="logs"):
+    """Draws the README's pictures from the reports in the repository."""
+    runs = {}
+    for name, path in FIGURES.items():
+        with open(path) as f:
+            runs[name] = json.load(f)
+    paths = [os.path.join(folder, name) for name in ("acceptance.png", "curve.png")]
+    plots.acceptance(paths[0], runs.pop("acceptance"))
+    plots.curve(paths[1], {name: run["rows"] for name, run in runs.items()})
+    print(f"drew {', '.join(paths)} from {', '.join(FIGURES.values())}")
+    return {"command": "figures", "wrote": paths}, {}
+
+
+FIGURES = {"acceptance": "logs/acceptance_nano.json", "nano pair, two CPU cores": "logs/curve_nano.json",
+           "0.8B shape, random weights, one H200": "logs/curve_h200.json"}
 COMMANDS = {"acceptance": acceptance, "speedup": speedup, "exactness": exactness, "curve": curve, "coupling": coupling,
-            "speed": speed, "serve": serve, "report": report}
+            "speed": speed, "serve": serve, "report": report, "figures": figures}
 RESUMABLE = ("acceptance", "speedup", "exactness", "serve")
 
 

@@ -54,16 +54,18 @@ def race(arms, repeats=5):
     return found
 
 
-def rates(device, dtype):
-    """Bytes a second of a copy, read and written, between tensors whose pages are there; operations a second of a
-    product at the widths of the MLP, of as many rows as suit the machine."""
-    cuda = device.startswith("cuda")
-    big, kind = torch.ones((1 << 31 if cuda else 1 << 28) // 4, device=device), getattr(torch, dtype)
-    out, rows = torch.ones_like(big), 16384 if cuda else 1024
+def bandwidth(device):
+    """Bytes a second of a copy, read and written, between tensors whose pages are there."""
+    big = torch.ones((1 << 31 if device.startswith("cuda") else 1 << 28) // 4, device=device)
+    out = torch.ones_like(big)
+    return 2 * big.nbytes / median(race({"copy": lambda: seconds(lambda: out.copy_(big), 3)})["copy"])
+
+
+def throughput(device, dtype):
+    """Operations a second of a product at the widths of the MLP, of as many rows as suit the machine."""
+    rows, kind = 16384 if device.startswith("cuda") else 1024, getattr(torch, dtype)
     a, b = torch.randn(rows, 1024, device=device).to(kind), torch.randn(1024, 3584, device=device).to(kind)
-    copy, product = race({"copy": lambda: seconds(lambda: out.copy_(big), 3),
-                          "product": lambda: seconds(lambda: a @ b, 10)}).values()
-    return 2 * big.nbytes / median(copy), 2 * rows * 1024 * 3584 / median(product)
+    return 2 * rows * 1024 * 3584 / median(race({"product": lambda: seconds(lambda: a @ b, 3)})["product"])
 
 
 def row(name, found, floor=None, peer="transformers", **more):
@@ -214,25 +216,15 @@ def memory_rows():
     return rows
 
 
-def matrix_rate():
-    """Operations a second of a product of 1024 x 1024 with 1024 x 3584 in fp32, the best of ten."""
-    a, b, best = torch.randn(1024, 1024), torch.randn(1024, 3584), math.inf
-    for _ in range(10):
-        began = time.perf_counter()
-        a @ b
-        best = min(best, time.perf_counter() - began)
-    return 2 * 1024 * 1024 * 3584 / best
-
-
 def training_row(T, A):
     """Seconds of one forward and backward of T tokens with A anchors, the better of two, the floor, and the peak memory
-    of the process that ran it, which should be one of its own. The floor is train.operations over the matrix rate: with
+    of the process that ran it, which should be one of its own. The floor is train.operations over the throughput: with
     1,024 tokens and 128 anchors, 2,048 rows, in units of 1e9 operations: layers 6 x 81.3 M x 2,048 = 999, keys and
     values of the context 32, fc 21, attention 12 x 10,240 x 2,048 x 528 = 133, head 4 x 254 M x 1,920 = 1,953."""
     draft = phase1_2_drafter(WIDTHS)
     head = torch.empty(WIDTHS.vocab_size, WIDTHS.hidden_size).normal_(std=0.02)
     tokens, features = torch.randint(0, WIDTHS.vocab_size, (1, T)), torch.randn(1, T, 5 * WIDTHS.hidden_size)
-    seconds, rates = math.inf, [matrix_rate()]
+    seconds, rates = math.inf, [throughput("cpu", "float32")]
     for _ in range(2):
         began = time.perf_counter()
         at, real = sample_anchors(tokens >= 0, A, torch.Generator().manual_seed(0))
@@ -240,7 +232,7 @@ def training_row(T, A):
         hidden = draft(features, draft.block(tokens.gather(1, at), head), at)
         block_loss(hidden, head, labels, weights, 256)[0].backward()
         seconds = min(seconds, time.perf_counter() - began)
-        rates.append(matrix_rate())
+        rates.append(throughput("cpu", "float32"))
     return {"name": f"training, {T} tokens, {A} anchors", "seconds": seconds, "peak_bytes": peak_bytes(),
             "floor_seconds": train.operations(draft, 1, T, A) / max(rates)}
 
@@ -266,6 +258,7 @@ def training_rows():
 def phase1_2_run(model, rows, **keys):
     """A train.Run of Phase 1.2's drafter over rows, with those of train.py's keys set."""
     vars(train).update(keys)
+    train.inductor.deterministic = True  # as train.setup does
     torch.manual_seed(0)
     draft = phase1_2_drafter(model.config).to(model.embed_tokens.weight.device)
     if train.compile:
@@ -346,7 +339,7 @@ def step_rows(model, device, dtype, rate):
 def measure(model, draft, theirs, device, dtype, parts):
     """The parts named, as a table and as a dict for the JSON line."""
     cuda = device.startswith("cuda")
-    copy_rate, rate = rates(device, dtype)
+    copy_rate, rate = bandwidth(device), throughput(device, dtype)
     print(f"{dtype} on {where(device)}, torch {torch.__version__}: copies {copy_rate / 1e9:,.0f} GB/s, products "
           f"{rate / 1e12:.2f} TFLOP/s\n")
     made = {"decoding": lambda: decoding_rows(model, draft, theirs, copy_rate),

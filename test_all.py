@@ -2090,6 +2090,23 @@ def test_bench_acceptance(benchmark, tmp_path):
     assert (tmp_path / "acceptance.png").stat().st_size > 1000
 
 
+def test_bench_figures(tmp_path):
+    """A picture of a run that never was: what its rounds returned is not the target's answer to that prompt."""
+    with open(os.path.join(ROOT, "logs", "acceptance_nano.json")) as f:
+        shown = json.load(f)["transcript"]
+    target, tokenizer = nano()
+    prompt = bench.load_prompts("nano", 200, target, tokenizer)[shown["prompt"]]
+    answer = run(target, None, prompt.ids, 512, stop_ids(tokenizer))[0]
+    pieces = [shown["rounds"][0]["anchor"]]
+    for made, following in zip(shown["rounds"], shown["rounds"][1:] + [None]):
+        pieces += made["guesses"][:made["accepted"]] + [made["own"]] * (made["own"] is not None)
+        assert following is None or following["anchor"] == made["own"]
+    assert "".join(pieces) == tokenizer.decode(answer)
+    assert bench.transcript(target, shipped(), tokenizer, prompt.ids, stop_ids(tokenizer))[-1]["own"] == made["own"]
+    bench.figures(tmp_path)
+    assert (tmp_path / "acceptance.png").stat().st_size > 1000 < (tmp_path / "curve.png").stat().st_size
+
+
 def test_bench_tau_by_hand():
     """Failure 15: tokens past a stop or past the limit counted. A stop in mid-round, a limit in mid-round, full blocks.
 
@@ -2120,7 +2137,7 @@ def test_bench_tau_by_hand():
 @pytest.fixture
 def copies(monkeypatch):
     """bench's card without its second of copying."""
-    monkeypatch.setattr(speed, "rates", lambda device, dtype: (1e9, 1e12))
+    monkeypatch.setattr(speed, "bandwidth", lambda device: 1e9)
 
 
 def test_bench_speedup(benchmark, copies, tmp_path):

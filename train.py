@@ -24,12 +24,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch._inductor.config as inductor
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
+import plots
 from configurator import configure
 from data.rows import Rows
 from draft_decode import run as decode
@@ -434,30 +436,6 @@ def start_log(step):
         os.replace(path + ".tmp", path)
     return open(path, "a", buffering=1)
 
-
-def plot(path):
-    """Loss, tau and acceptance by slot over steps as a picture, from log.jsonl."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    with open(os.path.join(out_dir, "log.jsonl")) as f:
-        log = [json.loads(line) for line in f]
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
-    for axis, name in zip(axes, ("loss", "tau")):
-        for kind, label in (("train", "training"), ("val", "held out")):
-            points = [(entry["step"], entry[name]) for entry in log if entry["kind"] == kind]
-            axis.plot(*zip(*points) if points else ((), ()), label=label, marker="o" if kind == "val" else None)
-    for k in SHOWN:
-        points = [(entry["step"], entry["slots"][k - 1]) for entry in log
-                  if entry["kind"] == "val" and k <= len(entry["slots"])]
-        axes[2].plot(*zip(*points) if points else ((), ()), label=f"slot {k}", marker="o")
-    for axis, label in zip(axes, ("loss (nats)", "tau, estimated (tokens a round)", "held out: accepted up to slot")):
-        axis.set(xlabel="step", ylabel=label)
-        axis.legend()
-    figure.savefig(path + ".tmp", format="png", dpi=120)
-    plt.close(figure)
-    os.replace(path + ".tmp", path)
-
 # ----------------------------------------------------------------------------------------------------------------------
 # the run
 
@@ -502,6 +480,7 @@ def check():
 def setup(config):
     """(run, held-out rows, stop ids): everything, from nothing or from a checkpoint."""
     check()
+    inductor.deterministic = True  # kernels chosen by rule, not by time: a resumed run has to choose the same ones
     folder = newest(out_dir)
     if os.path.basename(folder).startswith("step-") and not resume:
         raise ValueError(f"{out_dir} holds a run ({os.path.basename(folder)}): --resume goes on with it, "
@@ -596,7 +575,8 @@ def loop(run, held_out, config):
         for number, handler in before.items():
             signal.signal(number, handler)
         if ranks()[0] == 0:
-            plot(os.path.join(out_dir, "training.png"))
+            with open(os.path.join(out_dir, "log.jsonl")) as f:
+                plots.training(os.path.join(out_dir, "training.png"), [json.loads(line) for line in f], SHOWN)
     if stopped and run.step < steps:
         words = [word for word in sys.argv[1:] if word != "--resume"]
         how = "python" if ranks()[1] == 1 else "torchrun ..., as before,"
