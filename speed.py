@@ -258,7 +258,7 @@ def training_rows():
 def phase1_2_run(model, rows, **keys):
     """A train.Run of Phase 1.2's drafter over rows, with those of train.py's keys set."""
     vars(train).update(keys)
-    train.inductor.deterministic = True  # as train.setup does
+    train.repeatable()
     torch.manual_seed(0)
     draft = phase1_2_drafter(model.config).to(model.embed_tokens.weight.device)
     if train.compile:
