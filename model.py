@@ -582,13 +582,14 @@ def load_drafter(name, target, device="cpu", dtype="float32"):
         with torch.device("meta"):
             drafter = DFlashDraftModel(config)
     except Exception as error:  # not JSON, keys missing, and what transformers' own checks raise
-        raise ValueError(f"{folder}/config.json is not a DFlash drafter's: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{folder}/config.json is not a DFlash drafter's: {' '.join(str(error).split())}; "
+                         "give the folder or hub id of one") from None
     for key, own, other in (("hidden_size", config.hidden_size, target.hidden_size),
                             ("vocab_size", config.vocab_size, target.vocab_size),
                             ("num_target_layers", config.num_target_layers, target.num_hidden_layers)):
         if own != other:
             raise ValueError(f"the drafter in {folder!r} does not fit this target: {key} is {own}, "
-                             f"the target's {other}")
+                             f"the target's {other}; give --target and --drafter of one pair")
     if max(taps) > target.num_hidden_layers - 2 or mask >= target.vocab_size:
         raise ValueError(f"the drafter in {folder!r} does not fit this target: last tap {max(taps)} of "
                          f"{target.num_hidden_layers} layers, mask id {mask} of {target.vocab_size} ids")

@@ -8,9 +8,9 @@ The target: the text model of Qwen3.5, a hybrid of Gated-DeltaNet and gated atte
     features, logits = target(block, state, taps=(1, 5))                   # a forward proposes K rows
     state.commit(n)                                                        # and commit adopts the first n
 
-Glossary: B batch, T tokens, C chunk length of the delta rule, K rows of a decode forward, N chunks, H heads,
-D head width, V vocabulary. q k v g beta S: query, key, value, log decay, write strength and state of the gated
-delta rule (Yang, Kautz, Hatamizadeh, arXiv 2412.06464). taps: the layers whose outputs are the drafter's features.
+Glossary, beside model.py's: C chunk length of the delta rule, N chunks, K rows of a decode forward. q k v g beta S:
+query, key, value, log decay, write strength and state of the gated delta rule (Yang, Kautz, Hatamizadeh, arXiv
+2412.06464). taps: the layers whose outputs are the drafter's features.
 """
 import json
 import os

@@ -296,31 +296,16 @@ def test_nano_target_is_a_public_checkpoint():
     assert sum(p.numel() for p in nano()[0].parameters()) < 5e6
 
 
-def test_load_target_reads_shards_and_nesting(tmp_path):
-    """The public layout: text_config, shards, model.language_model., a visual tower and mtp layers to be dropped."""
-    target = small_target("untied")
-    config = {k: v for k, v in target.config.__dict__.items() if k not in ("rope_theta", "partial_rotary_factor")}
-    config["rope_parameters"] = {"rope_theta": 1e7, "partial_rotary_factor": 0.25}
-    weights = {"lm_head.weight" if k == "lm_head.weight" else "model.language_model." + k: v.clone()
-               for k, v in target.state_dict().items()}
-    weights |= {"model.visual.x": torch.ones(1), "mtp.x": torch.ones(1)}
-    index = {k: f"model-{i % 2}.safetensors" for i, k in enumerate(weights)}
-    for name in set(index.values()):
-        save_file({k: v for k, v in weights.items() if index[k] == name}, tmp_path / name)
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    (tmp_path / "config.json").write_text(json.dumps({"text_config": config}))
-    loaded, x = load_target(str(tmp_path)), tokens_of(1, 20)
-    assert torch.equal(loaded(x, rows=slice(None))[1], target(x, rows=slice(None))[1])
-    kinds = {k: v.dtype for k, v in load_target(str(tmp_path), dtype="bfloat16").state_dict().items()}
-    fp32 = {k for k, v in kinds.items() if v == torch.float32}
-    assert fp32 == {k for k in kinds if k.endswith(("A_log", "linear_attn.norm.weight"))}
-    (tmp_path / "model-1.safetensors").unlink()
-    with pytest.raises(ValueError, match="model-1.safetensors"):
+def test_load_target_refuses_what_it_cannot_read(tmp_path):
+    """A missing shard, experts, or a config without a width end in something else than a line that names them."""
+    text = publish(tmp_path, small_target("untied"))
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ValueError, match="model-00002-of-00002.safetensors"):
         load_target(str(tmp_path))
     with pytest.raises(ValueError, match="mixture-of-experts"):
-        TargetConfig.from_dict({"text_config": config | {"num_experts": 4}})
+        TargetConfig.from_dict({"text_config": text | {"num_experts": 4}})
     with pytest.raises(ValueError, match="hidden_size"):
-        TargetConfig.from_dict({k: v for k, v in config.items() if k != "hidden_size"})
+        TargetConfig.from_dict({k: v for k, v in text.items() if k != "hidden_size"})
 
 
 def phase_1_2():
@@ -2077,13 +2062,13 @@ def benchmark(monkeypatch, tmp_path, capsys):
 
 def test_bench_acceptance(benchmark, tmp_path):
     """Failure 15: a report whose figures do not follow from its rounds, or a pair that lost its acceptance."""
-    report = benchmark("acceptance", "--limit=6")
+    report = benchmark("acceptance", "--limit=4")
     with open(tmp_path / "acceptance.jsonl") as f:
         rounds = [json.loads(line) for line in f]
-    assert report["command"] == "acceptance" and report["prompts"] == 6 and report["identical"] == 1
+    assert report["command"] == "acceptance" and report["prompts"] == 4 and report["identical"] == 1
     assert report["tau_micro"] == sum(len(r["tokens"]) for r in rounds) / len(rounds) > 4
-    means = [[len(r["tokens"]) for r in rounds if r["prompt"] == i] for i in range(6)]
-    assert report["tau_macro"] == pytest.approx(sum(sum(m) / len(m) for m in means) / 6)
+    means = [[len(r["tokens"]) for r in rounds if r["prompt"] == i] for i in range(4)]
+    assert report["tau_macro"] == pytest.approx(sum(sum(m) / len(m) for m in means) / 4)
     assert report["slots"] == [sum(r["accepted"] >= k for r in rounds) / len(rounds) for k in range(1, K)]
     assert report["accuracy"]["target"] == report["accuracy"]["speculative"] >= 0.5
     assert report["speedup"] == report["tokens_per_s"]["speculative"] / report["tokens_per_s"]["target"]

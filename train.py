@@ -619,7 +619,7 @@ def main():
     except KeyboardInterrupt:
         sys.exit("interrupted while no step was under way: nothing is lost, --resume goes on from the last checkpoint")
     print(f"wrote {folder} and {out_dir}/training.png\n"
-          f"try it: python draft_decode.py --drafter={folder} --prompt \"...\"\n"
+          f"try it: python draft_decode.py --target={target} --drafter={folder} --prompt \"...\"\n"
           f"held-out tau from real decoding: {tau:.3f} ({min(decode_rows, len(held_out))} prompts)")
 
 
