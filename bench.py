@@ -41,7 +41,7 @@ from configurator import configure
 from data.math500.prepare import SUFFIX
 from data.nano.problems import boxed, problems
 from data.rows import read_source
-from draft_decode import Sampling, choose, gumbel, run, score
+from draft_decode import Sampling, choose, first_difference, gumbel, run, score
 from model import DFlashDraftModel, drafter_config, load_drafter, pack_linears
 from target import DecodeState, chat_prompt, load_target, load_tokenizer, stop_ids
 
@@ -471,7 +471,7 @@ def method(report, c):
             f"{'on' if thinking else 'off'}; target {target}, drafter {drafter}; {dtype} on {c['device']}, torch "
             f"{c['torch']}{', compiled' if compile else ''}; baseline: the same code's fastest target-only mode, one "
             f"row a step; one sequence at a time, both arms in one process, prompt by prompt in alternating order "
-            f"after a warm-up, median of {repeats}; every round is timed, the first draft too, the shared prefill is "
+            f"after a warm-up, median of {repeats}; every round is timed, the first draft too, the prefill is "
             f"not; tokens past a stop or the limit do not count.")
 
 
@@ -586,11 +586,6 @@ def margin(model, ids, a, b, s, K):
     scores = score(logits.float(), s, s.temperature, noise)[0]
     gap = (scores[a] - scores[b]).abs().item()
     return gap if math.isfinite(gap) else None
-
-
-def first_difference(a, b):
-    """Index of the first token that differs in two lists, one of which may end early; None if they are equal."""
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b))) if a != b else None
 
 
 def compare(model, drafters, theirs, questions, stops, s, journal, kind):
@@ -836,6 +831,10 @@ def report(paths):
 # figures: the README's
 
 
+FIGURES = {"acceptance": "logs/acceptance_nano.json", "nano pair, two CPU cores": "logs/curve_nano.json",
+           "0.8B shape, random weights, one H200": "logs/curve_h200.json"}
+
+
 def figures(folder="logs"):
     """Draws the README's pictures from the reports in the repository."""
     runs = {}
@@ -849,8 +848,6 @@ def figures(folder="logs"):
     return {"command": "figures", "wrote": paths}, {}
 
 
-FIGURES = {"acceptance": "logs/acceptance_nano.json", "nano pair, two CPU cores": "logs/curve_nano.json",
-           "0.8B shape, random weights, one H200": "logs/curve_h200.json"}
 COMMANDS = {"acceptance": acceptance, "speedup": speedup, "exactness": exactness, "curve": curve, "coupling": coupling,
             "speed": speed, "serve": serve, "report": report, "figures": figures}
 RESUMABLE = ("acceptance", "speedup", "exactness", "serve")

@@ -263,6 +263,11 @@ def printer(tokenizer, color):
     return show
 
 
+def first_difference(a, b):
+    """Index of the first token that differs in two lists, one of which may end early; None if they are equal."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b))) if a != b else None
+
+
 def summary(ours, alone, step):
     """The line under the text, from run()'s results with the drafter, target-only at the same shape, and by steps."""
     tokens, rounds, _ = ours
@@ -271,8 +276,8 @@ def summary(ours, alone, step):
     line = f"{len(tokens)} tokens | {len(rounds)} rounds | tau {tau:.2f} | {speed[0]:,.0f} tokens/s"
     if alone is None:
         return line
-    same = next((i for i, (a, b) in enumerate(zip(tokens, alone[0])) if a != b), min(len(tokens), len(alone[0])))
-    verdict = "identical" if tokens == alone[0] else f"first difference at token {same}"
+    i = first_difference(tokens, alone[0])
+    verdict = "identical" if i is None else f"first difference at token {i}"
     ratio = f"speedup {speed[0] / speed[1]:.2f}" if rounds else "no round to time"
     return f"{line} | target alone {speed[1]:,.0f} tokens/s | {ratio} | {verdict}"
 

@@ -35,7 +35,7 @@ def acceptance(path, report):
         axes["slots"].bar(slots, report["slots"], color=GREEN)
         axes["slots"].set(xlabel="slot of the block", ylabel="share of rounds", ylim=(0, 1), xticks=slots,
                           title="accepted up to slot")
-        axes["lengths"].bar(lengths, report["lengths"], color=BLUE)
+        axes["lengths"].bar(lengths, report["lengths"], color=GREY)
         axes["lengths"].set(xlabel="tokens returned in a round", ylabel="rounds", xticks=lengths[::3],
                             title=f"tau {report['tau_micro']:.2f} over {report['prompts']} prompts")
         if rounds:
@@ -48,7 +48,7 @@ def transcript(axis, rounds):
     """Rounds as rows and slots as columns: the anchor, the guesses, and the target's own token where the first wrong
     guess stood, which is struck out above it."""
     def cell(x, y, text, back, **more):
-        shown = text.replace("\n", "\u21b5").replace(" ", "\u00b7")[:9]
+        shown = text.replace("\n", "\u21b5").replace(" ", "\u00b7")[:10]
         axis.text(x, y, shown, ha="center", va="center", fontsize=8, **more,
                   bbox=back and {"facecolor": back, "edgecolor": "none", "boxstyle": "round,pad=0.25"})
 
@@ -66,7 +66,7 @@ def transcript(axis, rounds):
             k = made["accepted"] + 1
             cell(k, y + 0.12 * (k < width), made["own"], BLUE, weight="bold")
     axis.set(xlim=(-0.6, width + 0.6), ylim=(len(rounds) - 0.4, -0.7), xticks=range(width), ylabel="round",
-             yticks=range(len(rounds)), yticklabels=range(1, 1 + len(rounds)),
+             yticks=range(len(rounds)), yticklabels=range(1, 1 + len(rounds)), xlabel="slot (0: the anchor)",
              title="an answer, round by round: anchor (grey), accepted guesses (green), the target's own token (blue), "
                    "rejected guesses (red)")
     axis.spines[:].set_visible(False)
@@ -93,7 +93,7 @@ def curve(path, runs):
         for i, (label, rows) in enumerate(runs.items()):
             oracle, trained = ([(p["tau"], p["speedup"]) for p in rows if p["drafter"] == kind]
                                for kind in ("oracle", "trained"))
-            line(axis, oracle, "o-", color=f"C{i}", markersize=5, label=label)
+            line(axis, oracle, "o-", color=f"C{i}", markersize=5, label=f"{label}: right by chance")
             if trained:
                 line(axis, trained, "*", color=f"C{i}", markersize=15, label=f"{label}: the trained drafter")
         axis.axhline(1, color="grey", linewidth=0.8)
@@ -104,7 +104,7 @@ def curve(path, runs):
 
 
 def report(path, names, found):
-    """tau and speedup of runs side by side; found: {figure: number, or (number, low, high)} of each."""
+    """tau and speedup of runs side by side; found: {figure: number, or (number, low, high), of which that is drawn}."""
     def draw(plt):
         figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
         for axis, keys in zip(axes, (("tau_micro", "tau_macro", "tau"), ("speedup", "geomean"))):

@@ -1,7 +1,7 @@
 r"""
 Every test of the project. None needs the network, a GPU or files that are not in the repository.
 
-    python test_all.py                    # all, three minutes on two cores
+    python test_all.py                    # all, four minutes on two cores
     python test_all.py cuts               # those with "cuts" in the name; also -k EXPR, or plain pytest
 
 Each test's docstring names the failure it catches. The numbers are those of the table of failures people reported with
