@@ -1,37 +1,644 @@
 """
-The target: the text model of Qwen3.5, a hybrid of Gated-DeltaNet and gated attention layers, in plain PyTorch.
+The target: the text model of Qwen3.5, a hybrid of Gated DeltaNet and gated attention layers.
 
-    target = load_target("Qwen/Qwen3.5-0.8B")                 # a hub id, a folder of that form, or random:0.8b
-    features, logits = target(tokens, taps=(1, 5), rows=slice(-1, None))   # training, scoring: a whole sequence
-    state = DecodeState(target, 1, length=512)                             # decoding: once for the prompt
-    features, logits = target.prefill(tokens, state, taps=(1, 5))          # and then
-    features, logits = target(block, state, taps=(1, 5))                   # a forward proposes K rows
-    state.commit(n)                                                        # and commit adopts the first n
+    target = load_target("Qwen/Qwen3.5-0.8B")               # from checkpoint.py; frozen
 
-Glossary, beside model.py's: C chunk length of the delta rule, N chunks, K rows of a decode forward. q k v g beta S:
-query, key, value, log decay, write strength and state of the gated delta rule (Yang, Kautz, Hatamizadeh, arXiv
-2412.06464). taps: the layers whose outputs are the drafter's features.
+    # training, scoring: whole sequences
+    features, hidden = target(tokens, target_layer_ids=(3, 7, 11))
+    logits = target.logits(hidden)
+
+    # decoding: the prompt once, then forwards that propose K tokens, of which commit adopts n
+    state = DecodeState(target, batch=1, length=512, block_size=16)
+    features, logits = target.prefill(prompt, state, target_layer_ids=(3, 7, 11))
+    features, hidden = target(block, state, target_layer_ids=(3, 7, 11))
+    state.commit(n)
+
+Three of four layers have no key-value cache but one matrix S a head, into which each token is
+written in a way that cannot be undone. The file goes from there: the recurrence, its fast form, the
+state that decoding keeps and how a rejected guess leaves no trace in it, and then the layers and
+the model.
+
+Shapes: B batch, T tokens, C tokens of a chunk, N chunks, K rows of a decode forward, H heads of
+queries and keys, Hv heads of values, D and Dv their widths, V vocabulary; `width` is that of the
+residual stream. A row is one token's place in a forward.
 """
-import json
-import os
-import zlib
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from jinja2 import TemplateError
-from transformers import AutoTokenizer
 
-from model import attend, checkpoint_folder, load_weights, pack, pack_linears, rotary_table, rotate, wide
+from cpu import rowwise
+from model import masked_attention, rotary_table, rotate, to_fp32
+from projections import JoinedProjections
 
-# tokens of a delta-rule chunk in training and prefill: on a GPU fewer launches count for more than fewer operations.
-CHUNK, CUDA_CHUNK = 64, 128  # decoding uses chunks of K, its block
+# --------------------------------------------------------------------------------------------------
+# the gated delta rule (Yang, Kautz, Hatamizadeh, arXiv 2412.06464)
+
+
+def recurrent_gated_delta_rule(q, k, v, g, beta, S):
+    """The definition, one token after another. Tests compare the fast forms below with it.
+
+    A head keeps a matrix S (D, Dv), which maps a key to the value stored under it. Each token
+    first fades the matrix, by exp(g) <= 1. Then it looks up what is stored under its key, and moves
+    that by a share beta towards its value. Its output is what S now holds under its query, times
+    D^-0.5.
+
+    q, k (B, T, H, D)    of unit length
+    v (B, T, Hv, Dv)     Hv a multiple of H: that many value heads share a key head
+    g, beta (B, T, Hv)   log of the fading, at most 0; and the share, 0 .. 1
+    S (B, Hv, D, Dv)
+
+    Returns o (B, T, Hv, Dv) and the last S.
+    """
+    q, k = repeat_heads(q, k, v.shape[2])
+    scale = q.shape[-1] ** -0.5
+    outputs = []
+    for t in range(v.shape[1]):
+        fade = g[:, t].exp()
+        S = S * fade[..., None, None]
+        stored = torch.einsum("bhdv,bhd->bhv", S, k[:, t])
+        written = beta[:, t, :, None] * (v[:, t] - stored)
+        S = S + torch.einsum("bhd,bhv->bhdv", k[:, t], written)
+        o = torch.einsum("bhdv,bhd->bhv", S, q[:, t])
+        outputs.append(o * scale)
+    return torch.stack(outputs, 1), S
+
+
+# Tokens of a chunk in training and in the bulk of a prompt. On a GPU fewer launches count for more
+# than fewer operations. Decoding takes chunks as long as its block, see DecodeState.
+CHUNK = 64
+CUDA_CHUNK = 128
+
+
+def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, state_after=None):
+    """The same in chunks: parallel inside a chunk, one update of S from chunk to chunk.
+
+    Shapes as above. S None: zeros. chunk: tokens of a chunk. Returns o in v's dtype, and the state
+    after `state_after` chunks (None: after all) in fp32 or wider. The last chunk is padded with
+    tokens of beta = g = 0: the state after them has the same bits as before them.
+
+    How a chunk is computed. S is the state when it begins, log_decay_t = g_1 + .. + g_t, and W_t is
+    what token t writes ("written" above). What a token finds under its key is what S held, faded,
+    and what earlier tokens of the chunk wrote, faded since then. With k_t as a row vector:
+
+        W_t = beta_t (v_t - exp(log_decay_t) k_t S
+                          - sum over s < t of exp(log_decay_t - log_decay_s) (k_t . k_s) W_s)
+
+    The sum goes to the left side. Now let q, k, v, W be matrices with a row for each token of the
+    chunk, b the diagonal matrix of beta, d that of exp(log_decay), and let * multiply entry by
+    entry. Then all W_t solve one triangular system:
+
+        (I + A) W = b (v - d k S)           A = b (decay_between * k k^T)  below the diagonal
+
+    Apart from S everything in it is known for all chunks at once. So it is solved in two parts:
+
+        M = (I + A)^-1 b                    U = M v              Y = M d k
+        W = U - Y S
+
+    and only these two lines remain to be done from chunk to chunk, W and the new S:
+
+        S <- decay_of_chunk S + k_to_end^T W       k_to_end: k_t decayed from t to the chunk's end
+
+    The outputs follow for all chunks at once:
+
+        o = D^-0.5 (d q S + P W)            P = decay_between * q k^T  up to the diagonal
+
+    Source: arXiv 2412.06464, section 3.3, which writes the inverse out (the WY form).
+    """
+    B, T, Hv, Dv = v.shape
+    D = q.shape[-1]
+    device = v.device
+    if chunk is None:
+        chunk = CUDA_CHUNK if v.is_cuda else CHUNK
+    output_dtype = v.dtype
+    dtype = torch.promote_types(v.dtype, torch.float32)  # all that follows is in fp32 or wider
+    q, k = repeat_heads(q, k, Hv)
+
+    q = to_chunks(q, chunk, dtype)                                           # (B Hv, N, C, D)
+    k = to_chunks(k, chunk, dtype)
+    v = to_chunks(v, chunk, dtype)                                           # (B Hv, N, C, Dv)
+    beta = to_chunks(beta, chunk, dtype)                                     # (B Hv, N, C)
+    log_decay = to_chunks(g, chunk, dtype).cumsum(-1)
+    N = log_decay.shape[1]
+
+    # exp(log_decay_t - log_decay_s) for s <= t, zero above. There the difference is positive and
+    # exp could overflow, so it is masked before exp, not after.
+    future = torch.ones(chunk, chunk, dtype=torch.bool, device=device).triu(1)
+    decay_between = log_decay[..., :, None] - log_decay[..., None, :]
+    decay_between = decay_between.masked_fill_(future, -torch.inf).exp_()    # (B Hv, N, C, C)
+    decay_since_start = log_decay.exp()                                      # (B Hv, N, C)
+    decay_to_end = (log_decay[..., -1:] - log_decay).exp()
+    decay_of_chunk = log_decay[..., -1:].exp()[..., None]                    # (B Hv, N, 1, 1)
+
+    # The solver is told that the diagonal is 1 and does not read it. So A needs neither I added nor
+    # its own diagonal removed. A diagonal matrix on the right, b or d, multiplies columns.
+    A = (k @ k.mT).mul_(decay_between).mul_(beta[..., None])
+    identity = torch.eye(chunk, dtype=dtype, device=device).expand_as(A)
+    M = torch.linalg.solve_triangular(A, identity, upper=False, unitriangular=True)
+    M = M * beta[..., None, :]
+    U = M @ v
+    Y = (M * decay_since_start[..., None, :]) @ k
+    P = (q @ k.mT).mul_(decay_between)
+    k_to_end = k * decay_to_end[..., None]
+    k_to_end = k_to_end.mT                                                   # (B Hv, N, D, C)
+
+    # From chunk to chunk. unbind, not an index: where the target itself is trained, the gradient
+    # of U[:, i] would be a tensor as large as U, in every chunk.
+    if S is None:
+        S = q.new_zeros(B * Hv, D, Dv)
+    else:
+        S = S.to(dtype).flatten(0, 1)
+    if state_after is None:
+        state_after = N
+    U = U.unbind(1)
+    Y = Y.unbind(1)
+    k_to_end = k_to_end.unbind(1)
+    decay_of_chunk = decay_of_chunk.unbind(1)
+    states = []  # states[i] is the state after i chunks, with which chunk i begins
+    writes = []
+    for i in range(N):
+        states.append(S)
+        W = torch.baddbmm(U[i], Y[i], S, alpha=-1)
+        writes.append(W)
+        # decoding wants the state after the first of two chunks, and saves the last update
+        is_needed = i + 1 < N or state_after == N
+        if is_needed:
+            S = torch.baddbmm(S * decay_of_chunk[i], k_to_end[i], W)
+    kept_state = S if state_after == N else states[state_after]
+
+    # the outputs of all chunks at once
+    scale = D ** -0.5
+    states = torch.stack(states, 1)                                          # (B Hv, N, D, Dv)
+    writes = torch.stack(writes, 1)                                          # (B Hv, N, C, Dv)
+    o = (q @ states).mul_(decay_since_start[..., None] * scale)
+    o = o.flatten(0, 1)
+    o = o.baddbmm_(P.flatten(0, 1), writes.flatten(0, 1), alpha=scale)
+    o = o.unflatten(0, (-1, N)).flatten(1, 2)
+    o = o[:, :T].unflatten(0, (B, Hv)).transpose(1, 2)                       # (B, T, Hv, Dv)
+    o = o.to(output_dtype)
+    return o, kept_state.unflatten(0, (B, Hv))
+
+
+def to_chunks(x, chunk, dtype):
+    """(B, T, H, ...) -> (B H, N, C, ...), the last chunk padded with zeros."""
+    x = x.to(dtype).transpose(1, 2)
+    missing = -x.shape[2] % chunk
+    if missing:
+        after_T = (0, 0) * (x.dim() - 3) + (0, missing)
+        x = F.pad(x, after_T)
+    x = x.contiguous().flatten(0, 1)
+    return x.unflatten(1, (-1, chunk))
+
+
+def repeat_heads(q, k, value_heads):
+    """q and k with each head repeated for the value heads that share it."""
+    if q.shape[2] == value_heads:
+        return q, k
+    repeats = value_heads // q.shape[2]
+    q = q.repeat_interleave(repeats, dim=2)
+    k = k.repeat_interleave(repeats, dim=2)
+    return q, k
+
+
+def delta_step(q, k, v, g, beta, S):
+    """One token, T = 1: the definition as three products, the fastest form for it."""
+    B, _, Hv, Dv = v.shape
+    q, k = repeat_heads(q, k, Hv)
+    q = to_fp32(q).reshape(B * Hv, 1, -1)
+    k = to_fp32(k).reshape(B * Hv, 1, -1)
+    v = to_fp32(v).reshape(B * Hv, 1, -1)
+    fade = to_fp32(g).exp().reshape(-1, 1, 1)
+    beta = to_fp32(beta).reshape(-1, 1, 1)
+    S = S.flatten(0, 1) * fade
+    written = (v - k @ S) * beta
+    S = torch.baddbmm(S, k.mT, written)
+    o = q @ S * q.shape[-1] ** -0.5
+    return o.view(B, 1, Hv, Dv), S.unflatten(0, (B, Hv))
+
+# --------------------------------------------------------------------------------------------------
+# the decode state: a forward proposes, commit(n) adopts
+
+
+class DecodeState:
+    """What decoding remembers of B sequences at one common position, for at most `length` tokens.
+
+    A forward of K rows, a block, never changes the committed sequence. commit(n) then makes its
+    first n rows part of it. No copy of S is kept for each token, and no second forward is needed.
+
+    How can that be, as what is written into S cannot be undone? S is kept only at multiples of K
+    tokens. Beside it stand the inputs of the delta rule (q k v g beta) of the tokens since then,
+    the *tail*, in a buffer for two chunks of K tokens, the *window*. For K = 16 and position 37:
+
+                            |      first chunk      |      second chunk      |
+        S after 32 tokens   | 32 .. 36  | 37 .. 47  | 48 .. 52 |  53 .. 63   |
+                            |   tail    |        block         | old scratch |
+
+    A forward writes its block behind the tail and runs both chunks from S. So it has the output of
+    each row of the block, and on the way the state at the end of the first chunk, S_chunk_end.
+
+    commit(n) moves the position to 37 + n, at most 53.
+      - Has it reached 48? Then all 16 tokens of the first chunk are committed, no other token went
+        into S_chunk_end, and it becomes S. The second chunk becomes the first.
+      - Is it still below 48? Then S_chunk_end also holds guesses that were rejected. S stays as it
+        is, and the next forward computes S_chunk_end anew from S and the window.
+    The short convolution remembers its last inputs apart from this; they always move by n rows.
+
+    Why does a rejected guess leave no trace? It stands in the window at or behind the new position,
+    and the next block is written over exactly these places, K of them. A block always reaches the
+    end of the first chunk, so nothing old can stand before that. What stands behind a row cannot
+    reach it: the delta rule is causal, with a decay of exactly zero from later to earlier rows.
+
+    Why do the bits not depend on how a sequence is cut into blocks? Every forward has the same
+    shapes. In them, and with the kernels used here, an entry of a product depends neither on its
+    row nor on the chunk that it stands in. Chunks begin at absolute multiples of K, and the second
+    chunk starts from S_chunk_end, which has the very bits of the S that is adopted later. So a
+    token meets the same sums in the same order, whichever of the two chunks it stands in.
+    docs/exactness.md has the whole argument. (The bulk of a prompt is read in longer chunks. That
+    is the same for whoever decodes after it.)
+
+    The price: the tail, up to K - 1 tokens, runs through the delta rule once more in each forward
+    (not through the projections), and each forward and each commit writes one S a layer.
+
+    block_size, K here, is three numbers in one: the rows of a decode forward, the length of the
+    drafter's block, and the length of the delta rule's chunks in decoding. The first two are equal
+    as a forward verifies one block. The third could differ, but with chunks as long as the block
+    two of them always hold tail and block. With block_size 1 there is no window, and delta_step
+    runs: the fastest way for the target alone, whose products have another shape and round
+    otherwise.
+
+    position     tokens committed; a tensor, so that a round has static shapes (for CUDA graphs)
+    keys         and values of each full-attention layer; a mask hides rows past the position
+    S            of each linear layer, after `position` rounded down to a multiple of K
+    S_chunk_end  the same at the next multiple of K, as the last forward computed it
+    window       q k v g beta of the 2 K tokens from S on, side by side in one tensor
+    conv         inputs of the short convolution: the last tokens before `position`, then the block
+    """
+
+    def __init__(self, target, batch, length, block_size=16):
+        config = target.config
+        max_length = config.max_position_embeddings
+        assert length <= max_length, (length, max_length)
+        self.block_size = block_size
+        self.length = length
+        weight = target.embed_tokens.weight  # for dtype and device
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        full_layers = config.layer_types.count("full_attention")
+        linear_layers = len(config.layer_types) - full_layers
+        window_rows = 1 if block_size == 1 else 2 * block_size
+        conv_rows = config.linear_conv_kernel_dim - 1 + block_size
+
+        self.position = torch.zeros((), dtype=torch.long, device=weight.device)
+        kv_shape = (full_layers, batch, config.num_key_value_heads, length, config.head_dim)
+        self.keys = weight.new_zeros(kv_shape)
+        self.values = weight.new_zeros(kv_shape)
+        S_shape = (linear_layers, batch, config.linear_num_value_heads,
+                   config.linear_key_head_dim, config.linear_value_head_dim)
+        self.S = weight.new_zeros(S_shape, dtype=dtype)
+        self.S_chunk_end = weight.new_zeros(S_shape, dtype=dtype)
+        window_shape = (linear_layers, batch, window_rows, sum(delta_rule_widths(config)))
+        self.window = weight.new_zeros(window_shape, dtype=dtype)
+        self.conv = weight.new_zeros(linear_layers, batch, conv_rows, conv_channels(config))
+
+        # constants of all forwards
+        self.all_positions = torch.arange(length, device=weight.device)
+        rotary_dim = int(config.head_dim * config.partial_rotary_factor)
+        self.cos, self.sin = rotary_table(self.all_positions, rotary_dim, config.rope_theta)
+
+        # each layer's part, as views of these tensors
+        self.layers = []
+        next_linear = 0
+        next_full = 0
+        for kind in config.layer_types:
+            if kind == "linear_attention":
+                self.layers.append(LinearLayerState(self, next_linear, config))
+                next_linear += 1
+            else:
+                self.layers.append(FullLayerState(self, next_full))
+                next_full += 1
+        self.reset()
+
+    def reset(self):
+        """Begin anew with an empty sequence.
+
+        Keys and values stay, as the mask hides them. The window is cleared: decays of zero hide its
+        rows, but zero times an infinity left by another prompt would be no number.
+        """
+        self.empty = True
+        self.position.zero_()
+        self.S.zero_()
+        self.window.zero_()
+        self.conv.zero_()
+
+    def begin(self, T):
+        """Set what the layers need to know of a forward of T tokens.
+
+        K tokens are a block. Any other number is the bulk of a prompt, all of which will be
+        adopted. (A bulk of exactly K tokens is read as a block, with the same result.)
+        """
+        self.is_bulk = T != self.block_size
+        assert self.empty or not self.is_bulk, \
+            f"{T} tokens for a state that takes {self.block_size} rows after its prompt"
+        steps = self.all_positions[:T]
+        self.positions = self.position + steps
+        self.window_places = self.position % self.block_size + steps
+        self.rotary = (self.cos.index_select(0, self.positions),
+                       self.sin.index_select(0, self.positions))
+        self.mask = None
+        if not self.is_bulk:
+            self.mask = self.all_positions <= self.positions[:, None]        # (K, length)
+
+    def commit(self, n):
+        """Adopt the first n rows, an int or a tensor of 0 .. K, of the last forward.
+
+        After the forward of a prompt's bulk n is all of its rows. Everything is written in place:
+        a CUDA graph of a round holds the addresses of these tensors.
+        """
+        self.empty = False
+        if not self.is_bulk:
+            C = self.block_size
+            # Does the first chunk of the window hold committed tokens only?
+            chunk_is_complete = self.position % C + n >= C
+            torch.where(chunk_is_complete, self.S_chunk_end, self.S, out=self.S)
+            if C > 1:
+                first_chunk = self.window[:, :, :C]
+                second_chunk = self.window[:, :, C:]
+                self.window[:, :, :C] = torch.where(chunk_is_complete, second_chunk, first_chunk)
+            # the convolution's memory moves by n rows
+            past = self.conv.shape[2] - C
+            moved = n + self.all_positions[:past]
+            self.conv[:, :, :past] = self.conv.index_select(2, moved)
+        self.position += n
+
+
+class LinearLayerState:
+    """A linear layer's part of a DecodeState, as views of its tensors."""
+
+    def __init__(self, state, index, config):
+        self.state = state
+        self.conv = state.conv[index]
+        self.window = state.window[index]
+        self.S = state.S[index]
+        self.S_chunk_end = state.S_chunk_end[index]
+        self.widths = delta_rule_widths(config)
+
+    def convolution_input(self, qkv):
+        """qkv (B, T, channels) with the few tokens before it that the convolution looks at."""
+        past = self.conv.shape[1] - self.state.block_size
+        if self.state.is_bulk:
+            qkv = F.pad(qkv, (0, 0, past, 0))  # before a prompt there is nothing: zeros
+            self.conv[:, :past] = qkv[:, -past:]
+            return qkv
+        self.conv[:, past:] = qkv
+        return self.conv
+
+    def delta_rule(self, q, k, v, g, beta):
+        """Outputs (B, T, Hv, Dv) of the rows, given the committed tokens; fills S_chunk_end."""
+        state = self.state
+        if state.is_bulk:
+            o, S = gated_delta_rule(q, k, v, g, beta)
+            self.S.copy_(S)  # the rows of a prompt are all adopted
+        elif state.block_size == 1:
+            o, S = delta_step(q, k, v, g, beta, self.S)
+            self.S_chunk_end.copy_(S)
+        else:
+            # write the block behind the tail
+            inputs = [x.to(self.S.dtype).flatten(2) for x in (q, k, v, g, beta)]
+            self.window.index_copy_(1, state.window_places, torch.cat(inputs, -1))
+            # run the two chunks of the window, and keep the outputs of the block
+            window_q, window_k, window_v, window_g, window_beta = self.window.split(self.widths, -1)
+            o, S = gated_delta_rule(
+                window_q.unflatten(-1, q.shape[2:]),
+                window_k.unflatten(-1, k.shape[2:]),
+                window_v.unflatten(-1, v.shape[2:]),
+                window_g,
+                window_beta,
+                self.S,
+                chunk=state.block_size,
+                state_after=1)
+            self.S_chunk_end.copy_(S)
+            o = o.index_select(1, state.window_places)
+        return o.to(v.dtype)
+
+
+class FullLayerState:
+    """A full-attention layer's part of a DecodeState, as views of its tensors."""
+
+    def __init__(self, state, index):
+        self.state = state
+        self.keys = state.keys[index]
+        self.values = state.values[index]
+
+    def append(self, k, v):
+        """Write k, v (B, Hkv, T, D) behind the committed ones.
+
+        Returns the keys and values to attend to, and the mask of what each row sees: the whole
+        buffer and (K, length). For a prompt's bulk: its own k and v, and None for a causal mask.
+        """
+        self.keys.index_copy_(2, self.state.positions, k)
+        self.values.index_copy_(2, self.state.positions, v)
+        if self.state.is_bulk:
+            return k, v, None
+        return self.keys, self.values, self.state.mask
+
+# --------------------------------------------------------------------------------------------------
+# layers; parameter names are those of the public checkpoint
+
+
+class GatedDeltaNet(JoinedProjections):
+    """Token mixing by the gated delta rule, after a short causal depthwise convolution."""
+    projections = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
+
+    def __init__(self, config):
+        super().__init__()
+        self.heads = config.linear_num_key_heads
+        self.value_heads = config.linear_num_value_heads
+        self.key_width = config.linear_num_key_heads * config.linear_key_head_dim
+        self.value_width = config.linear_num_value_heads * config.linear_value_head_dim
+        channels = conv_channels(config)
+        self.in_proj_qkv = linear(config.hidden_size, channels)
+        self.in_proj_z = linear(config.hidden_size, self.value_width)
+        self.in_proj_b = linear(config.hidden_size, self.value_heads)
+        self.in_proj_a = linear(config.hidden_size, self.value_heads)
+        self.conv1d = nn.Conv1d(
+            channels, channels, config.linear_conv_kernel_dim, groups=channels, bias=False)
+        A = torch.empty(self.value_heads).uniform_(0.01, 16)
+        self.A_log = nn.Parameter(A.log())
+        self.dt_bias = nn.Parameter(torch.ones(self.value_heads))
+        self.norm = GatedRMSNorm(config.linear_value_head_dim, config.rms_norm_eps)
+        self.out_proj = linear(self.value_width, config.hidden_size)
+
+    def forward(self, x, layer_state, rotary):
+        """x (B, T, width). Positions act through the recurrence, so rotary is not used."""
+        qkv, z, b, a = self.project(x)
+        q, k, v = self.convolve(qkv, layer_state)
+
+        # how much of S a token replaces, and the log of how much it leaves
+        beta = b.sigmoid()
+        time_step = F.softplus(to_fp32(a) + self.dt_bias)
+        g = -self.A_log.exp() * time_step
+
+        if layer_state is None:
+            # under autocast, as when a target is trained, the fp32 products would become bf16
+            with torch.autocast(x.device.type, enabled=False):
+                o, _ = gated_delta_rule(q, k, v, g, beta)
+        else:
+            o = layer_state.delta_rule(q, k, v, g, beta)
+
+        # the outputs of the heads, normed and gated
+        z = z.unflatten(-1, (self.value_heads, -1))
+        return self.out_proj(self.norm(o, z).flatten(-2))
+
+    def convolve(self, qkv, layer_state):
+        """q, k (B, T, H, D) of unit length and v (B, T, Hv, Dv): convolution, SiLU, heads."""
+        T = qkv.shape[1]
+        conv_width = self.conv1d.weight.shape[-1]
+
+        # the few tokens before: zeros at the start of a sequence, else what the state remembers
+        if layer_state is None:
+            qkv = F.pad(qkv, (0, 0, conv_width - 1, 0))
+        else:
+            qkv = layer_state.convolution_input(qkv)
+
+        # Written out instead of calling conv1d: elementwise sums have one order in any shape.
+        weight = self.conv1d.weight[:, 0].T                              # (conv_width, channels)
+        mixed = weight[0] * qkv[:, :T]
+        for i in range(1, conv_width):
+            mixed = mixed + weight[i] * qkv[:, i:i + T]
+        mixed = rowwise(F.silu, mixed)
+
+        qk, v = mixed.split((2 * self.key_width, self.value_width), dim=-1)
+        qk = qk.unflatten(-1, (2 * self.heads, -1))
+        q, k = unit_length(qk).chunk(2, dim=-2)
+        v = v.unflatten(-1, (self.value_heads, -1))
+        return q, k, v
+
+
+class GatedAttention(JoinedProjections):
+    """Grouped-query attention: normed heads, partial rotary, a sigmoid gate on the output."""
+    projections = ("q_proj", "k_proj", "v_proj")
+
+    def __init__(self, config):
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.kv_heads = config.num_key_value_heads
+        query_width = config.num_attention_heads * config.head_dim
+        kv_width = config.num_key_value_heads * config.head_dim
+        self.q_proj = linear(config.hidden_size, 2 * query_width)  # a head's query, then its gate
+        self.k_proj = linear(config.hidden_size, kv_width)
+        self.v_proj = linear(config.hidden_size, kv_width)
+        self.o_proj = linear(query_width, config.hidden_size)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def forward(self, x, layer_state, rotary):
+        """x (B, T, width)."""
+        q, k, v = self.project(x)
+        q, gate = q.unflatten(-1, (self.heads, -1)).chunk(2, dim=-1)         # (B, T, H, D)
+        k = k.unflatten(-1, (self.kv_heads, -1))                             # (B, T, Hkv, D)
+        v = v.unflatten(-1, (self.kv_heads, -1))
+        q = rotate(self.q_norm(q), rotary).transpose(1, 2)                   # (B, H, T, D)
+        k = rotate(self.k_norm(k), rotary).transpose(1, 2)
+        v = v.transpose(1, 2)
+
+        # a block attends to the whole buffer under a mask, a whole sequence or a prompt to itself
+        mask = None
+        if layer_state is not None:
+            k, v, mask = layer_state.append(k, v)
+        if mask is None:
+            o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        else:
+            o = masked_attention(q, k, v, mask)
+
+        o = o.transpose(1, 2) * rowwise(torch.sigmoid, gate)
+        return self.o_proj(o.flatten(-2))
+
+
+class MLP(JoinedProjections):
+    """SwiGLU."""
+    projections = ("gate_proj", "up_proj")
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x):
+        gate, up = self.project(x)
+        return self.down_proj(rowwise(F.silu, gate) * up)
+
+
+class Layer(nn.Module):
+    """Mix tokens, then channels, each on a normed copy of the residual stream (pre-norm)."""
+
+    def __init__(self, config, kind):
+        super().__init__()
+        self.is_linear = kind == "linear_attention"
+        if self.is_linear:
+            self.linear_attn = GatedDeltaNet(config)
+        else:
+            self.self_attn = GatedAttention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x, layer_state, rotary):
+        """x (B, T, width); layer_state: this layer's part of a DecodeState, None without one."""
+        mixer = self.linear_attn if self.is_linear else self.self_attn
+        x = x + mixer(self.input_layernorm(x), layer_state, rotary)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class RMSNorm(nn.Module):
+    """(1 + w) * x / rms(x), statistics in fp32. The drafter's norm has w in place of 1 + w."""
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(dim))
+        self.eps = eps
+
+    def forward(self, x):
+        gain = 1 + to_fp32(self.weight)
+        normed = F.rms_norm(to_fp32(x), x.shape[-1:], gain, self.eps)
+        return normed.to(x.dtype)
+
+
+class GatedRMSNorm(nn.Module):
+    """w * x / rms(x) * silu(z), with a plain gain w; statistics and gate in fp32."""
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x, z):
+        normed = F.rms_norm(to_fp32(x), x.shape[-1:], None, self.eps)
+        gate = rowwise(F.silu, to_fp32(z))
+        gated = self.weight * normed.to(x.dtype) * gate
+        return gated.to(x.dtype)
+
+
+def unit_length(x):
+    """x / sqrt(|x|^2 + 1e-6) over the last axis, in fp32.
+
+    Then a token cannot blow S up: what it does to S, looking up and replacing a share beta of what
+    is stored under k, is S <- (I - beta k k^T) S + .., a contraction for |k| = 1.
+    """
+    D = x.shape[-1]
+    return F.rms_norm(to_fp32(x), (D,), None, 1e-6 / D) * D ** -0.5
+
+
+def linear(inputs, outputs):
+    return nn.Linear(inputs, outputs, bias=False)
+
+# --------------------------------------------------------------------------------------------------
+# the model
 
 
 @dataclass
 class TargetConfig:
-    """The keys of text_config in a Qwen3.5 config.json that decide the computation; widths in channels."""
+    """The keys of text_config in a Qwen3.5 config.json that decide what is computed."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -56,600 +663,141 @@ class TargetConfig:
     def __post_init__(self):
         if not self.layer_types:
             pattern = ("linear_attention",) * 3 + ("full_attention",)
-            self.layer_types = tuple(pattern[i % 4] for i in range(self.num_hidden_layers))
-        kinds = set(self.layer_types) - {"linear_attention", "full_attention"}
-        if kinds or len(self.layer_types) != self.num_hidden_layers:
-            raise ValueError(f"layer_types has {len(self.layer_types)} entries for {self.num_hidden_layers} layers; "
-                             f"unknown kinds: {sorted(kinds)}")
+            repeats = self.num_hidden_layers // 4 + 1
+            self.layer_types = (pattern * repeats)[:self.num_hidden_layers]
+        unknown = set(self.layer_types) - {"linear_attention", "full_attention"}
+        if unknown or len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(f"layer_types has {len(self.layer_types)} entries for "
+                             f"{self.num_hidden_layers} layers; unknown kinds: {sorted(unknown)}")
         for many, few in (("linear_num_value_heads", "linear_num_key_heads"),
                           ("num_attention_heads", "num_key_value_heads")):
             if getattr(self, many) % getattr(self, few):
-                raise ValueError(f"{many} = {getattr(self, many)} is no multiple of {few} = {getattr(self, few)}")
-
-    @classmethod
-    def from_dict(cls, config):
-        """From a parsed config.json, nested (text_config) or flat. ValueError names the keys that are missing, or what
-        the model is that we do not compute."""
-        text = {**config, **(config.get("text_config") or {})}
-        text |= text.get("rope_parameters") or text.get("rope_scaling") or {}
-        if text.get("num_experts") or "moe" in str(text.get("model_type")):
-            raise ValueError("this config.json describes a mixture-of-experts target; only dense ones are supported")
-        for key, plain in (("rope_type", "default"), ("hidden_act", "silu"), ("quantization_config", None)):
-            if text.get(key, plain) != plain:
-                raise ValueError(f"{key} = {text[key]!r} is not supported, only {plain!r}")
-        known = {f.name for f in fields(cls)}
-        try:
-            return cls(**{k: tuple(v) if k == "layer_types" else v for k, v in text.items() if k in known})
-        except TypeError as error:
-            raise ValueError(f"config.json is not that of a Qwen3.5 text model: {error}") from None
+                raise ValueError(f"{many} = {getattr(self, many)} is no multiple of "
+                                 f"{few} = {getattr(self, few)}")
 
 
-def public_size(hidden, mlp, layers, heads, kv_heads, value_heads, tied):
-    """The config of a published size; what all of them share stands here."""
-    return TargetConfig(248320, hidden, mlp, layers, heads, kv_heads, 256, 16, value_heads, 128, 128,
-                        tie_word_embeddings=tied, eos_token_id=248044, pad_token_id=248044)
+def delta_rule_widths(c):
+    """Numbers a token in q, k, v, g and beta of a linear layer."""
+    key_width = c.linear_num_key_heads * c.linear_key_head_dim
+    value_width = c.linear_num_value_heads * c.linear_value_head_dim
+    return key_width, key_width, value_width, c.linear_num_value_heads, c.linear_num_value_heads
 
 
-SIZES = {"0.8b": public_size(1024, 3584, 24, 8, 2, 16, True), "2b": public_size(2048, 6144, 24, 8, 2, 16, True),
-         "4b": public_size(2560, 9216, 32, 16, 4, 32, True), "9b": public_size(4096, 12288, 32, 16, 4, 32, False),
-         "27b": public_size(5120, 17408, 64, 24, 4, 48, False)}  # Qwen3.6-27B has the shape of Qwen3.5-27B
-
-# ----------------------------------------------------------------------------------------------------------------------
-# the gated delta rule:  S_t = exp(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,   o_t = S_t^T q_t / sqrt(D)
-
-
-def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, keep=None):
-    """The gated delta rule over chunks: parallel inside a chunk, one state update from chunk to chunk.
-
-    q, k (B, T, H, D) of unit length; v (B, T, Hv, Dv), Hv a multiple of H; g, beta (B, T, Hv); S (B, Hv, D, Dv).
-    Returns o (B, T, Hv, Dv) in v's dtype, and the state after `keep` chunks (None: after all), in fp32 or better.
-    Tokens with beta = g = 0 leave the state as it is, to the bit; so the last chunk is padded with them.
-    Source: arXiv 2412.06464, section 3.3 (the WY form of the product of Householder factors, solved, not inverted).
-    """
-    (B, T, Hv, Dv), D, kind = v.shape, q.shape[-1], v.dtype
-    chunk = chunk or (CUDA_CHUNK if v.is_cuda else CHUNK)
-    dtype = torch.promote_types(kind, torch.float32)                    # decay, solve and state are an fp32 island
-    if q.shape[2] != Hv:
-        q, k = (x.repeat_interleave(Hv // x.shape[2], dim=2) for x in (q, k))
-
-    def chunks(x):                                                      # (B, T, H, ...) -> (BH, N, C, ...)
-        x = x.to(dtype).transpose(1, 2)
-        x = F.pad(x, (0, 0) * (x.dim() - 3) + (0, -T % chunk)) if T % chunk else x
-        return x.contiguous().flatten(0, 1).unflatten(1, (-1, chunk))
-
-    q, k, v, beta, c = chunks(q), chunks(k), chunks(v), chunks(beta), chunks(g).cumsum(-1)  # c: since the chunk began
-    future = torch.ones(chunk, chunk, dtype=torch.bool, device=v.device).triu(1)
-    # masked before exp: above the diagonal the difference is positive and would overflow
-    decay = (c[..., :, None] - c[..., None, :]).masked_fill_(future, -torch.inf).exp_()      # (BH, N, C, C)
-    grow, last = c.exp(), c[..., -1:]
-    # what token t writes, given what those before it in the chunk wrote: (I + A) write = beta (v - exp(c) k S)
-    A = (k @ k.mT).mul_(decay).mul_(beta[..., None])
-    inverse = torch.linalg.solve_triangular(A, torch.eye(chunk, dtype=dtype, device=v.device).expand_as(A),
-                                            upper=False, unitriangular=True) * beta[..., None, :]
-    u, w, P = inverse @ v, (inverse * grow[..., None, :]) @ k, (q @ k.mT).mul_(decay)
-    k, fade = (k * (last - c).exp()[..., None]).mT, last.exp()[..., None]
-    S = q.new_zeros(B * Hv, D, Dv) if S is None else S.to(dtype).flatten(0, 1)
-    N, kept, states, writes = c.shape[1], S, [], []
-    keep = N if keep is None else keep
-    # unbind: the gradient of u[:, i] would be a tensor as large as u, in every chunk
-    for i, (u, w, k, fade) in enumerate(zip(*(x.unbind(1) for x in (u, w, k, fade)))):
-        states.append(S)
-        writes.append(torch.baddbmm(u, w, S, alpha=-1))
-        if i < max(keep, N - 1):
-            S = torch.baddbmm(S * fade, k, writes[i])
-        kept = S if i < keep else kept
-    scale = D ** -0.5
-    o = (q @ torch.stack(states, 1)).mul_(grow[..., None] * scale).flatten(0, 1)
-    o = o.baddbmm_(P.flatten(0, 1), torch.stack(writes, 1).flatten(0, 1), alpha=scale).unflatten(0, (-1, N))
-    return o.flatten(1, 2)[:, :T].unflatten(0, (B, Hv)).transpose(1, 2).to(kind), kept.unflatten(0, (B, Hv))
-
-
-def delta_step(q, k, v, g, beta, S):
-    """One token of the gated delta rule, shapes as above with T = 1: the recurrence itself, the fastest form for it."""
-    B, _, Hv, Dv = v.shape
-    if q.shape[2] != Hv:
-        q, k = (x.repeat_interleave(Hv // x.shape[2], dim=2) for x in (q, k))
-    q, k, v = (wide(x).reshape(B * Hv, 1, -1) for x in (q, k, v))
-    S = S.flatten(0, 1) * wide(g).exp().reshape(-1, 1, 1)
-    S = torch.baddbmm(S, k.mT, (v - k @ S) * wide(beta).reshape(-1, 1, 1))
-    o = q @ S * q.shape[-1] ** -0.5
-    return o.view(B, 1, Hv, Dv), S.unflatten(0, (B, Hv))
-
-# ----------------------------------------------------------------------------------------------------------------------
-# layers; parameter names are those of the public checkpoint
-
-
-class RMSNorm(nn.Module):
-    """Zero-centred: (1 + w) * x / rms(x), statistics in fp32. The drafter's norm, unlike this one, is plain."""
-    def __init__(self, dim, eps):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.zeros(dim)), eps
-
-    def forward(self, x):
-        return F.rms_norm(wide(x), x.shape[-1:], 1 + wide(self.weight), self.eps).to(x.dtype)
-
-
-def rowwise(f, x):
-    """f(x), elementwise, of x (B, T, ...): row by row where a CPU would split a block's rows over threads. The split
-    may fall inside a row, and there scalar code rounds exp otherwise than vector code: bits would depend on the row."""
-    if x.device.type != "cpu" or x.numel() <= 32768 or x.shape[0] * x.shape[1] > 64:  # 32768: torch's least share
-        return f(x)
-    return torch.stack([f(row) for row in x.flatten(0, 1)]).view(x.shape)
-
-
-class GatedRMSNorm(nn.Module):
-    """w * x / rms(x) * silu(z), a plain gain; statistics and gate in fp32."""
-    def __init__(self, dim, eps):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
-
-    def forward(self, x, z):
-        normed = F.rms_norm(wide(x), x.shape[-1:], None, self.eps).to(x.dtype)
-        return (self.weight * normed * rowwise(F.silu, wide(z))).to(x.dtype)
-
-
-def linear(fan_in, fan_out):
-    return nn.Linear(fan_in, fan_out, bias=False)
-
-
-def unit(x):
-    """x / sqrt(|x|^2 + 1e-6) over the last axis, in fp32: keys of unit length keep I - beta k k^T a contraction."""
-    D = x.shape[-1]
-    return F.rms_norm(wide(x), (D,), None, 1e-6 / D) * D ** -0.5
-
-
-class Joined(nn.Module):
-    """A module whose projections of one input are computed as one product: `join` makes their weights views of one
-    tensor, under their own names. A row of a product does not depend on how many columns there are beside it."""
-    joined = packed = None
-
-    def join(self):
-        weights = [getattr(self, name).weight for name in self.names]
-        self.joined, start = torch.cat([w.data for w in weights]), 0
-        for w in weights:
-            w.data = self.joined[start:start + len(w)]
-            start += len(w)
-        self.packed = pack(self.joined)
-        pack_linears(self, skip=self.names)
-
-    def project(self, x):
-        """The projections (B, T, width) of x, in the order of `names`."""
-        weights = [getattr(self, name).weight for name in self.names]
-        whole = torch.cat(weights) if self.joined is None else self.joined
-        return (self.packed(x) if self.packed else F.linear(x, whole)).split([len(w) for w in weights], -1)
-
-
-class GatedDeltaNet(Joined):
-    """Token mixing by the gated delta rule, after a short causal depthwise convolution; gated norm; projection."""
-    names = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
-
-    def __init__(self, c):
-        super().__init__()
-        self.heads, self.value_heads = c.linear_num_key_heads, c.linear_num_value_heads
-        self.keys, self.values = self.heads * c.linear_key_head_dim, self.value_heads * c.linear_value_head_dim
-        channels = 2 * self.keys + self.values
-        self.in_proj_qkv = linear(c.hidden_size, channels)
-        self.in_proj_z = linear(c.hidden_size, self.values)
-        self.in_proj_b = linear(c.hidden_size, self.value_heads)
-        self.in_proj_a = linear(c.hidden_size, self.value_heads)
-        self.conv1d = nn.Conv1d(channels, channels, c.linear_conv_kernel_dim, groups=channels, bias=False)
-        self.A_log = nn.Parameter(torch.empty(self.value_heads).uniform_(0.01, 16).log())
-        self.dt_bias = nn.Parameter(torch.ones(self.value_heads))
-        self.norm = GatedRMSNorm(c.linear_value_head_dim, c.rms_norm_eps)
-        self.out_proj = linear(self.values, c.hidden_size)
-
-    def forward(self, x, memory, rotary):
-        T, taps = x.shape[1], self.conv1d.weight.shape[-1]
-        qkv, z, b, a = self.project(x)
-        # the convolution looks at the taps - 1 tokens before: zeros at the start, the state's memory in decoding
-        qkv = F.pad(qkv, (0, 0, taps - 1, 0)) if memory is None else memory.convolve(qkv)
-        weight = self.conv1d.weight[:, 0].T                                                  # (taps, channels)
-        mixed = weight[0] * qkv[:, :T]
-        for i in range(1, taps):
-            mixed = mixed + weight[i] * qkv[:, i:i + T]
-        qk, v = rowwise(F.silu, mixed).split((2 * self.keys, self.values), dim=-1)
-        q, k = unit(qk.unflatten(-1, (2 * self.heads, -1))).chunk(2, dim=-2)
-        v = v.unflatten(-1, (self.value_heads, -1))
-        beta = b.sigmoid()
-        g = -self.A_log.exp() * F.softplus(wide(a) + self.dt_bias)
-        if memory is None:
-            with torch.autocast(x.device.type, enabled=False):  # it would turn the fp32 island's products into bf16
-                o, _ = gated_delta_rule(q, k, v, g, beta)
-        else:
-            o = memory.delta_rule(q, k, v, g, beta)
-        return self.out_proj(self.norm(o, z.unflatten(-1, (self.value_heads, -1))).flatten(-2))
-
-
-class GatedAttention(Joined):
-    """Grouped-query attention with normed heads, partial rotary and a sigmoid gate on its output."""
-    names = ("q_proj", "k_proj", "v_proj")
-
-    def __init__(self, c):
-        super().__init__()
-        self.heads, self.kv_heads, self.dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        self.q_proj = linear(c.hidden_size, 2 * self.heads * self.dim)  # a head's query, then its gate, head by head
-        self.k_proj = linear(c.hidden_size, self.kv_heads * self.dim)
-        self.v_proj = linear(c.hidden_size, self.kv_heads * self.dim)
-        self.o_proj = linear(self.heads * self.dim, c.hidden_size)
-        self.q_norm, self.k_norm = RMSNorm(self.dim, c.rms_norm_eps), RMSNorm(self.dim, c.rms_norm_eps)
-
-    def forward(self, x, memory, rotary):
-        q, k, v = self.project(x)
-        q, gate = q.unflatten(-1, (self.heads, -1)).chunk(2, dim=-1)                         # (B, T, H, D)
-        k, v = (y.unflatten(-1, (self.kv_heads, -1)) for y in (k, v))
-        q, k = rotate(self.q_norm(q), rotary), rotate(self.k_norm(k), rotary)
-        q, k, v = (y.transpose(1, 2) for y in (q, k, v))                                     # (B, H, T, D)
-        mask = None
-        if memory is not None:
-            k, v, mask = memory.attention(k, v)
-        if mask is None:
-            o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        else:
-            o = attend(q, k, v, mask)
-        return self.o_proj((o.transpose(1, 2) * rowwise(torch.sigmoid, gate)).flatten(-2))
-
-
-class MLP(Joined):
-    """SwiGLU."""
-    names = ("gate_proj", "up_proj")
-
-    def __init__(self, c):
-        super().__init__()
-        self.gate_proj = linear(c.hidden_size, c.intermediate_size)
-        self.up_proj = linear(c.hidden_size, c.intermediate_size)
-        self.down_proj = linear(c.intermediate_size, c.hidden_size)
-
-    def forward(self, x):
-        gate, up = self.project(x)
-        return self.down_proj(rowwise(F.silu, gate) * up)
-
-
-class Layer(nn.Module):
-    """Mix tokens, then channels; both on a normed copy of the residual stream."""
-    def __init__(self, c, kind):
-        super().__init__()
-        if kind == "linear_attention":
-            self.linear_attn = GatedDeltaNet(c)
-        else:
-            self.self_attn = GatedAttention(c)
-        self.mlp = MLP(c)
-        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-
-    def forward(self, x, memory, rotary):
-        """x (B, T, hidden); memory: this layer's part of a DecodeState, or None for whole sequences."""
-        mix = self.linear_attn if hasattr(self, "linear_attn") else self.self_attn
-        x = x + mix(self.input_layernorm(x), memory, rotary)
-        return x + self.mlp(self.post_attention_layernorm(x))
-
-# ----------------------------------------------------------------------------------------------------------------------
-# the decode state: a forward proposes, commit(n) adopts
-
-
-class LinearMemory:
-    """A linear layer's part of a DecodeState, as views of its tensors."""
-    def __init__(self, state, index):
-        self.state, self.conv, self.window = state, state.conv[index], state.window[index]
-        self.S, self.S_next = state.S[index], state.S_next[index]
-
-    def convolve(self, qkv):
-        """The inputs (B, T, channels) with the taps - 1 that come before them."""
-        past = self.conv.shape[1] - self.state.rows
-        if self.state.bulk:
-            qkv = F.pad(qkv, (0, 0, past, 0))
-            self.conv[:, :past] = qkv[:, -past:]
-            return qkv
-        self.conv[:, past:] = qkv
-        return self.conv
-
-    def delta_rule(self, *qkvgb):
-        """Outputs (B, T, Hv, Dv) of the rows, given the committed ones; keeps the next chunk's state aside."""
-        state, kind = self.state, qkvgb[2].dtype
-        if state.bulk:
-            o, S = gated_delta_rule(*qkvgb)
-            self.S.copy_(S)
-        elif state.rows == 1:
-            o, S = delta_step(*qkvgb, self.S)
-            self.S_next.copy_(S)
-        else:
-            packed = torch.cat([x.to(self.S.dtype).flatten(2) for x in qkvgb], -1)
-            self.window.index_copy_(1, state.slots, packed)
-            parts = self.window.split([x[0, 0].numel() for x in qkvgb], -1)
-            parts = (part.unflatten(-1, x.shape[2:]) for part, x in zip(parts, qkvgb))
-            o, S = gated_delta_rule(*parts, self.S, chunk=state.rows, keep=1)
-            self.S_next.copy_(S)
-            o = o.index_select(1, state.slots)
-        return o.to(kind)
-
-
-class FullMemory:
-    """A full-attention layer's part of a DecodeState, as views of its tensors."""
-    def __init__(self, state, index):
-        self.state, self.keys, self.values = state, state.keys[index], state.values[index]
-
-    def attention(self, k, v):
-        """All keys and values (B, H, length, D) after the rows' own, and the mask (K, length) of what a row may see."""
-        self.keys.index_copy_(2, self.state.positions, k)
-        self.values.index_copy_(2, self.state.positions, v)
-        return (k, v, None) if self.state.bulk else (self.keys, self.values, self.state.mask)
-
-
-class DecodeState:
-    """What decoding remembers of B sequences at one common position, for at most `length` tokens. A forward of K rows
-    reads it and fills scratch rows only; commit(n) makes the first n of them part of the sequence. Nothing is cropped,
-    copied back or replayed.
-
-    pos      tokens committed, a tensor, so that a round has static shapes and can be captured as a graph
-    keys     and values of each full layer; rows past pos are scratch, hidden by the mask
-    S        delta-rule state of each linear layer after b tokens, b = pos rounded down to a multiple of C = K
-    window   q k v g beta of tokens b .. b + 2C - 1: the committed tail, the block, and rows that none of those sees
-    conv     inputs of the short convolution: those of the taps - 1 tokens before pos, then the block's
-
-    The chunk grid is absolute, so a token meets the same chunks in the same order however the sequence was cut: this
-    makes its logits bit-identical for every cut. With K = 1 there is no window and the recurrence itself is run.
-    """
-    def __init__(self, target, batch, length, rows=16):
-        c, weight = target.config, target.embed_tokens.weight
-        assert length <= c.max_position_embeddings, (length, c.max_position_embeddings)
-        self.rows, self.length = rows, length
-        full = c.layer_types.count("full_attention")
-        layers, width = len(c.layer_types) - full, 1 if rows == 1 else 2 * rows
-        H, Hv, D, Dv = (c.linear_num_key_heads, c.linear_num_value_heads, c.linear_key_head_dim,
-                        c.linear_value_head_dim)
-        channels, dtype = 2 * H * D + Hv * Dv, torch.promote_types(weight.dtype, torch.float32)
-        self.pos = torch.zeros((), dtype=torch.long, device=weight.device)
-        self.keys = weight.new_zeros(full, batch, c.num_key_value_heads, length, c.head_dim)
-        self.values = torch.zeros_like(self.keys)
-        self.S = weight.new_zeros(layers, batch, Hv, D, Dv, dtype=dtype)
-        self.S_next = torch.zeros_like(self.S)
-        self.window = weight.new_zeros(layers, batch, width, channels + 2 * Hv, dtype=dtype)
-        self.conv = weight.new_zeros(layers, batch, c.linear_conv_kernel_dim - 1 + rows, channels)
-        self.steps = torch.arange(length, device=weight.device)
-        self.cos, self.sin = rotary_table(self.steps, int(c.head_dim * c.partial_rotary_factor), c.rope_theta)
-        of = {"linear_attention": iter([LinearMemory(self, i) for i in range(layers)]),
-              "full_attention": iter([FullMemory(self, i) for i in range(full)])}
-        self.layers = [next(of[kind]) for kind in c.layer_types]
-        self.reset()
-
-    def reset(self):
-        """Begin anew with an empty sequence; scratch rows keep what they hold, as nothing sees them."""
-        self.empty = True
-        for kept in (self.pos, self.S, self.window, self.conv):
-            kept.zero_()
-
-    def begin(self, T):
-        """Set the rows of a forward of T tokens; returns their rotary table."""
-        self.bulk = T != self.rows  # the prompt, all at once
-        assert self.empty or not self.bulk, f"{T} tokens for a state that takes {self.rows} rows after its prompt"
-        positions = self.pos + self.steps[:T]
-        self.positions, self.slots = positions, self.pos % self.rows + self.steps[:T]
-        self.mask = self.steps <= positions[:, None] if not self.bulk else None              # (K, length)
-        return self.cos.index_select(0, positions), self.sin.index_select(0, positions)
-
-    def commit(self, n):
-        """Adopt the first n rows (an int or a tensor, 0..K) of the last forward; after a bulk forward, all of them."""
-        self.empty = False
-        if not self.bulk:
-            C, past = self.rows, self.conv.shape[2] - self.rows
-            passed = self.pos % C + n >= C  # the block's chunk is complete: its state was computed by the forward
-            torch.where(passed, self.S_next, self.S, out=self.S)
-            if C > 1:
-                self.window[:, :, :C] = torch.where(passed, self.window[:, :, C:], self.window[:, :, :C])
-            self.conv[:, :, :past] = self.conv.index_select(2, n + self.steps[:past])
-        self.pos += n
-
-# ----------------------------------------------------------------------------------------------------------------------
-# the model
+def conv_channels(c):
+    """Channels of the short convolution: q, k and v together."""
+    return sum(delta_rule_widths(c)[:3])
 
 
 class Target(nn.Module):
-    """The text model of Qwen3.5; `config` is a TargetConfig."""
-    compiled = packed_head = None
+    """The text model of Qwen3.5; config is a TargetConfig."""
+    compiled_layers = None
+    packed_head = None      # the head's product from a packed weight, where cpu.py made one
 
     def __init__(self, config):
         super().__init__()
-        c = self.config = config
-        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.layers = nn.ModuleList(Layer(c, kind) for kind in c.layer_types)
-        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        if not c.tie_word_embeddings:
-            self.lm_head = linear(c.hidden_size, c.vocab_size)
-        for p in self.parameters():
-            if p.dim() == 2:
-                nn.init.normal_(p, std=0.02)
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, kind) for kind in config.layer_types)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = linear(config.hidden_size, config.vocab_size)
+        for parameter in self.parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
+
+    def forward(self, tokens, state=None, target_layer_ids=(), features_only=False):
+        """Features and hidden states of tokens (B, T).
+
+        With a state the tokens are the K rows that follow its position, or a prompt's bulk. Without
+        one they are whole sequences.
+
+        Returns features (B, T, len(target_layer_ids) * width), the residual stream after each of
+        these layers, before any norm, in ascending order (None if no layer is named); and the
+        normed hidden states (B, T, width) of which logits() makes logits. With features_only
+        nothing above the last of the named layers is run, and the hidden states are None.
+        """
+        T = tokens.shape[1]
+        layers = self.layers
+        if state is None:
+            positions = torch.arange(T, device=tokens.device)
+            rotary_dim = int(self.config.head_dim * self.config.partial_rotary_factor)
+            rotary = rotary_table(positions, rotary_dim, self.config.rope_theta)
+        else:
+            state.begin(T)
+            rotary = state.rotary
+            if self.compiled_layers and not state.is_bulk:
+                layers = self.compiled_layers
+        if features_only:
+            layers = layers[:max(target_layer_ids) + 1]
+
+        x = self.embed_tokens(tokens)
+        features = []
+        for i, layer in enumerate(layers):
+            layer_state = None if state is None else state.layers[i]
+            x = layer(x, layer_state, rotary)
+            if i in target_layer_ids:
+                features.append(x)
+        features = torch.cat(features, -1) if features else None
+        hidden = None if features_only else self.norm(x)
+        return features, hidden
 
     @property
     def head(self):
-        """Weight (V, D) of the output head: the embedding's own where tied."""
-        return (self.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
-
-    def forward(self, tokens, state=None, taps=(), rows=None):
-        """tokens (B, T). Returns features (B, T, len(taps) * D), the residual stream after each tapped layer, before
-        any norm (None without taps), and logits (B, R, V) of the rows that `rows` indexes (None: no head is run).
-        With a state the tokens are the K rows that follow its position; without, they are whole sequences.
-        """
-        T = tokens.shape[1]
-        x = self.embed_tokens(tokens)
-        if state is None:
-            c = self.config
-            positions = torch.arange(T, device=tokens.device)
-            rotary = rotary_table(positions, int(c.head_dim * c.partial_rotary_factor), c.rope_theta)
-        else:
-            rotary = state.begin(T)
-        layers = self.compiled if self.compiled and state is not None and not state.bulk else self.layers
-        last = len(self.layers) if rows is not None or state is not None else max(taps) + 1
-        seen = {}
-        for i, layer in enumerate(layers[:last]):
-            x = layer(x, state and state.layers[i], rotary)
-            if i in taps:
-                seen[i] = x
-        features = torch.cat([seen[i] for i in taps], -1) if taps else None
-        return features, self.logits(self.norm(x[:, rows])) if rows is not None else None
+        """Weight (V, width) of the output head: the embedding's own where tied."""
+        if self.config.tie_word_embeddings:
+            return self.embed_tokens.weight
+        return self.lm_head.weight
 
     def logits(self, hidden):
-        """Logits (..., V) of normed hidden states (..., hidden), the target's or a drafter's."""
-        return self.packed_head(hidden) if self.packed_head else F.linear(hidden, self.head)
+        """Logits (..., V) of normed hidden states (..., width), the target's or a drafter's."""
+        if self.packed_head is not None:
+            return self.packed_head(hidden)
+        return F.linear(hidden, self.head)
 
     @torch.no_grad()
-    def prefill(self, tokens, state, taps=()):
-        """Read prompts (B, n), 1 <= n <= length - K, into a state of K rows that is empty. Returns their features
-        (B, n, ...), and the logits (B, V) of the last token.
+    def prefill(self, tokens, state, target_layer_ids=()):
+        """Read prompts (B, n), 1 <= n <= length - K, into an empty state of K rows.
 
-        Whole chunks go through in bulk; the rest, 1 to K tokens, are a block whose rows are all accepted. So the
-        state starts on the chunk grid, and decoding and prefill share the code of a block.
+        Returns their features (B, n, ...), and the logits (B, V) of the last token.
+
+        The bulk, a multiple of K tokens, goes through at once. At least one token is left for a
+        block, whose last adopted row gives the logits. It is padded to K rows, of which the first
+        `rest` are adopted. So the state starts on the grid of chunks, and the end of a prompt goes
+        through the same code as all that follows it.
         """
-        n, rows, parts = tokens.shape[1], state.rows, []
-        assert 1 <= n <= state.length - rows and state.empty, (n, state.length, rows, state.empty)
-        bulk = (n - 1) // rows * rows
+        n = tokens.shape[1]
+        K = state.block_size
+        assert state.empty and 1 <= n <= state.length - K, (state.empty, n, state.length, K)
+        bulk = (n - 1) // K * K
+        rest = n - bulk
+        features = []
         if bulk:
-            parts.append(self(tokens[:, :bulk], state, taps)[0])
+            bulk_features, _ = self(tokens[:, :bulk], state, target_layer_ids)
+            features.append(bulk_features)
             state.commit(bulk)
-        block = F.pad(tokens[:, bulk:], (0, bulk + rows - n))
-        features, logits = self(block, state, taps, rows=slice(n - bulk - 1, n - bulk))
-        state.commit(n - bulk)
-        parts.append(features[:, :n - bulk] if taps else None)
-        return torch.cat(parts, 1) if taps else None, logits[:, 0]
+        block = F.pad(tokens[:, bulk:], (0, K - rest))
+        block_features, hidden = self(block, state, target_layer_ids)
+        state.commit(rest)
+        last_hidden = hidden[:, rest - 1:rest]
+        logits = self.logits(last_hidden)[:, 0]
+        if not target_layer_ids:
+            return None, logits
+        features.append(block_features[:, :rest])
+        return torch.cat(features, 1), logits
 
-    def join(self):
-        """Let every layer compute its projections of one input as one product; weights must not change after it."""
+    def join_projections(self):
+        """Join the projections of every layer; the weights must not change after it."""
         for module in self.modules():
-            if isinstance(module, Joined):
+            if isinstance(module, JoinedProjections):
                 module.join()
-        self.packed_head = pack(self.head)
         return self
 
     def compile(self):
-        """Compile the layers for the blocks of decoding, one by one, so that each kind is compiled once, and to the
-        same bits whichever layers are tapped. The prompt, whose length varies, goes through the plain ones."""
-        torch._dynamo.config.recompile_limit = 64  # kinds of layer x rows of a forward x lengths of the buffer
-        self.compiled = [torch.compile(layer, dynamic=False) for layer in self.layers]
+        """Compile the layers for the blocks of decoding.
+
+        One by one: each kind of layer is compiled once, and gives the same bits whichever layers
+        feed the drafter. A prompt, whose length varies, goes through the plain layers.
+        """
+        torch._dynamo.config.recompile_limit = 64  # kinds of layer x block sizes x buffer lengths
+        self.compiled_layers = [torch.compile(layer, dynamic=False) for layer in self.layers]
         return self
-
-
-def check_device(device, dtype):
-    """The torch dtype of a name, or ValueError when this machine has no such device or the name is none we run in."""
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device = {device!r}, but torch sees no GPU here: use --device=cpu")
-    if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype = {dtype!r}: use float32 or bfloat16 (fp16 overflows in the decay's gate)")
-    return getattr(torch, dtype)
-
-
-def public_name(name):
-    """Our name of a public checkpoint's tensor, or None for those of the vision tower and of multi-token prediction."""
-    name = name.removeprefix("model.").removeprefix("language_model.")
-    return None if name.startswith(("visual.", "mtp.")) else name
-
-
-FP32 = ("linear_attn.A_log", "linear_attn.norm.weight")  # kept in fp32 whatever the model's dtype
-
-
-def random_weights(config, device, dtype):
-    """A Target with random weights, always the same, made in place in their dtype. The layers outweigh the embedding,
-    as else a tied head would say the last token again and again."""
-    with torch.device("meta"):
-        target = Target(config)
-    g, weights = torch.Generator(device).manual_seed(0), {}
-    for name, p in target.named_parameters():
-        w = torch.empty(p.shape, device=device, dtype=torch.float32 if name.endswith(FP32) else dtype)
-        if w.dim() > 1:
-            fan_in = w[0].numel()
-            weights[name] = w.normal_(std=0.02 if name == "embed_tokens.weight" else fan_in ** -0.5, generator=g)
-        elif name.endswith("A_log"):
-            weights[name] = w.uniform_(0.01, 16, generator=g).log_()
-        else:
-            weights[name] = w.fill_(float(name.endswith(("dt_bias", "linear_attn.norm.weight"))))
-    target.load_state_dict(weights, assign=True)
-    return target.requires_grad_(False).eval()
-
-
-def target_config(name):
-    """(TargetConfig, folder) of a folder, a hub id, or random:SIZE[:LAYERS], whose folder is None. ValueError, naming
-    the file and what is wrong, when it is none of a target that can be run here."""
-    kind, _, rest = name.partition(":")
-    if kind == "random":
-        size, _, layers = rest.partition(":")
-        config = SIZES.get(size.lower())
-        count = int(layers) if layers.isdecimal() else config.num_hidden_layers if config and not layers else 0
-        if not config or not 0 < count <= config.num_hidden_layers:
-            raise ValueError(f"target = {name!r}: give random:SIZE or random:SIZE:LAYERS with a size of "
-                             f"{', '.join(SIZES)} and no more layers than it has")
-        return replace(config, num_hidden_layers=count, layer_types=config.layer_types[:count]), None
-    folder = checkpoint_folder(name)
-    path = os.path.join(folder, "config.json")
-    if not os.path.isfile(path):
-        raise ValueError(f"no config.json in {folder!r}: give the folder of a Qwen3.5 checkpoint, or a hub id")
-    try:
-        with open(path) as f:
-            return TargetConfig.from_dict(json.load(f)), folder
-    except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:  # not JSON, or not a target's
-        raise ValueError(f"cannot use {path}: {' '.join(str(error).split())}") from None
-
-
-def load_target(name, device="cpu", dtype="float32"):
-    """A Target, frozen and in eval mode, from a folder with config.json and safetensors in the public layout, from a
-    hub id, or with random weights: random:SIZE for a published size, random:SIZE:LAYERS for its first layers.
-
-    Raises ValueError, naming the file and what is wrong, when there is no such target.
-    """
-    dtype = check_device(device, dtype)
-    config, folder = target_config(name)
-    if folder is None:
-        return random_weights(config, device, dtype).join()
-    with torch.device("meta"):
-        target = Target(config)
-    # a tied head is the embedding, even where a file repeats it
-    head = {"lm_head.weight"} if config.tie_word_embeddings else ()
-    return load_weights(target, folder, device, dtype, lambda key: None if public_name(key) in head else
-                        public_name(key), FP32).join()
-
-# ----------------------------------------------------------------------------------------------------------------------
-# prompts: one function for decoding, benchmarks and data, so that no two of them use different templates
-
-
-def load_tokenizer(name):
-    """The tokenizer of a target's folder or hub id, with its chat template. ValueError when there is none."""
-    _, folder = target_config(name)
-    if folder is None:
-        raise ValueError(f"target {name!r} has random weights and no tokenizer: it serves to measure speed and "
-                         "exactness; for text give a folder or a hub id")
-    if not os.path.isfile(os.path.join(folder, "tokenizer.json")):
-        raise ValueError(f"no tokenizer.json in {folder!r}: copy it there from the checkpoint's publisher")
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # transformers raises OSError, ValueError and others for missing and broken files
-        raise ValueError(f"no tokenizer in {folder!r}: {' '.join(str(error).split())}") from None
-
-
-def fingerprint(name):
-    """A checksum of a target's tokenizer and chat template, as rows made with another one would train in silence."""
-    folder, total = checkpoint_folder(name), 0
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        path = os.path.join(folder, name)
-        if os.path.isfile(path):
-            with open(path, "rb") as f:
-                content = f.read()
-            if name == "tokenizer_config.json":  # some checkpoints keep the template here, among much that may change
-                content = str(json.loads(content).get("chat_template", "")).encode()
-            total = zlib.crc32(content, total)
-    return total
-
-
-def chat_prompt(tokenizer, prompt, thinking=False):
-    """Token ids of a conversation and the opening of the answer. prompt: the user's text, or a list of {"role",
-    "content"} that ends with the user's turn. thinking is passed on explicitly, as the default differs from one size
-    of the public targets to another. ValueError when the tokenizer has no template, or its template refuses."""
-    if not tokenizer.chat_template:
-        raise ValueError("this tokenizer has no chat template: use that of a chat model, or continue text with --raw")
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=thinking,
-                                             return_dict=False)
-    except TemplateError as error:
-        raise ValueError(f"the chat template refuses this conversation: {' '.join(str(error).split())}") from None
-
-
-def stop_ids(tokenizer):
-    """Ids that end an answer: those of <|im_end|> and <|endoftext|>, whichever the vocabulary has."""
-    vocabulary = tokenizer.get_vocab()
-    return {vocabulary[t] for t in ("<|im_end|>", "<|endoftext|>", tokenizer.eos_token) if t in vocabulary}

@@ -1,626 +1,743 @@
 """
-Trains a DFlash drafter for a frozen target, online: the target makes the features, the drafter learns from them.
+Trains a DFlash drafter for a frozen target. The target runs along and makes the features.
 
-    python train.py config/nano.py                           # the shipped nano pair, two CPU cores, minutes
-    python train.py config/nano.py --resume                  # go on after an interruption
-    torchrun --standalone --nproc_per_node=8 train.py config/nano.py       # one node of 8; DDP, or --parallel=fsdp
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT train.py ...  # on each node
+    python train.py config/nano.py                 # the shipped nano target, two CPU cores, minutes
+    python train.py config/nano.py --resume        # go on after an interruption
+    torchrun --standalone --nproc_per_node=8 train.py config/phase1_2.py   # DDP, or --parallel=fsdp
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT train.py ..
 
-The defaults below are the recipe of Phase 1.2; a config file holds what another run changes. A checkpoint is a folder
-out_dir/step-000123 that engines load; beside it stand log.jsonl, and loss, tau and acceptance as a picture. Rank 0
-writes it, whole; nodes share the file system that out_dir is on. A step is batch_size x accumulation x ranks rows.
+A sample is one text of the training data: a question and the target's own answer. A step takes
+batch_size x accumulation x processes samples. A checkpoint is a folder out_dir/step-000123 that
+engines load; beside it stand log.jsonl, and loss, tau and acceptance as a picture. Process 0
+writes; nodes share the file system that out_dir is on.
+
+The defaults below are the recipe of the published drafter for Qwen3.5-0.8B, "Phase 1.2" of the
+project la-draftery. A file in config/ holds what another run changes.
 """
-import argparse
 import contextlib
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch._inductor.config as inductor
-import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_map
+import torch._inductor.config
 
-import plots
+from benchmarks import pictures
+from chat import load_tokenizer, stop_ids, tokenizer_fingerprint
+from checkpoint import drafter_config, load_drafter, load_target, newest_checkpoint
 from configurator import configure
 from data.rows import Rows
-from draft_decode import run as decode
-from model import (DFlashDraftModel, block_labels, block_loss, drafter_config, head_chunk, load_drafter, newest,
-                   sample_anchors, save_drafter)
-from target import fingerprint, load_target, load_tokenizer, stop_ids
+from draft_decode import timed_generate
+from flops import mfu, training_operations
+from model import DFlashDraftModel, block_labels, block_loss, head_chunk, sample_anchors
+from parallel import (distribute, gather_full, gradient_exchange, join_processes, leave_processes,
+                      rank, sum_over_ranks, wait_for_all, world_size)
+from training_state import load_moments, load_training_state, open_log, save_checkpoint
 
 # what
-target = "Qwen/Qwen3.5-0.8B"                # folder of the frozen target
-data = "data/math240k"                      # folder of rows; its prepare.py is run when they are missing
-out_dir = "out/phase1_2-dflash"             # checkpoints; engines know the method by "dflash" in the path
+target = "Qwen/Qwen3.5-0.8B"                # folder or hub id of the frozen target
+data = "data/math240k"                      # folder of samples; its prepare.py makes missing ones
+out_dir = "out/phase1_2-dflash"             # engines know the method by "dflash" in the path
 resume = False                              # go on from the newest checkpoint in out_dir
-start: str | None = None                    # folder of a SpecForge checkpoint to go on from, with its training_state.pt
+start_from: str | None = None               # folder of a SpecForge checkpoint to go on from
 # the drafter
-layers = 5                                  # of it
-heads = 8                                   # of attention
-kv_heads = 2                                # of attention's keys and values
-head_dim = 256                              # of a head, channels
-mlp = 3584                                  # channels of the SwiGLU
-taps = (3, 7, 11, 15, 19)                   # target layers whose outputs are the features
+num_layers = 5                              # of the drafter
+num_heads = 8                               # of its attention
+num_kv_heads = 2                            # of its keys and values
+head_dim = 256                              # channels of a head
+intermediate_size = 3584                    # channels of the MLP
+target_layer_ids = (3, 7, 11, 15, 19)       # target layers whose outputs are the features
 block_size = 16                             # K: the anchor and K - 1 guesses
 mask_token_id: int | None = None            # id of the mask; None: the first after the tokenizer
 # the loss
-anchors = 512                               # blocks of a row
-loss = "decay"                              # weights of slots: decay, or dpace, by the drafter's own confidence
+num_anchors = 512                           # blocks of a sample
+weighting = "decay"                         # of slots: decay, or dpace by the drafter's confidence
 gamma = 7.0                                 # slots over which decay's weight falls to 1/e
-smooth = 0.5                                # D-PACE's a, of 0 .. 1; 1 weighs slots by their distance to the end
-head_rows = 1024                            # rows of logits that exist at once
+dpace_smoothing = 0.5                       # D-PACE's a, of 0 .. 1
+logits_at_once = 1024                       # guesses whose logits exist at once
 # optimisation
-batch_size = 2                              # rows of a micro-batch
+batch_size = 2                              # samples of a micro-batch
 accumulation = 2                            # micro-batches of a step
-max_length = 3072                           # tokens of a row; longer ones are cut
-length_step = 512                           # padded lengths are multiples of it: few shapes, so few compilations
-bucket = 64                                 # micro-batches sorted by length together: less padding, less mixing
-epochs = 1.0                                # passes over the rows
+max_length = 3072                           # tokens of a sample; longer ones are cut
+length_multiple = 512                       # samples are padded to it: few shapes to compile for
+sort_window = 64                            # micro-batches sorted by length together: less padding
+epochs = 1.0                                # passes over the samples
 lr = 3e-4                                   # peak of the learning rate
 warmup = 0.04                               # share of the steps up to it; then a cosine to zero
 betas = (0.9, 0.999)                        # of AdamW
 weight_decay = 0.0                          # of AdamW
-clip = 1.0                                  # norm of the gradient at most
-spike = 10.0                                # after warm-up, a norm so many times the usual one: the step is skipped
+grad_clip = 1.0                             # norm of the gradient at most
+spike_factor = 10.0                         # a norm so many times the usual one: step skipped
 patience = 5                                # skipped steps in a row that end the run
-seed = 0                                    # of weights, row order and anchors
-# sight
+seed = 0                                    # of weights, order of samples and anchors
+# looking at it
 log_every = 10                              # steps
-eval_every = 500                            # steps between estimates on held-out rows
-eval_rows = 64                              # held-out rows of an estimate
+eval_every = 500                            # steps between estimates on held-out samples
+eval_samples = 64                           # held-out samples of an estimate
 save_every = 1000                           # steps between checkpoints
-keep = 3                                    # newest checkpoints that are kept
-wandb_project: str | None = None            # Weights & Biases project to log to; None: wandb is not even imported
-decode_rows = 64                            # held-out prompts really decoded at the end
+keep_checkpoints = 3                        # newest checkpoints that are kept
+wandb_project: str | None = None            # Weights & Biases project; None: wandb is not imported
+decode_prompts = 64                         # held-out prompts really decoded at the end
 decode_tokens = 512                         # new tokens of each at most
+# the machine
 device = "cuda" if torch.cuda.is_available() else "cpu"  # cpu or cuda
-dtype = "float32" if device == "cpu" else "bfloat16"     # of the target and of products; weights and moments are fp32
-attention = "flex" if device == "cuda" else "grouped"    # of the drafter; grouped suits CPUs, both run on GPUs
-compile = False                             # torch.compile target and drafter; takes minutes at the start
-parallel = "ddp"                            # under torchrun: ddp, or fsdp, which also shards the frozen target
+dtype = "float32" if device == "cpu" else "bfloat16"     # of products; weights, moments are fp32
+attention = "flex" if device == "cuda" else "grouped"    # grouped suits CPUs, both run on GPUs
+compile = False                             # torch.compile both models; minutes at the start
+parallel = "ddp"                            # or fsdp, which also shards the frozen target
 
-# ----------------------------------------------------------------------------------------------------------------------
-# ranks: one process, or those of torchrun
-
-
-def ranks():
-    """(this process's rank, how many there are)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def join():
-    """Join the processes that torchrun started. A rank that dies makes the next exchange of the others fail, and
-    torchrun ends them all with a non-zero status."""
-    if "RANK" in os.environ:
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
-
-
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def summed(x):
-    """The sum of a tensor over ranks."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return x
-
-
-def whole(x):
-    """A tensor gathered from its shards, if it has any; every rank must ask for it."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
-
-
-def distribute(model, drafter):
-    """The module whose forward trains the drafter. DDP exchanges gradients during the last backward, which a sum by
-    hand could not hide. Both ways average over ranks; train_step turns the mean into the sum it needs.
-
-    FSDP shards the layers of both models and what else the drafter has. Embedding and head of the target stay whole:
-    the loss needs all of their rows in every step. reshard_after_forward: estimates forward without a backward, and
-    would leave gathered weights behind that the next optimizer step makes stale.
-    """
-    if not dist.is_initialized():
-        if parallel == "fsdp":
-            raise ValueError("parallel = 'fsdp' shards over processes: start it with torchrun")
-        return drafter
-    if parallel == "ddp":
-        return DistributedDataParallel(drafter, broadcast_buffers=False, gradient_as_bucket_view=True)
-    for layer in model.modules():
-        if hasattr(layer, "joined"):
-            layer.joined = layer.packed = None  # one tensor of several weights would stay whole on every rank
-    mesh = dist.init_device_mesh(device, (ranks()[1],))
-    inside = {p for layer in model.layers for p in layer.parameters()}
-    for module, ignored in ((model, {p for p in model.parameters() if p not in inside}), (drafter, None)):
-        for layer in module.layers:
-            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-        fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=ignored)
-    return drafter
-
-
-def exchanging(net, last):
-    """A context for a backward pass that exchanges gradients with the other ranks only if it is the step's last."""
-    if isinstance(net, FSDPModule):
-        net.set_requires_gradient_sync(last)
-    return net.no_sync() if isinstance(net, DistributedDataParallel) and not last else contextlib.nullcontext()
-
-# ----------------------------------------------------------------------------------------------------------------------
-# data: a batch is a pure function of (seed, step, rank), so a resumed run needs no loader state
+# --------------------------------------------------------------------------------------------------
+# a batch
 
 
 class Batches:
-    """Micro-batches (tokens, supervised) of rows alike in length, so that little is padding. They are numbered over
-    the whole run, and number n depends on the seed and n alone: ranks and accumulation only share them out."""
-    def __init__(self, rows):
-        self.rows, self.order = rows, (None, None)
-        self.lengths = np.array([len(t) for t, _ in rows])
+    """Micro-batches (tokens, supervised), numbered 0, 1, 2, .. over the whole run.
+
+    For given settings, number n depends on the seed and n alone. So no loader has a state to save,
+    and processes and accumulation only share the numbers out.
+    """
+
+    def __init__(self, samples, config):
+        self.samples = samples
+        self.config = config
+        self.lengths = np.array([len(tokens) for tokens, _ in samples])
+        self.epoch = None       # whose order is held
+        self.order = None
 
     def __len__(self):
-        """Micro-batches of an epoch; the few rows too many for whole ones are others in each."""
-        return len(self.rows) // batch_size
-
-    def chosen(self, n):
-        """The numbers of the rows of micro-batch n."""
-        epoch, place = divmod(n, len(self))
-        if self.order[0] != epoch:
-            self.order = epoch, self.shuffled(epoch)
-        return self.order[1][place]
-
-    def shuffled(self, epoch):
-        """(micro-batches, batch_size): shuffled rows, sorted by length in windows of `bucket` batches; then whole
-        batches are shuffled, as a run that saw short rows first would learn another distribution than the data's."""
-        r = np.random.default_rng((seed, epoch))
-        rows = r.permutation(len(self.rows))[:len(self) * batch_size]
-        for part in np.split(rows, range(bucket * batch_size, len(rows), bucket * batch_size)):
-            part[:] = part[np.argsort(self.lengths[part], kind="stable")]  # a view of rows
-        return r.permutation(rows.reshape(-1, batch_size))
+        """Micro-batches of one epoch. The few samples that make none differ from epoch to epoch."""
+        return len(self.samples) // self.config.batch_size
 
     def __getitem__(self, n):
-        return pad([self.rows[i] for i in self.chosen(n)])
+        return pad([self.samples[i] for i in self.sample_numbers(n)], self.config)
+
+    def sample_numbers(self, n):
+        """The samples of micro-batch n of the run."""
+        epoch, number_in_epoch = divmod(n, len(self))
+        if self.epoch != epoch:
+            self.epoch = epoch
+            self.order = self.shuffled(epoch)
+        return self.order[number_in_epoch]
+
+    def shuffled(self, epoch):
+        """The samples of all micro-batches of an epoch, (micro-batches, batch_size).
+
+        Samples are shuffled, then sorted by length within windows of sort_window batches, so that
+        little of a batch is padding. Finally the batches are shuffled: a run that saw short
+        samples first would learn another distribution than that of the data.
+        """
+        random = np.random.default_rng((self.config.seed, epoch))
+        batch_size = self.config.batch_size
+        numbers = random.permutation(len(self.samples))[:len(self) * batch_size]
+        window = self.config.sort_window * batch_size
+        for first in range(0, len(numbers), window):
+            part = numbers[first:first + window]
+            by_length = np.argsort(self.lengths[part], kind="stable")
+            numbers[first:first + window] = part[by_length]
+        return random.permutation(numbers.reshape(-1, batch_size))
 
 
-def pad(chosen):
-    """(tokens, supervised) on the device from a list of rows; padding is unsupervised and, being last, unseen."""
-    T = -(-min(max_length, max(len(t) for t, _ in chosen)) // length_step) * length_step
-    tokens, mask = torch.zeros(len(chosen), T, dtype=torch.long), torch.zeros(len(chosen), T, dtype=torch.bool)
-    for i, (t, m) in enumerate(chosen):
-        n = min(len(t), max_length)
-        tokens[i, :n], mask[i, :n] = torch.from_numpy(t[:n]), torch.from_numpy(m[:n] > 0)
-    return tokens.to(device), mask.to(device)
+def pad(samples, config):
+    """(tokens, supervised), both (B, T), on the device. Padding is last, so no token sees it."""
+    # the longest sample, cut at max_length, up to the next of few lengths
+    longest = max(len(tokens) for tokens, _ in samples)
+    T = min(config.max_length, longest)
+    T = math.ceil(T / config.length_multiple) * config.length_multiple
 
+    # fill in sample by sample; what is not filled stays token 0 and unsupervised
+    tokens = torch.zeros(len(samples), T, dtype=torch.long)
+    supervised = torch.zeros(len(samples), T, dtype=torch.bool)
+    for i, (sample_tokens, sample_mask) in enumerate(samples):
+        n = min(len(sample_tokens), config.max_length)
+        tokens[i, :n] = torch.from_numpy(sample_tokens[:n])
+        supervised[i, :n] = torch.from_numpy(sample_mask[:n] > 0)
+    return tokens.to(config.device), supervised.to(config.device)
 
-def ensure_data(folder):
-    """Run the folder's own prepare.py when its output is missing; one rank does, the others wait."""
-    script = os.path.join(folder, "prepare.py")
-    if ranks()[0] == 0 and not os.path.exists(os.path.join(folder, "meta.json")) and os.path.exists(script):
-        print(f"{folder} has no rows yet: running {script}", flush=True)
-        if subprocess.run([sys.executable, script, f"--target={target}"]).returncode:
-            raise ValueError(f"{script} failed; its message stands above")
-    barrier()
-
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # one step
 
 
 @dataclass
+class GradientGuard:
+    """What gradients usually are like. Saved, as a resumed run must skip the same steps."""
+    usual_norm: float = 0.0         # moving average of the norms of steps that were made
+    skipped: int = 0                # steps
+    skipped_in_a_row: int = 0
+
+    def record(self, grad_norm, is_skipped):
+        if is_skipped:
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+        else:
+            self.usual_norm = 0.98 * (self.usual_norm or grad_norm) + 0.02 * grad_norm
+            self.skipped_in_a_row = 0
+
+
+@dataclass
 class Run:
-    """A run: the models, `net`, which is the drafter as its ranks train it, and where the run stands. watch: the usual
-    norm of the gradient, steps skipped, and skipped in a row; saved, as a resumed run must skip the same steps."""
-    model: torch.nn.Module
+    """A training run: its settings, its models and where it stands."""
+    config: SimpleNamespace
+    target: torch.nn.Module
     drafter: DFlashDraftModel
-    net: torch.nn.Module
+    wrapped_drafter: torch.nn.Module    # by DDP under torchrun; else the drafter itself
     optimizer: torch.optim.Optimizer
     batches: Batches
-    steps: int
+    total_steps: int
     step: int = 0
-    watch: dict = field(default_factory=lambda: {"norm": 0.0, "skipped": 0, "row": 0})
+    guard: GradientGuard = field(default_factory=GradientGuard)
 
 
-compiled_chunk = torch.compile(head_chunk, dynamic=False)  # nothing is compiled before it is called
+class StepSums(NamedTuple):
+    """Sums over the blocks of a micro-batch, in fp64. They add over micro-batches and processes."""
+    loss: torch.Tensor
+    weight: torch.Tensor
+    blocks: torch.Tensor
+    tokens: torch.Tensor            # with padding
+    operations: torch.Tensor
+    right_up_to: torch.Tensor       # (K-1,) blocks whose guesses are right up to this slot
+    reached: torch.Tensor           # (K-1,) blocks whose response is long enough for this slot
 
 
-def block_forward(model, net, tokens, supervised, generator):
-    """The loss summed over the batch's blocks, and sums (5 + 2 (K-1),) in fp64: of the loss, of its weights, blocks,
-    tokens with padding, operations, and by slot: blocks accepted up to it, and blocks that reach it."""
-    drafter, embedding = getattr(net, "module", net), model.embed_tokens.weight
+def block_forward(run, tokens, supervised, generator, trained_module=None):
+    """The loss of a micro-batch, summed over its blocks, and its StepSums.
+
+    trained_module: the drafter, or what wraps it for an exchange of gradients; None: the drafter.
+    """
+    config, target, drafter = run.config, run.target, run.drafter
+    if trained_module is None:
+        trained_module = drafter
+
+    # the frozen target reads the samples; layers above the last that gives features are not run
     with torch.no_grad():
-        features, _ = model(tokens, taps=drafter.taps)
-    at, real = sample_anchors(supervised, anchors, generator)
-    labels, weights = block_labels(tokens, supervised, at, real, drafter.block_size,
-                                   gamma if loss == "decay" else math.inf)
-    inside = weights > 0
-    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-        hidden = net(features, drafter.block(tokens.gather(1, at), embedding), at, attention == "flex")
-    total, _, correct, weights = block_loss(hidden, model.head, labels, weights, head_rows,
-                                            smooth if loss == "dpace" else None,
-                                            compiled_chunk if compile else head_chunk)
-    count = tokens.new_tensor((tokens.numel(), operations(drafter, *tokens.shape, anchors, model)))
-    prefix = (correct & inside).long().cumprod(-1)
-    return total, torch.cat((torch.stack((total.detach(), weights.sum())), real.sum()[None], count,
-                             prefix.sum((0, 1)), inside.sum((0, 1)))).double()
+        features, _ = target(
+            tokens, target_layer_ids=drafter.target_layer_ids, features_only=True)
+
+    # blocks at random places of the responses, what they should guess, and what each slot weighs
+    anchors, real = sample_anchors(supervised, config.num_anchors, generator)
+    gamma = config.gamma
+    dpace_smoothing = None
+    if config.weighting == "dpace":
+        gamma = math.inf  # no decay: weights are 1 or 0, and D-PACE finds its own
+        dpace_smoothing = config.dpace_smoothing
+    labels, weights = block_labels(tokens, supervised, anchors, real, drafter.block_size, gamma)
+    inside = weights > 0  # slots that count
+
+    # the drafter: all blocks at once. Its weights are fp32, its products bf16 where dtype says so.
+    anchor_tokens = tokens.gather(1, anchors)
+    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+        blocks = drafter.embed_block(anchor_tokens, target.embed_tokens.weight)
+        hidden = trained_module(features, blocks, anchors, config.attention == "flex")
+
+    # the target's head and the loss, in one pass that also yields the gradient by hidden
+    loss, _, correct, used_weights = block_loss(
+        hidden,
+        target.head,
+        labels,
+        weights,
+        config.logits_at_once,
+        dpace_smoothing,
+        compiled_head_chunk if config.compile else head_chunk)
+
+    # what the step and its log are made of
+    right_up_to = (correct & inside).long().cumprod(-1)
+    operations = training_operations(drafter, *tokens.shape, config.num_anchors, target)
+    sums = StepSums(
+        loss=loss.detach().double(),
+        weight=used_weights.sum().double(),
+        blocks=real.sum().double(),
+        tokens=loss.new_tensor(tokens.numel(), dtype=torch.float64),
+        operations=loss.new_tensor(operations, dtype=torch.float64),
+        right_up_to=right_up_to.sum((0, 1)).double(),
+        reached=inside.sum((0, 1)).double())
+    return loss, sums
 
 
-def operations(drafter, B, T, A, model=None):
-    """Operations of a training step of B rows of T tokens with A anchors, two for each multiply-add; with the target's
-    forward if it is given. A matrix costs 2 a row forward and 4 backward, 2 if its input needs no gradient."""
-    def size(*modules):
-        return sum(p.numel() for module in modules for p in module.parameters())
-    c, K = drafter.config, drafter.block_size
-    rows, width = A * K, c.num_hidden_layers * c.num_attention_heads * c.head_dim
-    keys = [proj for layer in drafter.layers for proj in (layer.self_attn.k_proj, layer.self_attn.v_proj)]
-    of_drafter = 6 * size(drafter.layers) * rows + 6 * size(*keys) * T + 4 * size(drafter.fc) * T
-    of_attention = 12 * width * rows * (T / 2 + K)          # two products forward, four backward, half of the context
-    of_head = 4 * c.vocab_size * c.hidden_size * A * (K - 1)  # logits, and the gradient by their input
-    of_target = 2 * size(*model.layers[:max(drafter.taps) + 1]) * T if model else 0
-    return int(B * (of_drafter + of_attention + of_head + of_target))
+compiled_head_chunk = torch.compile(head_chunk, dynamic=False)  # compiled when first called
 
 
-def acceptance(sums):
-    """Estimated tau, and the share of blocks accepted up to each slot (K-1,), among those that reach it."""
-    prefix, inside = sums[5:].chunk(2)
-    return 1 + (prefix.sum() / sums[2].clamp(min=1)).item(), (prefix / inside.clamp(min=1)).tolist()
-
-
-def estimate(model, drafter, rows):
-    """(loss, tau, slots) on held-out rows with anchors that are the same every time. tau is 1 + the mean sum of prefix
-    products, never an accuracy. Its anchors are random, those of decoding stand where a guess just failed: it reads
-    high, by a tenth on the nano pair. Whole batches, and gradients on: other shapes or modes would compile again."""
-    total, count = 0, min(eval_rows, len(rows))
-    for i in range(0, max(1, count - batch_size + 1), batch_size):
-        tokens, supervised = pad([rows[j] for j in range(i, min(i + batch_size, count))])
-        total = total + block_forward(model, drafter, tokens, supervised, torch.Generator().manual_seed(i))[1]
-    return (total[0] / total[1].clamp(min=1e-9)).item(), *acceptance(total)
-
-
-def rate(step, steps):
-    """Learning rate of a step: linear warm-up, then a cosine to zero."""
-    first = max(1, round(warmup * steps))
-    if step < first:
-        return lr * (step + 1) / first
-    return lr * 0.5 * (1 + math.cos(math.pi * (step - first) / max(1, steps - first)))
+def add_sums(a, b):
+    """The sum of two StepSums, or b where a is None."""
+    if a is None:
+        return b
+    return StepSums(*[x + y for x, y in zip(a, b)])
 
 
 def train_step(run):
-    """One optimizer step. Loss, gradients and weights are summed over micro-batches and ranks and divided once, so
-    that the split does not matter. Returns what is logged, tokens and operations. A step whose gradient is not finite
-    or far longer than usual changes nothing; ValueError after `patience` of them in a row."""
-    (rank, world), total, watch = ranks(), 0, run.watch
-    numbers = [(run.step * accumulation + micro) * world + rank for micro in range(accumulation)]
-    for n in numbers:
-        generator = torch.Generator().manual_seed(int(np.random.SeedSequence((seed, n)).generate_state(1)[0]))
-        with exchanging(run.net, n == numbers[-1]):
-            part, sums = block_forward(run.model, run.net, *run.batches[n], generator)
-            part.backward()
-        total = total + sums
-    total = summed(total)
-    weight = total[1].clamp(min=1e-9)  # rows cut before their answer give a step without loss, and then no gradient
-    for p in run.drafter.parameters():
-        p.grad *= (world / weight).to(p.dtype)  # from the mean over ranks, which is what they exchanged, to the sum
-    norm = whole(torch.nn.utils.clip_grad_norm_(run.drafter.parameters(), clip)).item()
-    strange = watch["norm"] and run.step >= warmup * run.steps and norm > spike * watch["norm"]
-    if math.isfinite(norm) and not strange:
+    """One optimizer step. Returns what is logged of it, and its StepSums.
+
+    Loss, gradients and weights are summed over micro-batches and processes and divided once. So it
+    does not matter (but for rounding) how samples were split, nor that some have longer answers.
+    """
+    config = run.config
+
+    # gradients add up over the micro-batches of this process
+    sums = None
+    for micro in range(config.accumulation):
+        is_last = micro == config.accumulation - 1
+        number = (run.step * config.accumulation + micro) * world_size() + rank()
+        generator = anchor_generator(config.seed, number)
+        tokens, supervised = run.batches[number]
+        with gradient_exchange(run.wrapped_drafter, is_last):
+            loss, micro_sums = block_forward(
+                run, tokens, supervised, generator, run.wrapped_drafter)
+            loss.backward()
+        sums = add_sums(sums, micro_sums)
+    sums = StepSums(*[sum_over_ranks(x) for x in sums])
+
+    # From sums to means by weight. If all samples of a step were cut before their answer, its
+    # weight is 0, and the clamp leaves a loss and gradients of 0.
+    weight = sums.weight.clamp(min=1e-9)
+    # What processes exchange is the mean of their gradients. Times their number it is the sum.
+    for parameter in run.drafter.parameters():
+        parameter.grad *= (world_size() / weight).to(parameter.dtype)
+    grad_norm = torch.nn.utils.clip_grad_norm_(run.drafter.parameters(), config.grad_clip)
+    grad_norm = gather_full(grad_norm).item()  # the norm before it was clipped
+
+    # the step itself, unless the gradient is broken
+    is_skipped = is_unusual(grad_norm, run)
+    run.guard.record(grad_norm, is_skipped)
+    if not is_skipped:
         for group in run.optimizer.param_groups:
-            group["lr"] = rate(run.step, run.steps)
+            group["lr"] = learning_rate(run.step, run.total_steps, config)
         run.optimizer.step()
-        watch["norm"], watch["row"] = 0.98 * (watch["norm"] or norm) + 0.02 * norm, 0
-    else:
-        watch["skipped"], watch["row"] = watch["skipped"] + 1, watch["row"] + 1
     run.optimizer.zero_grad(set_to_none=True)
-    if watch["row"] == patience:
-        first = run.step * accumulation * world
-        rows = np.concatenate([run.batches.chosen(first + i) for i in range(accumulation * world)]).tolist()
-        raise ValueError(f"the gradient of step {run.step + 1} has norm {norm:.3g}, usual is {watch['norm']:.3g}, and "
-                         f"it is the {patience}th in a row: look at rows {rows} of {data} (split train), or lower lr")
+    if run.guard.skipped_in_a_row == config.patience:
+        raise ValueError(describe_skipped_step(run, grad_norm))
     run.step += 1
-    tau, slots = acceptance(total)
-    return {"loss": (total[0] / weight).item(), "norm": norm, "tau": tau, "slots": slots,
-            "skipped": watch["skipped"]}, total[3].item(), total[4].item()
 
-# ----------------------------------------------------------------------------------------------------------------------
-# checkpoints
+    # what the log says of this step
+    tau, accepted_up_to_slot = acceptance(sums)
+    entry = {"loss": (sums.loss / weight).item(), "grad_norm": grad_norm, "tau": tau,
+             "accepted_up_to_slot": accepted_up_to_slot, "skipped": run.guard.skipped}
+    return entry, sums
 
 
-def save(run, config):
-    """out_dir/step-NNNNNN: what engines load, and training_state.pt in SpecForge's layout, with fp32 weights added,
-    as a run resumed from the bf16 ones would not be the same run. The same files whatever the number of ranks."""
-    folder = os.path.join(out_dir, f"step-{run.step:06d}")
-    weights, moments = tree_map(lambda x: whole(x).cpu() if isinstance(x, torch.Tensor) else x,
-                                (run.drafter.state_dict(), run.optimizer.state_dict()))
-    if ranks()[0] == 0 and not os.path.isdir(folder):  # a folder of that name is whole, and of this very step
-        state = {"epoch": 0, "global_step": run.step, "args": argparse.Namespace(**config, ranks=ranks()[1]),
-                 "optimizer_state_dict": moments, "scheduler_state_dict": {"last_epoch": run.step},
-                 "master_weights": weights, "watch": run.watch}
-        card = (f"# DFlash drafter for {os.path.basename(os.path.normpath(target))}\n\nBlock-diffusion speculative "
-                f"decoding (arXiv 2602.06036): {layers} layers, blocks of {block_size}, features of target layers "
-                f"{list(taps)}.\nStep {run.step} of {run.steps}; data: {os.path.basename(os.path.normpath(data))}.\n")
-        with torch.device("meta"):
-            plain = DFlashDraftModel(run.drafter.config)
-        plain.load_state_dict(weights, assign=True)
+def anchor_generator(seed, number):
+    """The generator that draws the anchors of micro-batch `number`."""
+    mixed = np.random.SeedSequence((seed, number)).generate_state(1)[0]
+    return torch.Generator().manual_seed(int(mixed))
+
+
+def learning_rate(step, total_steps, config):
+    """Linear warm-up, then a cosine to zero."""
+    warmup_steps = max(1, round(config.warmup * total_steps))
+    if step < warmup_steps:
+        return config.lr * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def is_unusual(grad_norm, run):
+    """Whether a gradient is not finite, or far longer than usual: such a step is skipped.
+
+    One NaN would ruin weights and moments of a run of days. During warm-up nothing is usual yet.
+    """
+    if not math.isfinite(grad_norm):
+        return True
+    in_warmup = run.step < run.config.warmup * run.total_steps
+    if in_warmup or run.guard.usual_norm == 0:
+        return False
+    return grad_norm > run.config.spike_factor * run.guard.usual_norm
+
+
+def describe_skipped_step(run, grad_norm):
+    config = run.config
+    batches = config.accumulation * world_size()
+    numbers = []
+    for number in range(run.step * batches, (run.step + 1) * batches):
+        numbers.extend(run.batches.sample_numbers(number).tolist())
+    return (f"the gradient of step {run.step + 1} has norm {grad_norm:.3g}, usual is "
+            f"{run.guard.usual_norm:.3g}, and it is the {config.patience}th in a row: look at rows "
+            f"{numbers} of {config.data} (split train), or lower lr")
+
+
+def acceptance(sums):
+    """tau as training estimates it, and the share of blocks that are right up to each slot, (K-1,).
+
+    tau is 1 (the target's own token) and the mean number of right guesses before the first wrong
+    one. A share is taken of the blocks whose response reaches the slot.
+    """
+    tau = 1 + (sums.right_up_to.sum() / sums.blocks.clamp(min=1)).item()
+    accepted_up_to_slot = sums.right_up_to / sums.reached.clamp(min=1)
+    return tau, accepted_up_to_slot.tolist()
+
+
+def estimate(run, samples):
+    """Loss, tau and acceptance on held-out samples, with anchors that are the same every time.
+
+    It may read higher than decoding does (the README has both figures for the nano pair): its
+    anchors stand at random places, while those of decoding stand where a guess has just failed.
+    Every process makes the same estimate. Batches are as large as in training and gradients are on:
+    compiled code would be compiled anew for another shape or mode.
+    """
+    batch_size = run.config.batch_size
+    count = min(run.config.eval_samples, len(samples))
+    sums = None
+    for first in range(0, max(1, count - batch_size + 1), batch_size):
+        last = min(first + batch_size, count)
+        tokens, supervised = pad([samples[i] for i in range(first, last)], run.config)
+        generator = torch.Generator().manual_seed(first)
+        _, batch_sums = block_forward(run, tokens, supervised, generator)
+        sums = add_sums(sums, batch_sums)
+    tau, accepted_up_to_slot = acceptance(sums)
+    loss = (sums.loss / sums.weight.clamp(min=1e-9)).item()
+    return {"loss": loss, "tau": tau, "accepted_up_to_slot": accepted_up_to_slot}
+
+# --------------------------------------------------------------------------------------------------
+# the loop
+
+
+def loop(run, held_out):
+    """Train up to run.total_steps; returns the folder of the last checkpoint.
+
+    SIGTERM and Ctrl-C let the step end in every process, save, and leave by SystemExit with a line
+    that says how to go on.
+    """
+    config = run.config
+    os.makedirs(config.out_dir, exist_ok=True)
+    log = open_log(config.out_dir, run.step)
+    folder = newest_checkpoint(config.out_dir)  # what is returned if no step is left to do
+    meter = SpeedMeter(run)
+    is_stopped = False
+    with stop_signals() as received:
         try:
-            save_drafter(plain, folder, card, {"training_state.pt": state})
-        except Exception as error:  # a full disk: OSError, or types of torch's and safetensors' own
-            free = shutil.disk_usage(out_dir).free / 1e6
-            shutil.rmtree(folder + ".part", ignore_errors=True)
-            raise ValueError(f"cannot write {folder}, its disk has {free:.1f} MB left ({' '.join(str(error).split())}):"
-                             " make room; what was saved before is untouched, --resume goes on from it") from None
-        prune()
-    barrier()
+            while run.step < run.total_steps and not is_stopped:
+                lr = learning_rate(run.step, run.total_steps, config)  # for the log
+                entry, sums = train_step(run)
+                meter.add(sums)
+                # processes hear of a signal at different times, so they agree on it
+                is_stopped = any_rank_received(received, config.device)
+                is_end = run.step == run.total_steps
+
+                # a line of the log, an estimate on held-out samples, a checkpoint: each in its own
+                # rhythm, and at the end
+                if run.step % config.log_every == 0 or is_end:
+                    log_training(log, run, {"lr": lr, **entry, **meter.read()})
+                if run.step % config.eval_every == 0 or is_end:
+                    log_held_out(log, run, estimate(run, held_out))
+                if run.step % config.save_every == 0 or is_end or is_stopped:
+                    folder = save_checkpoint(run)
+        finally:
+            # also after an error: the picture shows how it came about
+            log.close()
+            if rank() == 0:
+                draw_log(config.out_dir)
+    if is_stopped and run.step < run.total_steps:
+        raise SystemExit(how_to_go_on(run, folder) if rank() == 0 else 1)
     return folder
 
 
-def prune():
-    """Delete all but the newest checkpoints, and what interrupted saves left. A folder is renamed first: half of it
-    would look like a checkpoint."""
-    steps = sorted(name for name in os.listdir(out_dir) if name.startswith("step-") and not name.endswith(".part"))
-    for name in steps[:-keep]:
-        os.replace(os.path.join(out_dir, name), os.path.join(out_dir, name + ".part"))
-    for name in os.listdir(out_dir):
-        if name.startswith("step-") and name.endswith(".part"):
-            shutil.rmtree(os.path.join(out_dir, name))
+@contextlib.contextmanager
+def stop_signals():
+    """SIGTERM and Ctrl-C are collected in the list that this yields, instead of ending the run."""
+    received = []
 
+    def receive(number, frame):
+        received.append(number)
 
-FREE = ("resume", "start", "out_dir", "log_every", "eval_every", "eval_rows", "save_every", "keep", "decode_rows",
-        "decode_tokens", "wandb_project", "device", "head_rows", "length_step", "attention", "compile", "parallel",
-        "accumulation", "ranks")  # keys that a resumed run may change and still be the same run
-
-
-def load_state(folder, drafter, model, config):
-    """Put a checkpoint's weights into the drafter; returns its moments, its step and its watch, None if it has none.
-
-    A checkpoint of SpecForge's holds no fp32 weights, so the folder's bf16 ones are taken; its global_step counts
-    micro-batches, AdamW's own step the steps. Only tensors and a Namespace are unpickled. ValueError when the
-    checkpoint is broken, does not fit, or the run was another one: other rows, anchors or rates, without a word.
-    """
-    path = os.path.join(folder, "training_state.pt")
-    if not os.path.isfile(path):
-        raise ValueError(f"{folder} has no training_state.pt, so no run can go on from it")
+    previous = {}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        previous[number] = signal.signal(number, receive)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        moments, before = state["optimizer_state_dict"]["state"], vars(state["args"])
-        step = int(moments[0]["step"]) if "master_weights" not in state else state["global_step"]
-    except Exception as error:  # torch and pickle raise many types for a broken or a foreign file
-        raise ValueError(f"cannot read {path}: {' '.join(str(error).split())}") from None
-    if "master_weights" in state:
-        other = [f"{k} was {before[k]!r}, is {v!r}" for k, v in config.items()
-                 if k not in FREE and before.get(k, v) != v]
-        was, now = before.get("accumulation", 1) * before.get("ranks", 1), accumulation * ranks()[1]
-        if was != now:
-            other.append(f"accumulation x ranks was {was}, is {now}")
-        if other:
-            raise ValueError(f"{folder} is of another run, --resume cannot go on with it: {'; '.join(other)}")
-    else:
-        loaded = load_drafter(folder, model.config)
-        if loaded.config.dflash_config != drafter.config.dflash_config:
-            raise ValueError(f"{folder} has {loaded.config.dflash_config}, this run {drafter.config.dflash_config}")
-    try:
-        drafter.load_state_dict(state.get("master_weights") or loaded.state_dict())
-        for i, p in enumerate(drafter.parameters()):
-            assert moments[i]["exp_avg"].shape == p.shape, f"moment {i} is {moments[i]['exp_avg'].shape}, not {p.shape}"
-    except (RuntimeError, AssertionError, KeyError) as error:
-        raise ValueError(f"{folder} does not fit this drafter: {' '.join(str(error).split())}") from None
-    return moments, step, state.get("watch")
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
-def load_moments(optimizer, moments):
-    """Put moments, indexed in module order, into an optimizer whose parameters may be sharded; its settings stay."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    state = {i: {k: distribute_tensor(v, p.device_mesh, p.placements, src_data_rank=None)
-                 if isinstance(p, DTensor) and v.dim() else v for k, v in moments[i].items()}
-             for i, p in enumerate(params)}
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+def any_rank_received(received, device):
+    return bool(sum_over_ranks(torch.tensor(len(received), device=device)))
 
 
-def start_log(step):
-    """log.jsonl for appending, without what an interrupted run wrote after the step it resumes from; for rank 0."""
-    path = os.path.join(out_dir, "log.jsonl") if ranks()[0] == 0 else os.devnull
-    lines = []
-    if os.path.isfile(path):
-        with open(path) as f:
-            lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
-        with open(path + ".tmp", "w") as f:
-            f.writelines(lines)
-        os.replace(path + ".tmp", path)
-    return open(path, "a", buffering=1)
-
-# ----------------------------------------------------------------------------------------------------------------------
-# the run
-
-SHOWN = (1, 2, 4, 8, 15)  # slots whose acceptance is shown
-PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12,
-        "B200": 2250e12}  # dense bf16 operations a second, from data sheets; no MFU for what is not listed
+def how_to_go_on(run, folder):
+    words = [word for word in sys.argv[1:] if word != "--resume"]
+    arguments = " ".join([*words, "--resume"])
+    command = "python" if world_size() == 1 else "torchrun ..., as before,"
+    return f"stopped at step {run.step}, saved {folder}; to go on: {command} train.py {arguments}"
 
 
-def mfu(rate):
-    """What share of the devices' peak `rate`, operations a second of all ranks, is; None where it is not known."""
-    name = torch.cuda.get_device_name() if device == "cuda" and dtype == "bfloat16" else ""
-    peak = next((peak for key, peak in PEAK.items() if key in name), None)
-    return rate / (peak * ranks()[1]) if peak else None
+class SpeedMeter:
+    """Tokens and operations a second since this process began its loop, and the time left."""
+
+    def __init__(self, run):
+        self.run = run
+        self.first_step = run.step
+        self.began = time.time()
+        self.tokens = 0
+        self.operations = 0
+
+    def add(self, sums):
+        self.tokens += sums.tokens.item()
+        self.operations += sums.operations.item()
+
+    def read(self):
+        seconds = time.time() - self.began
+        config = self.run.config
+        steps_left = self.run.total_steps - self.run.step
+        steps_done = self.run.step - self.first_step
+        return {"tokens_per_s": self.tokens / seconds,
+                "mfu": mfu(self.operations / seconds, config.device, config.dtype),
+                "minutes_left": steps_left * seconds / steps_done / 60}
 
 
-def decode_held_out(folder, rows, stops):
-    """tau (micro), all tokens over all rounds, of real greedy decoding on held-out prompts with a saved checkpoint; on
-    one process, with a target of its own, as that of training may be sharded or compiled."""
-    model = load_target(target, device, dtype)
-    drafter, tokens, rounds, decoders = load_drafter(folder, model.config, device, dtype), 0, 0, {}
-    for i in range(min(decode_rows, len(rows))):
-        ids, mask = rows[i]
-        _, result, _ = decode(model, drafter, ids[:int(mask.argmax())].tolist(), decode_tokens, stops,
-                              decoders=decoders)
-        tokens, rounds = tokens + sum(len(r.tokens) for r in result), rounds + len(result)
-    return tokens / max(1, rounds)
+def log_training(log, run, entry):
+    write_entry(log, run, "train", entry)
+    line = (f"step {run.step}/{run.total_steps} | loss {entry['loss']:.4f} | "
+            f"tau {entry['tau']:.2f} | norm {entry['grad_norm']:.2f} | lr {entry['lr']:.1e} | "
+            f"{entry['tokens_per_s']:,.0f} tokens/s | ")
+    if entry["mfu"]:
+        line += f"{entry['mfu']:.1%} MFU | "
+    if entry["skipped"]:
+        line += f"{entry['skipped']} skipped | "
+    print(f"{line}{entry['minutes_left']:.1f} min left", flush=True)
 
 
-def check():
-    """ValueError for values of the configuration that no run can have."""
-    for name, allowed in (("loss", ("decay", "dpace")), ("attention", ("flex", "grouped")),
-                          ("parallel", ("ddp", "fsdp")), ("device", ("cpu", "cuda"))):
-        if globals()[name] not in allowed:
-            raise ValueError(f"{name} = {globals()[name]!r}: use {' or '.join(allowed)}")
-    if attention == "flex" and device == "cpu":
-        raise ValueError("attention = 'flex' has no backward on CPUs: use grouped")
-    for name in ("keep", "batch_size", "accumulation", "anchors", "length_step", "patience"):
-        if globals()[name] < 1:
-            raise ValueError(f"{name} = {globals()[name]}: use 1 or more")
+SHOWN_SLOTS = (1, 2, 4, 8, 15)
 
 
-def repeatable():
-    """Kernels chosen by rule and not by time, and none that sums in any order: a resumed run has to choose the same."""
-    inductor.deterministic = True
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # which costs 5 % and changes no result here
+def log_held_out(log, run, entry):
+    write_entry(log, run, "val", entry)
+    shares = entry["accepted_up_to_slot"]
+    shown = " ".join(f"{k}:{shares[k - 1]:.2f}" for k in SHOWN_SLOTS if k <= len(shares))
+    print(f"step {run.step}/{run.total_steps} | held out: loss {entry['loss']:.4f} | "
+          f"tau {entry['tau']:.2f} | accepted up to slot {shown}", flush=True)
+
+
+def write_entry(log, run, kind, entry):
+    """One line of log.jsonl, and Weights & Biases if wanted."""
+    log.write(json.dumps({"kind": kind, "step": run.step, **entry}) + "\n")
+    if run.config.wandb_project and rank() == 0:
+        import wandb
+        numbers = {}
+        for key, value in entry.items():
+            if key != "accepted_up_to_slot":
+                numbers[f"{kind}/{key}"] = value
+        wandb.log(numbers, step=run.step)
+
+
+def draw_log(out_dir):
+    with open(os.path.join(out_dir, "log.jsonl")) as f:
+        entries = [json.loads(line) for line in f]
+    pictures.training(os.path.join(out_dir, "training.png"), entries, SHOWN_SLOTS)
+
+# --------------------------------------------------------------------------------------------------
+# setting up
 
 
 def setup(config):
-    """(run, held-out rows, stop ids): everything, from nothing or from a checkpoint."""
-    check()
-    repeatable()
-    folder = newest(out_dir)
-    if os.path.basename(folder).startswith("step-") and not resume:
-        raise ValueError(f"{out_dir} holds a run ({os.path.basename(folder)}): --resume goes on with it, "
-                         "--out_dir=... starts another")
-    if resume and folder == out_dir:
-        raise ValueError(f"nothing to resume: {out_dir} holds no step-* checkpoint")
-    tokenizer = load_tokenizer(target)  # before the weights, as it fails sooner
-    model = load_target(target, device, dtype)
-    ensure_data(data)
-    rows, held_out = (Rows(data, split, model.config.vocab_size, fingerprint(target)) for split in ("train", "val"))
-    mask_id = len(tokenizer) if mask_token_id is None else mask_token_id
-    if not 0 <= mask_id < model.config.vocab_size:
-        raise ValueError(f"mask_token_id = {mask_id} is outside the target's vocabulary of {model.config.vocab_size}")
-    torch.manual_seed(seed)
-    drafter = DFlashDraftModel(drafter_config(model.config, layers, taps, mask_id, heads, kv_heads, head_dim, mlp,
-                                              block_size)).to(device)
-    before = load_state(folder if resume else start, drafter, model, config) if resume or start else None
-    if compile:
-        compile_layers(model, drafter)
-    net, batches = distribute(model, drafter), Batches(rows)
-    optimizer = torch.optim.AdamW(drafter.parameters(), lr=lr, betas=betas, weight_decay=weight_decay)
-    run = Run(model, drafter, net, optimizer, batches,
-              int(epochs * len(batches)) // (accumulation * ranks()[1]))
-    if before:
-        load_moments(optimizer, before[0])
-        run.step, run.watch = before[1], before[2] or run.watch
-    if run.steps < 1:
-        raise ValueError(f"{len(rows)} rows make no step of {batch_size} x {accumulation * ranks()[1]} rows: lower "
-                         "batch_size")
+    """(run, held-out samples, stop ids): everything, from nothing or from a checkpoint."""
+    # what can be wrong is found before anything large is loaded
+    check_config(config)
+    deterministic_kernels()
+    checkpoint = checkpoint_to_resume(config)
+    tokenizer = load_tokenizer(config.target)
+
+    # the target, and samples that were made with its tokenizer and template (data/ calls them rows)
+    target = load_target(config.target, config.device, config.dtype)
+    ensure_data(config)
+    vocab_size = target.config.vocab_size
+    fingerprint = tokenizer_fingerprint(config.target)
+    samples = Rows(config.data, "train", vocab_size, fingerprint)
+    held_out = Rows(config.data, "val", vocab_size, fingerprint)
+
+    # The mask is the first id that the tokenizer leaves free: embeddings have some rows to spare.
+    mask_token_id = config.mask_token_id
+    if mask_token_id is None:
+        mask_token_id = len(tokenizer)
+    if not 0 <= mask_token_id < vocab_size:
+        raise ValueError(f"mask_token_id = {mask_token_id} is outside the target's vocabulary of "
+                         f"{vocab_size}")
+
+    # The drafter, new or as it was saved. Weights go in before anything is sharded, moments after.
+    drafter = new_drafter(config, target.config, mask_token_id)
+    saved = None
+    if checkpoint is not None:
+        saved = load_training_state(checkpoint, drafter, target.config, config)
+    run = new_run(config, target, drafter, samples)
+    if saved is not None:
+        load_moments(run.optimizer, saved.moments)
+        run.step = saved.step
+        if saved.guard is not None:
+            run.guard = GradientGuard(**saved.guard)
+    if run.total_steps < 1:
+        raise ValueError(f"{len(samples)} rows make no step of {config.batch_size} x "
+                         f"{config.accumulation * world_size()} rows: lower batch_size")
     return run, held_out, stop_ids(tokenizer)
 
 
-def compile_layers(model, drafter):
-    torch._dynamo.config.recompile_limit = 64  # one for each row length and kind of layer
-    for layer in (*model.layers, *drafter.layers):
+def new_drafter(config, target_config, mask_token_id):
+    """An untrained drafter by the settings of a run; always the same for a seed."""
+    shape = drafter_config(
+        target_config, config.num_layers, config.target_layer_ids, mask_token_id, config.num_heads,
+        config.num_kv_heads, config.head_dim, config.intermediate_size, config.block_size)
+    torch.manual_seed(config.seed)
+    return DFlashDraftModel(shape).to(config.device)
+
+
+def new_run(config, target, drafter, samples):
+    """A run at step 0 from loaded models and samples."""
+    if config.compile:
+        compile_layers(target, drafter)
+    wrapped_drafter = distribute(target, drafter, config.parallel, config.device)
+    batches = Batches(samples, config)
+    optimizer = torch.optim.AdamW(
+        drafter.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+    batches_of_a_step = config.accumulation * world_size()
+    total_steps = int(config.epochs * len(batches)) // batches_of_a_step
+    return Run(config, target, drafter, wrapped_drafter, optimizer, batches, total_steps)
+
+
+def compile_layers(target, drafter):
+    torch._dynamo.config.recompile_limit = 64  # lengths of samples x kinds of layer
+    for layer in (*target.layers, *drafter.layers):
         layer.compile(dynamic=False)
 
 
 def warm_up(run):
-    """Compile every row length before the first step, so that none is met late."""
-    for T in range(length_step, max_length + length_step, length_step):
-        tokens = torch.zeros(batch_size, T, dtype=torch.long, device=device)
-        block_forward(run.model, run.net, tokens, tokens == 0, torch.Generator())[0].backward()
+    """Compile every length of samples before the first step, so that none is met late."""
+    config = run.config
+    step = config.length_multiple
+    for T in range(step, config.max_length + step, step):
+        tokens = torch.zeros(config.batch_size, T, dtype=torch.long, device=config.device)
+        supervised = torch.ones_like(tokens, dtype=torch.bool)
+        generator = torch.Generator()
+        loss, _ = block_forward(run, tokens, supervised, generator, run.wrapped_drafter)
+        loss.backward()
         run.optimizer.zero_grad(set_to_none=True)
 
 
-def report(log, kind, step, steps, entry, speed=None):
-    """One line of log.jsonl, and one for the eye."""
-    log.write(json.dumps({"kind": kind, "step": step, **entry, **(speed or {})}) + "\n")
-    if wandb_project and ranks()[0] == 0:
+def deterministic_kernels():
+    """Kernels chosen by rule, not by time, and none that sums in whatever order threads arrive.
+
+    A resumed run has to choose the same ones.
+    """
+    torch._inductor.config.deterministic = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # filling fresh memory costs 5 % and changes no result here
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def check_config(config):
+    """ValueError for values of the configuration that no run can have."""
+    choices = {"weighting": ("decay", "dpace"), "attention": ("flex", "grouped"),
+               "parallel": ("ddp", "fsdp"), "device": ("cpu", "cuda")}
+    for key, allowed in choices.items():
+        value = getattr(config, key)
+        if value not in allowed:
+            raise ValueError(f"{key} = {value!r}: use {' or '.join(allowed)}")
+    if config.attention == "flex" and config.device == "cpu":
+        raise ValueError("attention = 'flex' has no backward on CPUs: use grouped")
+    for key in ("keep_checkpoints", "batch_size", "accumulation", "num_anchors", "length_multiple",
+                "patience"):
+        value = getattr(config, key)
+        if value < 1:
+            raise ValueError(f"{key} = {value}: use 1 or more")
+
+
+def checkpoint_to_resume(config):
+    """The folder that this run goes on from; None for a new run."""
+    newest = newest_checkpoint(config.out_dir)
+    has_checkpoint = os.path.basename(newest).startswith("step-")
+    if has_checkpoint and not config.resume:
+        raise ValueError(f"{config.out_dir} holds a run ({os.path.basename(newest)}): --resume "
+                         "goes on with it, --out_dir=... starts another")
+    if config.resume and not has_checkpoint:
+        raise ValueError(f"nothing to resume: {config.out_dir} holds no step-* checkpoint")
+    if config.resume:
+        return newest
+    return config.start_from
+
+
+def ensure_data(config):
+    """Run the data folder's own prepare.py if its rows are missing; the other processes wait."""
+    script = os.path.join(config.data, "prepare.py")
+    is_missing = not os.path.exists(os.path.join(config.data, "meta.json"))
+    if rank() == 0 and is_missing and os.path.exists(script):
+        print(f"{config.data} has no rows yet: running {script}", flush=True)
+        command = [sys.executable, script, f"--target={config.target}"]
+        if subprocess.run(command).returncode != 0:
+            raise ValueError(f"{script} failed; its message stands above")
+    wait_for_all()
+
+# --------------------------------------------------------------------------------------------------
+# the command
+
+
+def decode_held_out(config, folder, samples, stops):
+    """tau of real greedy decoding on held-out prompts, all tokens over all rounds.
+
+    With a saved checkpoint, and a target of its own: that of training may be sharded or compiled.
+    """
+    target = load_target(config.target, config.device, config.dtype)
+    drafter = load_drafter(folder, target.config, config.device, config.dtype)
+    decoders = {}  # buffers and graphs that prompts share
+    tokens = 0
+    rounds = 0
+    for i in range(min(config.decode_prompts, len(samples))):
+        tokens_of_sample, mask = samples[i]
+        prompt_ids = tokens_of_sample[:int(mask.argmax())].tolist()  # up to the answer
+        answer = timed_generate(
+            target, drafter, prompt_ids, config.decode_tokens, stops, decoders=decoders)
+        rounds += len(answer.rounds)
+        for result in answer.rounds:
+            tokens += len(result.tokens)
+    return tokens / max(1, rounds)
+
+
+def train(config):
+    """Set up, train, decode held-out prompts with the result, and print what came of it."""
+    join_processes(config.device)
+    run, held_out, stops = setup(config)
+
+    # say what will be done
+    drafter_size = sum(p.numel() for p in run.drafter.parameters())
+    target_size = sum(p.numel() for p in run.target.parameters())
+    print(f"{drafter_size:,} parameters to train for a target of {target_size:,} | "
+          f"{len(run.batches.samples):,} rows, {run.total_steps:,} steps on {world_size()} x "
+          f"{config.device}", flush=True)
+    if config.wandb_project and rank() == 0:
         import wandb
-        wandb.log({f"{kind}/{k}": v for k, v in entry.items() if k != "slots"}, step=step)
-    line = f"step {step}/{steps} | "
-    if kind == "train":
-        line += (f"loss {entry['loss']:.4f} | tau {entry['tau']:.2f} | norm {entry['norm']:.2f} | "
-                 f"lr {entry['lr']:.1e} | {speed['tokens_per_s']:,.0f} tokens/s | ")
-        line += f"{speed['mfu']:.1%} MFU | " if speed["mfu"] else ""
-        line += f"{entry['skipped']} skipped | " if entry["skipped"] else ""
-        line += f"{speed['minutes_left']:.1f} min left"
-    else:
-        shown = " ".join(f"{k}:{entry['slots'][k - 1]:.2f}" for k in SHOWN if k <= len(entry["slots"]))
-        line += f"held out: loss {entry['loss']:.4f} | tau {entry['tau']:.2f} | accepted up to slot {shown}"
-    print(line, flush=True)
+        name = os.path.basename(os.path.normpath(config.out_dir))
+        wandb.init(project=config.wandb_project, name=name, config=vars(config))
+
+    # do it
+    if config.compile:
+        warm_up(run)
+    folder = loop(run, held_out)
+
+    # process 0 tries the result by real decoding
+    is_writer = rank() == 0
+    leave_processes()
+    if not is_writer:
+        return
+    del run  # its memory is needed now
+    tau = decode_held_out(config, folder, held_out, stops)
+    prompts = min(config.decode_prompts, len(held_out))
+    print(f"wrote {folder} and {config.out_dir}/training.png\n"
+          f"try it: python draft_decode.py --target={config.target} --drafter={folder} "
+          f"--prompt \"...\"\n"
+          f"held-out tau from real decoding: {tau:.3f} ({prompts} prompts)")
 
 
-def loop(run, held_out, config):
-    """Steps to run.steps, logged, estimated and saved; returns the last checkpoint's folder. SIGTERM and Ctrl-C let
-    the step end on every rank, save, and leave by SystemExit with a line that says how to go on."""
-    os.makedirs(out_dir, exist_ok=True)
-    stop, folder, first, began, tokens, flops = [], newest(out_dir), run.step, time.time(), 0, 0
-    before = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
-    log, steps, stopped = start_log(run.step), run.steps, False
+def main(argv=None):
+    if int(os.environ.get("RANK", 0)) > 0:
+        sys.stdout = open(os.devnull, "w")  # process 0 speaks; errors go to stderr everywhere
+    config = configure(globals(), argv)
     try:
-        while run.step < steps and not stopped:
-            lr_now = rate(run.step, steps)
-            entry, count, work = train_step(run)
-            step, tokens, flops = run.step, tokens + count, flops + work
-            stopped = bool(summed(torch.tensor(len(stop), device=device)))  # ranks hear of it at different times
-            end = stopped or step == steps
-            if step % log_every == 0 or step == steps:
-                seconds = time.time() - began
-                report(log, "train", step, steps, {"lr": lr_now, **entry}, {
-                    "tokens_per_s": tokens / seconds, "mfu": mfu(flops / seconds),
-                    "minutes_left": (steps - step) * seconds / (step - first) / 60})
-            if step % eval_every == 0 or step == steps:
-                value, tau, slots = estimate(run.model, run.drafter, held_out)
-                report(log, "val", step, steps, {"loss": value, "tau": tau, "slots": slots})
-            if step % save_every == 0 or end:
-                folder = save(run, config)
-    finally:
-        log.close()
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if ranks()[0] == 0:
-            with open(os.path.join(out_dir, "log.jsonl")) as f:
-                plots.training(os.path.join(out_dir, "training.png"), [json.loads(line) for line in f], SHOWN)
-    if stopped and run.step < steps:
-        words = [word for word in sys.argv[1:] if word != "--resume"]
-        how = "python" if ranks()[1] == 1 else "torchrun ..., as before,"
-        raise SystemExit(f"stopped at step {run.step}, saved {folder}; to go on: {how} train.py "
-                         f"{' '.join(words + ['--resume'])}" if ranks()[0] == 0 else 1)
-    return folder
-
-
-def main():
-    if int(os.environ.get("RANK", 0)):
-        sys.stdout = open(os.devnull, "w")  # only rank 0 speaks; errors go to stderr, whoever makes them
-    config = configure(globals())
-    try:
-        join()
-        run, held_out, stops = setup(config)
-        sizes = [sum(p.numel() for p in m.parameters()) for m in (run.drafter, run.model)]
-        print(f"{sizes[0]:,} parameters to train for a target of {sizes[1]:,} | {len(run.batches.rows):,} rows, "
-              f"{run.steps:,} steps on {ranks()[1]} x {device}", flush=True)
-        if wandb_project and ranks()[0] == 0:
-            import wandb
-            wandb.init(project=wandb_project, name=os.path.basename(os.path.normpath(out_dir)), config=config)
-        if compile:
-            warm_up(run)
-        folder, rank = loop(run, held_out, config), ranks()[0]
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        if rank:
-            return
-        del run
-        tau = decode_held_out(folder, held_out, stops)
+        train(config)
     except (ValueError, OSError) as error:  # OSError: out_dir cannot be written
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted while no step was under way: nothing is lost, --resume goes on from the last checkpoint")
-    print(f"wrote {folder} and {out_dir}/training.png\n"
-          f"try it: python draft_decode.py --target={target} --drafter={folder} --prompt \"...\"\n"
-          f"held-out tau from real decoding: {tau:.3f} ({min(decode_rows, len(held_out))} prompts)")
+        sys.exit("interrupted while no step was under way: nothing is lost, --resume goes on from "
+                 "the last checkpoint")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,28 @@
-# the nano pair on two CPU cores: a drafter of three layers for the shipped target of twelve, about eleven minutes
+# The nano pair on two CPU cores: a drafter of three layers for the shipped target of twelve.
+# About twelve minutes.
 target = "data/nano/target"
 data = "data/nano"
 out_dir = "out/nano-dflash"
-layers = 3                  # of twelve: a guess must cost far less than what it may save
-heads, kv_heads, head_dim = 4, 2, 32
-mlp = 384
-taps = (3, 7, 10)           # the full-attention layers that may be tapped, and the last layer that may
-anchors = 12
-batch_size = 8              # many small steps: tau 9.7 against 8.5 for 16 rows of 24 anchors, in the same time
+# the drafter
+num_layers = 3                      # of twelve: a guess must cost far less than what it may save
+num_heads = 4
+num_kv_heads = 2
+head_dim = 32
+intermediate_size = 384
+target_layer_ids = (3, 7, 10)       # two full-attention layers, and the last layer but one:
+                                    # transformers returns the last one normed
+# the loss
+num_anchors = 12
+# optimisation
+batch_size = 8                      # many small steps: tau 9.7; in the same time, 16 samples of 24
+                                    # anchors gave 8.5
 accumulation = 1
 max_length = 256
-length_step = 64
-bucket = 1                  # batches of one length are batches of one kind of problem: tau 6.2 against 8.1
+length_multiple = 64
+sort_window = 1                     # samples of one length are one kind of problem: a batch of them
+                                    # gave tau 6.2 against 8.1
 epochs = 3.5
-lr = 1.4e-3                 # small models like large steps
+lr = 1.4e-3                         # small models like large steps
 eval_every = 100
 log_every = 20
 save_every = 250

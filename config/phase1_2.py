@@ -1,25 +1,33 @@
-# Phase 1.2: the published drafter of Qwen3.5-0.8B (Moonlight556/Qwen3.5-0.8B-DFlash), one GPU, hours
+# Phase 1.2: the published drafter of Qwen3.5-0.8B (Moonlight556/Qwen3.5-0.8B-DFlash).
+# One GPU, hours.
 #
-# One H200 made 15.1 samples/s with --compile and 10.4 without, on rows of 1,092 tokens on average: 4.4 and 6.4 hours.
-# 239,467 rows, of which 512 are held out: 238,955 rows to train on.
-# A step is 2 rows x 2 micro-batches = 4 rows, at most 4 x 3072 = 12,288 tokens; an epoch is 59,738 steps and at most
-# 734 M tokens. Warm-up is 4 % of them, 2,390 steps.
-# A step has at most 4 x 512 = 2,048 blocks of 16, so 2,048 x 15 = 30,720 guesses with a loss. Their logits over 248,320
-# ids would be 15.3 GB in bf16; 1,024 rows at a time, in fp32, they are 1.0 GB.
-# Parameters: 5 layers of 16,255,488 (attention 5,242,880, MLP 11,010,048, norms 2,560), fc 5 x 1024 x 1024 = 5,242,880,
-# two norms of 1,024: 86,522,368, in 3 + 11 x 5 = 58 tensors.
-target = "Qwen/Qwen3.5-0.8B"        # 24 layers; weights frozen, in bf16 on a GPU
-data = "data/math240k"              # its own answers, thinking off
+# Time: one H200 made 15.1 samples/s with --compile and 10.4 without, on samples of 1,092 tokens on
+# average: 4.4 and 6.4 hours.
+#
+# Steps: of 239,467 rows 512 are held out, so 238,955 are trained on. A step is 2 samples x
+# 2 micro-batches = 4 samples, at most 4 x 3072 = 12,288 tokens. An epoch is 59,738 steps and at most
+# 734 M tokens. Warm-up is 4 % of the steps, 2,390.
+#
+# Logits: a step has at most 4 x 512 = 2,048 blocks of 16, so 2,048 x 15 = 30,720 guesses with a
+# loss. Their logits over 248,320 ids would be 15.3 GB in bf16. 1,024 at a time, in fp32, they
+# are 1.0 GB.
+#
+# Parameters: 5 layers of 16,255,488 (attention 5,242,880, MLP 11,010,048, norms 2,560),
+# fc 5 x 1024 x 1024 = 5,242,880, two norms of 1,024: 86,522,368, in 3 + 11 x 5 = 58 tensors.
+target = "Qwen/Qwen3.5-0.8B"                # 24 layers; weights frozen, in bf16 on a GPU
+data = "data/math240k"                      # its own answers, thinking off
 out_dir = "out/phase1_2-dflash"
 # the drafter
-layers = 5
-heads, kv_heads, head_dim = 8, 2, 256
-mlp = 3584
-taps = (3, 7, 11, 15, 19)           # the full-attention layers; 23, the last, may not be tapped
+num_layers = 5
+num_heads = 8
+num_kv_heads = 2
+head_dim = 256
+intermediate_size = 3584
+target_layer_ids = (3, 7, 11, 15, 19)       # full-attention layers; 23, the last, may not be one
 block_size = 16
-mask_token_id = None                # the first id after the tokenizer: 248077
+mask_token_id = None                        # the first id after the tokenizer: 248077
 # the loss
-anchors = 512
+num_anchors = 512
 gamma = 7.0
 # optimisation: AdamW with fp32 master weights, bf16 products on a GPU
 batch_size = 2
@@ -30,4 +38,4 @@ lr = 3e-4
 warmup = 0.04
 betas = (0.9, 0.999)
 weight_decay = 0.0
-clip = 1.0
+grad_clip = 1.0

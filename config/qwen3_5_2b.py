@@ -1,15 +1,19 @@
-# A drafter for Qwen3.5-2B: 24 layers, hidden 2048, MLP 6144, tied head. Phase 1.2's recipe and its depths, wider.
+# A drafter for Qwen3.5-2B: 24 layers, hidden 2048, MLP 6144, tied head. Phase 1.2's recipe and
+# depths, wider.
 #
-# Its data is what this target says, not what the 0.8B does. With a server of it running:
+# Its data is what this target says, not what the 0.8B says. With a server of it running:
 #   python data/regenerate.py --prompts=Moonlight556/qwen3.5-0.8b-target-matched-math-240k \
 #       --out=data/math2b/rows.jsonl --server=http://localhost:30000/v1 --model=Qwen/Qwen3.5-2B
-#   python data/math240k/prepare.py --source=data/math2b/rows.jsonl --target=Qwen/Qwen3.5-2B \
+#   python data/conversations.py --source=data/math2b/rows.jsonl --target=Qwen/Qwen3.5-2B \
 #       --out_dir=data/math2b
-# Parameters: 5 layers of 48,239,104 (attention 10,485,760, MLP 37,748,736, norms 4,608), fc 5 x 2048 x 2048,
-# two norms of 2,048: 262,171,136.
+#
+# Parameters: 5 layers of 48,239,104 (attention 10,485,760, MLP 37,748,736, norms 4,608),
+# fc 5 x 2048 x 2048, two norms of 2,048: 262,171,136.
 target = "Qwen/Qwen3.5-2B"
 data = "data/math2b"
 out_dir = "out/qwen3_5_2b-dflash"
-heads, kv_heads, head_dim = 8, 2, 256
-mlp = 6144
-taps = (3, 7, 11, 15, 19)
+num_heads = 8
+num_kv_heads = 2
+head_dim = 256
+intermediate_size = 6144
+target_layer_ids = (3, 7, 11, 15, 19)

@@ -1,14 +1,21 @@
 """
-Target-matched answers: what the target itself says to the prompts of any file, as rows for data/math240k/prepare.py.
+Target-matched answers: what the target itself says to the prompts of any file. They are rows for
+data/conversations.py.
 
-    python data/regenerate.py --prompts=FILE --out=FILE.jsonl --server=http://localhost:30000/v1 --model=NAME
-    python data/regenerate.py --prompts=FILE --out=FILE.jsonl --target=DIR --drafter=DIR       # without a server
+    python data/regenerate.py --prompts=FILE --out=FILE.jsonl \\
+        --server=http://localhost:30000/v1 --model=NAME         # asks a server
+    python data/regenerate.py --prompts=FILE --out=FILE.jsonl \\
+        --target=DIR --drafter=DIR                              # decodes here
 
-A drafter guesses what this target says, right or wrong; answers of another model cost it acceptance. The first form
-asks an OpenAI-compatible server, SGLang's or vLLM's, many prompts at a time; the second decodes here, one by one.
-Answers stand in the prompts' order in OUT.part; after an interruption the same command goes on from there.
+A drafter guesses what this target says, right or wrong; answers of another model cost it
+acceptance. The first form asks an OpenAI-compatible server, SGLang's or vLLM's, many prompts at a
+time. The second decodes one prompt after another.
+
+Answers are kept in the prompts' order in OUT.part. After an interruption the same command goes on
+from there.
 """
 import collections
+import functools
 import http.client
 import json
 import os
@@ -18,129 +25,251 @@ import urllib.error
 import urllib.request
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path[:0] = [ROOT]  # the project's modules, from whatever folder this is run
+ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), ".."))
+sys.path.insert(0, ROOT)  # the project's modules, from whatever folder this is run
+from chat import chat_prompt, load_tokenizer, stop_ids
+from checkpoint import load_drafter, load_target
 from configurator import configure
-from data.rows import conversation, read_source
-from draft_decode import Sampling, run
-from model import load_drafter
-from target import chat_prompt, load_target, load_tokenizer, stop_ids
+from data.conversations import UnusableRow, read_conversation
+from data.rows import read_source
+from draft_decode import timed_generate
+from sampling import Sampling
 
-prompts = ""                    # hub id, file or folder of JSON lines or parquet: question, problem, prompt or messages
+prompts = ""                    # hub id, file or folder: question, problem, prompt or messages
 out = ""                        # JSON lines of id and messages
-server = ""                     # address up to /v1 of an OpenAI-compatible server; empty: decode here
+server = ""                     # address up to /v1 of an OpenAI-compatible server; empty: none
 model = ""                      # the target's name on the server
 in_flight = 64                  # requests at a time
 retries = 6                     # of a request that a busy or restarting server did not answer
 timeout = 3600.0                # seconds until a request counts as not answered
 target = "Qwen/Qwen3.5-0.8B"    # without a server: folder or hub id of the target
-drafter = ""                    # without a server: folder or hub id of a drafter, for speed; empty: none
+drafter = ""                    # without a server: of a drafter, for speed; empty: none
 device = "cuda" if torch.cuda.is_available() else "cpu"  # without a server: cpu or cuda
-dtype = "float32" if device == "cpu" else "bfloat16"     # without a server: of weights and activations
+dtype = "float32" if device == "cpu" else "bfloat16"     # without a server: of weights, activations
 temperature = 0.0               # of the target's choice; 0 is greedy
 thinking = False                # let a target that can think do so
-max_new_tokens = 2048           # tokens of an answer; one that does not end within them is left out
+max_new_tokens = 2048           # of an answer; one that does not end within them is left out
 
-# ----------------------------------------------------------------------------------------------------------------------
+
+def main(argv=None):
+    config = configure(globals(), argv)
+    try:
+        counts = regenerate(config)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"interrupted: the same command goes on from {config.out}.part")
+    listed = ", ".join(f"{count:,} {outcome}" for outcome, count in counts.items())
+    print(f"{config.out}: {listed}")
+
+
+def regenerate(config):
+    """Answer all prompts; returns {what became of a prompt: how many}."""
+    has_files = config.prompts and config.out
+    server_is_complete = bool(config.server) == bool(config.model)
+    if not has_files or not server_is_complete or config.in_flight < 1:
+        raise ValueError("give --prompts and --out, --server with --model or neither, and "
+                         "in_flight of at least 1")
+    if os.path.exists(config.out):
+        raise ValueError(f"{config.out} is there already: remove it, or give another --out")
+    prompts = read_prompts(config.prompts)
+    os.makedirs(os.path.dirname(os.path.abspath(config.out)), exist_ok=True)
+    part = config.out + ".part"
+    done = resume(part, part_header(config), prompts)
+
+    waiting = [prompt.messages for prompt in prompts[done:]]
+    if config.server:
+        answers = map_in_order(functools.partial(ask, config), waiting, config.in_flight)
+    else:
+        answers = map(make_decoder(config), waiting)
+    bar = tqdm(answers, initial=done, total=len(prompts), unit="prompt",
+               disable=not sys.stderr.isatty())
+    with open(part, "a") as f:
+        for messages, answer in zip(waiting, bar):
+            # A refusal may concern this prompt alone, which may be longer than the context. When
+            # the first prompt is refused, the refusal is taken to concern all.
+            if done == 0 and answer.is_refused():
+                raise ValueError(f"the first prompt is {answer.why_none}")
+            row = {"prompt": messages, "answer": answer.text, "why": answer.why_none}
+            f.write(json.dumps(row) + "\n")
+            f.flush()
+            done += 1
+    return finish(part, config.out, prompts)
+
+# --------------------------------------------------------------------------------------------------
 # prompts
 
 
-def read_prompts():
-    """[(id, messages that end with a user's turn)] of the file. ValueError names a row without a question."""
-    found = []
-    for number, row in enumerate(read_source(prompts), 1):
-        text = next((row[k] for k in ("question", "problem", "prompt") if isinstance(row.get(k), str)), None)
-        messages = [{"role": "user", "content": text}] if text is not None else conversation(row)
-        if isinstance(messages, str):
-            raise ValueError(f"{prompts}, row {number}: no question, problem or prompt, and {messages}")
-        last = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
-        if last < 0:
-            raise ValueError(f"{prompts}, row {number}: no message of a user")
-        found.append((row.get("id", str(number - 1)), messages[:last + 1]))
-    if not found:
-        raise ValueError(f"{prompts!r} holds no prompts")
-    return found
-
-# ----------------------------------------------------------------------------------------------------------------------
-# answers: functions of the messages that return (text, None), or (None, why there is none). A refusal may concern this
-# prompt alone, as one longer than the context; when the first is refused, it is taken to concern all.
+class Prompt(NamedTuple):
+    id: object          # the row's own, or its number as text
+    messages: list      # [{"role", "content"}, ..] that ends with a user's turn
 
 
-def ask(messages):
-    """The server's answer. What may pass, a busy server or a broken connection, is tried again after a pause that
-    doubles; ValueError after the last try."""
-    body = json.dumps({"model": model, "messages": messages, "temperature": temperature, "max_tokens": max_new_tokens,
-                       "chat_template_kwargs": {"enable_thinking": thinking}}).encode()
-    request = urllib.request.Request(f"{server.rstrip('/')}/chat/completions", body,
-                                     {"Content-Type": "application/json"})
-    for attempt in range(retries + 1):
+def read_prompts(source):
+    """The Prompts of a file, a folder or a hub data set. ValueError names a row without one."""
+    prompts = []
+    for number, row in enumerate(read_source(source), 1):
+        try:
+            messages = question_of(row) or read_conversation(row)
+        except UnusableRow as reason:
+            raise ValueError(f"{source}, row {number}: no question, problem or prompt, "
+                             f"and {reason}") from None
+        # a conversation is answered anew from its last user's turn on
+        while messages and messages[-1]["role"] != "user":
+            messages = messages[:-1]
+        if not messages:
+            raise ValueError(f"{source}, row {number}: no message of a user")
+        prompts.append(Prompt(row.get("id", str(number - 1)), messages))
+    if not prompts:
+        raise ValueError(f"{source!r} holds no prompts")
+    return prompts
+
+
+def question_of(row):
+    """The messages of a row whose prompt is a plain text; None if it has none."""
+    for key in ("question", "problem", "prompt"):
+        if isinstance(row.get(key), str):
+            return [{"role": "user", "content": row[key]}]
+    return None
+
+# --------------------------------------------------------------------------------------------------
+# answers, of a server or decoded here
+
+
+class Answer(NamedTuple):
+    text: str | None            # None: there is none
+    why_none: str | None = None
+
+    def is_refused(self):
+        return self.text is None and self.why_none.startswith("refused")
+
+
+def ask(config, messages):
+    """The server's Answer.
+
+    What may pass, as a busy server or a broken connection, is tried again after a pause that
+    doubles. ValueError after the last try.
+    """
+    request = chat_request(config, messages)
+    for attempt in range(config.retries + 1):
         if attempt:
             time.sleep(min(60.0, 0.5 * 2 ** attempt))
         try:
-            with urllib.request.urlopen(request, timeout=timeout) as response:
+            with urllib.request.urlopen(request, timeout=config.timeout) as response:
                 choice = json.load(response)["choices"][0]
-                text, ended = choice["message"]["content"], choice["finish_reason"] == "stop"
-            break
+            text = choice["message"]["content"]
+            ended = choice["finish_reason"] == "stop"
         except urllib.error.HTTPError as error:
-            why = f"{error.code} {' '.join(error.read(500).decode(errors='replace').split())}"
-            if error.code not in (408, 429) and error.code < 500:
-                return None, f"refused: {why}"
+            body = error.read(500).decode(errors="replace")
+            failure = f"{error.code} {' '.join(body.split())}"
+            may_pass = error.code in (408, 429) or error.code >= 500
+            if not may_pass:
+                return Answer(None, f"refused: {failure}")
+        # no connection, or an answer that is cut off or has another form than promised
         except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
-            why = repr(error)
-    else:
-        raise ValueError(f"{server} gave no answer in {retries + 1} tries ({why}): the same command goes on from here")
-    if choice["message"].get("reasoning_content"):
-        raise ValueError(f"{server} takes thoughts out of its answers: start it without a reasoning parser")
-    return (text, None) if ended and text else (None, "did not end" if not ended else "empty")
+            failure = repr(error)
+        else:
+            if choice["message"].get("reasoning_content"):
+                raise ValueError(f"{config.server} takes thoughts out of its answers: start it "
+                                 "without a reasoning parser")
+            if not ended:
+                return Answer(None, "did not end")
+            if not text:
+                return Answer(None, "empty")
+            return Answer(text)
+    raise ValueError(f"{config.server} gave no answer in {config.retries + 1} tries ({failure}): "
+                     "the same command goes on from here")
 
 
-def decoder():
-    """A function like ask that decodes here."""
-    where, tokenizer = load_target(target, device, dtype), load_tokenizer(target)
-    draft = load_drafter(drafter, where.config, device, dtype) if drafter else None
-    stops, decoders = stop_ids(tokenizer), {}
-
-    def answer(messages):
-        try:
-            prompt = chat_prompt(tokenizer, messages, thinking)
-            s = Sampling(temperature, seed=zlib.crc32(str(prompt).encode()))  # else prompts would share their noise
-            tokens, _, _ = run(where, draft, prompt, max_new_tokens, stops, None if draft else 1, s,
-                               decoders=None if temperature else decoders)
-        except ValueError as error:
-            return None, f"refused: {error}"
-        if tokens[-1] not in stops:
-            return None, "did not end"
-        text = tokenizer.decode(tokens[:-1])
-        return (text, None) if tokenizer.encode(text) == tokens[:-1] else (None, "does not survive as text")
-    return answer
+def chat_request(config, messages):
+    body = {
+        "model": config.model,
+        "messages": messages,
+        "temperature": config.temperature,
+        "max_tokens": config.max_new_tokens,
+        "chat_template_kwargs": {"enable_thinking": config.thinking},
+    }
+    address = f"{config.server.rstrip('/')}/chat/completions"
+    headers = {"Content-Type": "application/json"}
+    return urllib.request.Request(address, json.dumps(body).encode(), headers)
 
 
-def in_order(work, items, width):
-    """work(item) of each item, in order; `width` at a time, and no further ahead than four times that."""
+def map_in_order(function, items, width):
+    """function(item) of each item, in order: `width` at a time, and the next ones no further ahead
+    than four times that."""
     ahead = collections.deque()
     with ThreadPoolExecutor(width) as pool:
         try:
             for item in items:
-                ahead.append(pool.submit(work, item))
+                ahead.append(pool.submit(function, item))
                 if len(ahead) == 4 * width:
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
-        finally:
+        finally:  # after an error: what has not begun need not begin
             for future in ahead:
                 future.cancel()
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the file: OUT.part, whose first line says how it was made, then a line for each prompt; OUT when all are there
+
+def make_decoder(config):
+    """A function from messages to an Answer that decodes here."""
+    target = load_target(config.target, config.device, config.dtype)
+    tokenizer = load_tokenizer(config.target)
+    stops = stop_ids(tokenizer)
+    drafter = None
+    block_size = 1  # without a drafter one row a step, the target's fastest mode
+    if config.drafter:
+        drafter = load_drafter(config.drafter, target.config, config.device, config.dtype)
+        block_size = None  # the drafter's own
+    # A decoder made for one prompt serves the next one of that length too, with the same sampling.
+    # Sampled prompts have noise of their own, so nothing could be shared.
+    decoders = {} if config.temperature == 0 else None
+
+    def decode(messages):
+        try:
+            prompt = chat_prompt(tokenizer, messages, config.thinking)
+            # a seed for each prompt, as all prompts would share their noise otherwise
+            seed = zlib.crc32(str(prompt).encode())
+            sampling = Sampling(config.temperature, seed=seed)
+            tokens = timed_generate(
+                target, drafter, prompt, config.max_new_tokens, stops, block_size, sampling,
+                decoders=decoders).tokens
+        except ValueError as error:
+            return Answer(None, f"refused: {error}")
+        if tokens[-1] not in stops:
+            return Answer(None, "did not end")
+        text = tokenizer.decode(tokens[:-1])
+        if tokenizer.encode(text) != tokens[:-1]:
+            return Answer(None, "does not survive as text")
+        return Answer(text)
+
+    return decode
+
+# --------------------------------------------------------------------------------------------------
+# OUT.part: a first line that says how it was made, then a line for each prompt. OUT in the end
 
 
-def resume(part, header, questions):
-    """The number of prompts that OUT.part answers already; a torn last line is cut off. ValueError when it was made in
-    another way or from other prompts."""
+def part_header(config):
+    """The first line of OUT.part: all that the answers depend on."""
+    return {
+        "prompts": config.prompts,
+        "model": config.model or config.target,
+        "temperature": config.temperature,
+        "thinking": config.thinking,
+        "max_new_tokens": config.max_new_tokens,
+    }
+
+
+def resume(part, header, prompts):
+    """How many prompts OUT.part answers already; a torn last line is cut off.
+
+    ValueError when it was made in another way or from other prompts.
+    """
     if not os.path.exists(part) or not os.path.getsize(part):
         with open(part, "w") as f:
             f.write(json.dumps(header) + "\n")
@@ -149,56 +278,32 @@ def resume(part, header, questions):
         lines = [line for line in f if line.endswith(b"\n")]
         f.truncate(sum(map(len, lines)))
     rows = [json.loads(line) for line in lines]
-    same = rows[:1] == [header] and len(rows) <= len(questions) + 1
-    if not same or any(row["prompt"] != messages for row, (_, messages) in zip(rows[1:], questions)):
-        raise ValueError(f"{part} was made from other prompts or in another way ({rows[:1]}): remove it, or give "
-                         "another --out")
+    is_same = rows[:1] == [header] and len(rows) <= len(prompts) + 1
+    for row, prompt in zip(rows[1:], prompts):
+        is_same = is_same and row["prompt"] == prompt.messages
+    if not is_same:
+        raise ValueError(f"{part} was made from other prompts or in another way ({rows[:1]}): "
+                         "remove it, or give another --out")
     return len(rows) - 1
 
 
-def regenerate():
-    """Answer all prompts; returns {what became of a prompt: how many}."""
-    if not prompts or not out or in_flight < 1 or bool(server) != bool(model):
-        raise ValueError("give --prompts and --out, --server with --model or neither, and in_flight of at least 1")
-    if os.path.exists(out):
-        raise ValueError(f"{out} is there already: remove it, or give another --out")
-    questions, part = read_prompts(), out + ".part"
-    os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
-    header = {"prompts": prompts, "model": model if server else target, "temperature": temperature,
-              "thinking": thinking, "max_new_tokens": max_new_tokens}
-    done = resume(part, header, questions)
-    todo = [messages for _, messages in questions[done:]]
-    answers = in_order(ask, todo, in_flight) if server else map(decoder(), todo)
-    bar = tqdm(answers, initial=done, total=len(questions), unit="prompt", disable=not sys.stderr.isatty())
-    with open(part, "a") as f:
-        for messages, (text, why) in zip(todo, bar):
-            if why and why.startswith("refused") and not done:
-                raise ValueError(f"the first prompt is {why}")
-            done += 1
-            f.write(json.dumps({"prompt": messages, "answer": text, "why": why}) + "\n")
-            f.flush()
+def finish(part, out, prompts):
+    """Write the conversations that have an answer from OUT.part to OUT, whole, and remove OUT.part.
+    Returns {what became of a prompt: how many}."""
     counts = collections.Counter()
-    with open(part) as f, open(out + ".tmp", "w") as kept:
-        next(f)
-        for (name, messages), row in zip(questions, map(json.loads, f)):
-            counts[(row["why"] or "answered").partition(":")[0]] += 1
+    with open(part) as answered, open(out + ".tmp", "w") as f:
+        next(answered)  # the header
+        for prompt, line in zip(prompts, answered):
+            row = json.loads(line)
+            outcome = row["why"] or "answered"
+            counts[outcome.partition(":")[0]] += 1
             if row["why"] is None:
-                messages = [*messages, {"role": "assistant", "content": row["answer"]}]
-                kept.write(json.dumps({"id": name, "messages": messages}) + "\n")
+                answer = {"role": "assistant", "content": row["answer"]}
+                conversation = {"id": prompt.id, "messages": prompt.messages + [answer]}
+                f.write(json.dumps(conversation) + "\n")
     os.replace(out + ".tmp", out)
     os.remove(part)
     return counts
-
-
-def main():
-    configure(globals())
-    try:
-        counts = regenerate()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(f"interrupted: the same command goes on from {out}.part")
-    print(f"{out}: " + ", ".join(f"{count:,} {what}" for what, count in counts.items()))
 
 
 if __name__ == "__main__":

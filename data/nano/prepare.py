@@ -1,8 +1,9 @@
 """
-Target-matched rows for the nano drafter: the nano target answers fresh problems, and its answers are the data.
+Target-matched rows for the nano drafter: answers of the nano target to problems that are new to it.
 
-    python data/nano/prepare.py             # seconds: from the shipped answers; train.py runs it when rows are missing
-    python data/nano/prepare.py --fresh     # minutes: let the target answer again, and write answers.jsonl.gz anew
+    python data/nano/prepare.py             # seconds: rows of the shipped answers; train.py runs it
+    python data/nano/prepare.py --fresh     # minutes: let the target answer again, and write
+                                            # answers.jsonl.gz anew
 
 The drafter learns to guess what this target says, right or wrong, not what a teacher would say.
 """
@@ -14,93 +15,137 @@ import sys
 import torch
 from tqdm import tqdm
 
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-sys.path[:0] = [ROOT, os.path.join(ROOT, "data", "nano")]  # the project's modules, from whatever folder this is run
+ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".."))
+sys.path.insert(0, ROOT)  # the project's modules, from whatever folder this is run
+from chat import chat_prompt, load_tokenizer, tokenizer_fingerprint
+from checkpoint import load_target, read_target_config
 from configurator import configure
+from data.nano.problems import problems
 from data.rows import write_rows
-from problems import problems
-from target import DecodeState, chat_prompt, fingerprint, load_target, load_tokenizer
+from target import DecodeState
 
-target = os.path.join(ROOT, "data", "nano", "target")   # whose answers to write
-out_dir = os.path.join(ROOT, "data", "nano")            # where the rows go
-answers = os.path.join(ROOT, "data", "nano", "answers.jsonl.gz")    # lines of split, question, answer
-fresh = False           # let the target answer, rather than read what it said when the repository was made
-train_rows = 6000       # fresh training problems: those after the ones that the target was pretrained on
-val_rows = 200          # of the split val
+target = os.path.join(ROOT, "data", "nano", "target")               # whose answers to write
+out_dir = os.path.join(ROOT, "data", "nano")                        # where the rows go
+answers = os.path.join(ROOT, "data", "nano", "answers.jsonl.gz")    # of split, question, answer
+fresh = False           # let the target answer; else read what it said when the repository was made
+train_rows = 6000       # training problems, from number `skip` on
+val_rows = 200          # problems of the split val
 skip = 200_000          # training problems passed over; pretraining saw the first 105,600
-batch_size = 256        # prompts of one length answered in lockstep
-limit = 160             # tokens of an answer at most
+batch_size = 256        # prompts of one length that are answered in lockstep
+max_new_tokens = 160    # tokens of an answer at most
 device = "cpu"          # cpu or cuda
 
 
-@torch.no_grad()
-def answer(target, tokenizer, questions, limit, batch_size):
-    """Greedy answers, [(prompt ids, answer ids)] in the order of the questions. An answer ends with <|im_end|>, or
-    without it after `limit` tokens. Prompts of one length go through together, one row a step: they share a position.
-    """
-    where, stop = target.embed_tokens.weight.device, tokenizer.eos_token_id
-    prompts = [chat_prompt(tokenizer, q) for q in questions]
-    order, answers = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), [None] * len(prompts)
-    bar = tqdm(total=len(prompts), unit="row", disable=not sys.stderr.isatty())
-    while order:
-        n = len(prompts[order[0]])
-        group = [i for i in order[:batch_size] if len(prompts[i]) == n]
-        order = order[len(group):]
-        state = DecodeState(target, len(group), n + limit, 1)
-        _, logits = target.prefill(torch.tensor([prompts[i] for i in group], device=where), state)
-        steps = [logits.argmax(-1)]
-        stopped = steps[0] == stop
-        while len(steps) < limit and not (len(steps) % 8 == 0 and bool(stopped.all())):
-            _, logits = target(steps[-1][:, None], state, rows=slice(None))
-            state.commit(1)
-            steps.append(logits[:, 0].argmax(-1))
-            stopped |= steps[-1] == stop
-        for i, ids in zip(group, torch.stack(steps, 1).tolist()):
-            answers[i] = prompts[i], ids[:ids.index(stop) + 1] if stop in ids else ids
-        bar.update(len(group))
-    bar.close()
-    return answers
-
-
-def write_answers(model, tokenizer):
-    """Ask the target and write answers.jsonl.gz; answers that did not end, or do not survive as text, are left out."""
-    lines = []
-    for split, count, start in (("train", train_rows, skip), ("val", val_rows, 0)):
-        questions = [q for q, _, _ in problems(split, count, start)]
-        for question, (_, ids) in zip(questions, answer(model, tokenizer, questions, limit, batch_size)):
-            text = tokenizer.decode(ids, skip_special_tokens=True)
-            if tokenizer.encode(text + tokenizer.eos_token) == ids:
-                lines.append(json.dumps({"split": split, "question": question, "answer": text}) + "\n")
-    with open(answers + ".tmp", "wb") as f:
-        f.write(gzip.compress("".join(lines).encode(), mtime=0))
-    os.replace(answers + ".tmp", answers)
-    print(f"{answers}: {len(lines):,} answers of {train_rows + val_rows:,}")
-
-
-def read_answers():
+def main(argv=None):
+    config = configure(globals(), argv)
     try:
-        with gzip.open(answers, "rt") as f:
-            return [json.loads(line) for line in f]
-    except (OSError, EOFError, json.JSONDecodeError) as error:
-        sys.exit(f"error: cannot read {answers}: {error}\nmake it anew: python data/nano/prepare.py --fresh")
-
-
-def main():
-    configure(globals())
-    try:
-        tokenizer, model = load_tokenizer(target), load_target(target, device)
+        tokenizer = load_tokenizer(config.target)
+        target_config, _ = read_target_config(config.target)
+        if config.fresh:
+            target = load_target(config.target, config.device)
     except ValueError as error:
         sys.exit(f"error: {error}\nbuild the nano target first: python data/nano/pretrain.py")
-    if fresh:
-        write_answers(model, tokenizer)
+    if config.fresh:
+        write_answers(target, tokenizer, config)
+    try:
+        answered = read_answers(config.answers)
+    except (OSError, EOFError, json.JSONDecodeError) as error:
+        sys.exit(f"error: cannot read {config.answers}: {error}\n"
+                 "make it anew: python data/nano/prepare.py --fresh")
     splits = {"train": [], "val": []}
-    for row in read_answers():
+    for row in answered:
         prompt = chat_prompt(tokenizer, row["question"])
         reply = tokenizer.encode(row["answer"] + tokenizer.eos_token)
-        splits[row["split"]].append((prompt + reply, [0] * len(prompt) + [1] * len(reply)))
-    meta = write_rows(out_dir, splits, {"vocab_size": model.config.vocab_size, "tokenizer": fingerprint(target)})
+        mask = [0] * len(prompt) + [1] * len(reply)
+        splits[row["split"]].append((prompt + reply, mask))
+    meta = write_rows(config.out_dir, splits, {
+        "vocab_size": target_config.vocab_size,
+        "tokenizer": tokenizer_fingerprint(config.target),
+    })
     for name, counts in meta["splits"].items():
-        print(f"{out_dir}/{name}: " + ", ".join(f"{n:,} {kind}" for kind, n in counts.items()))
+        listed = ", ".join(f"{count:,} {what}" for what, count in counts.items())
+        print(f"{config.out_dir}/{name}: {listed}")
+
+
+def read_answers(path):
+    """Rows {"split", "question", "answer"} of what the target answered."""
+    with gzip.open(path, "rt") as f:
+        return [json.loads(line) for line in f]
+
+
+def write_answers(target, tokenizer, config):
+    """Ask the target and write its answers, but for those that did not end or that do not survive
+    as text."""
+    training = list(problems("train", config.train_rows, config.skip))
+    held_out = list(problems("val", config.val_rows))
+    lines = []
+    for split, rows in (("train", training), ("val", held_out)):
+        questions = [question for question, _, _ in rows]
+        answered = answer_questions(
+            target, tokenizer, questions, config.max_new_tokens, config.batch_size)
+        for question, (_, token_ids) in zip(questions, answered):
+            text = tokenizer.decode(token_ids, skip_special_tokens=True)
+            if tokenizer.encode(text + tokenizer.eos_token) == token_ids:
+                row = {"split": split, "question": question, "answer": text}
+                lines.append(json.dumps(row) + "\n")
+    # no time of writing in it: the same answers give the same bytes
+    content = gzip.compress("".join(lines).encode(), mtime=0)
+    with open(config.answers + ".tmp", "wb") as f:
+        f.write(content)
+    os.replace(config.answers + ".tmp", config.answers)
+    asked = len(training) + len(held_out)
+    print(f"{config.answers}: {len(lines):,} answers of {asked:,}")
+
+
+def answer_questions(target, tokenizer, questions, max_new_tokens, batch_size):
+    """Greedy answers [(prompt ids, answer ids)], in the order of the questions.
+
+    An answer ends with <|im_end|>, or without it after max_new_tokens. Prompts of one length go
+    through together, one row a step: sequences of a batch share their position.
+    """
+    prompts = [chat_prompt(tokenizer, question) for question in questions]
+    waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    answered = [None] * len(prompts)
+    bar = tqdm(total=len(prompts), unit="row", disable=not sys.stderr.isatty())
+    while waiting:
+        length = len(prompts[waiting[0]])
+        group = [i for i in waiting[:batch_size] if len(prompts[i]) == length]
+        waiting = waiting[len(group):]
+        batch = [prompts[i] for i in group]
+        replies = answer_batch(target, batch, max_new_tokens, tokenizer.eos_token_id)
+        for i, reply in zip(group, replies):
+            answered[i] = (prompts[i], reply)
+        bar.update(len(group))
+    bar.close()
+    return answered
+
+
+@torch.no_grad()
+def answer_batch(target, prompts, max_new_tokens, stop_id):
+    """Greedy answers, lists of token ids, to prompts of one length."""
+    tokens = torch.tensor(prompts, device=target.embed_tokens.weight.device)  # (B, T)
+    B, T = tokens.shape
+    state = DecodeState(target, B, T + max_new_tokens, block_size=1)
+    _, logits = target.prefill(tokens, state)
+    next_token = logits.argmax(-1)  # (B,)
+    steps = [next_token]
+    stopped = next_token == stop_id
+    while len(steps) < max_new_tokens:
+        # to know whether all have stopped is to wait for the device, so only every 8 steps
+        if len(steps) % 8 == 0 and stopped.all():
+            break
+        _, hidden = target(next_token[:, None], state)
+        state.commit(1)
+        next_token = target.logits(hidden)[:, 0].argmax(-1)
+        steps.append(next_token)
+        stopped |= next_token == stop_id
+    # an answer that stopped earlier than others of its batch goes on in vain: cut what follows
+    replies = []
+    for reply in torch.stack(steps, 1).tolist():
+        if stop_id in reply:
+            reply = reply[:reply.index(stop_id) + 1]
+        replies.append(reply)
+    return replies
 
 
 if __name__ == "__main__":

@@ -1,236 +1,53 @@
 """
-The drafter of DFlash and its loss. A copy of this file ships in every checkpoint as dflash.py; it needs torch and
-transformers only, with what these bring, so that AutoModel.from_pretrained(folder, trust_remote_code=True) loads it
-anywhere.
+The drafter of DFlash and its loss.
 
-DFlash (Chen, Liang, Liu, arXiv 2602.06036): a few bidirectional layers guess a block of K tokens in one forward. Their
-input is [x_n, MASK, .., MASK], the embeddings of the last known token, the *anchor*, and of K - 1 masks; what they know
-of the past are the target's own hidden states, the *features*, mixed by `fc` and given to every layer as keys and
-values. Row k of the block guesses the token at position n + k (no shift); row 0 is the anchor and guesses nothing.
+DFlash (Chen, Liang, Liu, arXiv 2602.06036) guesses a block of K tokens in one forward. The input is
+[x_n, MASK, .., MASK]: the embeddings of the last known token, the *anchor*, at position n, and of
+K - 1 masks. All that the drafter knows of the past are the *features*: hidden states which the
+target computed anyway, at a few of its layers (`target_layer_ids`), concatenated. `fc` mixes them,
+and every layer of the drafter sees the result as keys and values: its *context*. The context ends
+before the anchor, since the anchor itself has not been through the target yet. Row k of the block
+guesses the token at position n + k, not the one after. Row 0 is the anchor and guesses nothing.
 
-Glossary: B batch, T tokens, A anchors of a row, K block size, L layers, H heads, D head width, V vocabulary.
+The drafter has no embedding and no head of its own. It uses those of the target, which are frozen.
+
+Shapes: B batch, T tokens of a sequence, A anchors in a sequence, K block size, H heads, Hkv
+key-value heads, D head width, V vocabulary; `width` is that of the residual stream. A row is one
+place of a block.
+
+A copy of this file ships in every checkpoint as dflash.py, so that
+AutoModel.from_pretrained(folder, trust_remote_code=True) loads it anywhere. It needs torch and
+transformers only.
 """
-import json
-import os
-import shutil
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from huggingface_hub import snapshot_download
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import PreTrainedModel
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
-
-def wide(x):
-    """x in fp32, or as it is if wider: statistics, softmax and loss are computed there."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def rotary_table(positions, dim, theta):
-    """cos and sin (..., dim) of integer positions, in fp32: the half-split form, frequencies theta^(-2i/dim)."""
-    frequency = theta ** (-torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
-    angle = positions[..., None].float() * frequency
-    angle = torch.cat((angle, angle), -1)
-    return angle.cos(), angle.sin()
-
-
-def rotate(x, rotary):
-    """Rotary embedding of the first channels of x (..., T, H, D), as many as the table (..., T, dim) has."""
-    cos, sin = (y[..., None, :].to(x.dtype) for y in rotary)
-    turned, rest = x[..., :cos.shape[-1]], x[..., cos.shape[-1]:]
-    a, b = turned.chunk(2, dim=-1)
-    turned = turned * cos + torch.cat((-b, a), -1) * sin
-    return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
-
-
-LARGE = 1 << 18  # numbers in a weight from which packing it pays
-
-
-def pack(weight):
-    """The function x -> x W^T of a frozen weight (N, K) that is large and on a CPU, from a copy in oneDNN's blocked
-    order: one row runs 1.3 times as fast as by F.linear, sixteen two to four times, and a row's bits depend on it
-    alone. None for others, where F.linear serves."""
-    kinds = [torch.float32] if torch.backends.mkldnn.is_available() else []
-    kinds += [torch.bfloat16] if kinds and torch.ops.mkldnn._is_mkldnn_bf16_supported() else []  # not on older CPUs
-    if weight.device.type != "cpu" or weight.numel() < LARGE or weight.dtype not in kinds:
-        return None
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 16)
-    return torch.compiler.disable(lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""))
-
-
-def pack_linears(module, skip=()):
-    """Let the projections of a frozen module, but for those named in `skip`, use packed weights; returns the module."""
-    for name, part in module.named_modules():
-        if isinstance(part, nn.Linear) and part.bias is None and name not in skip:
-            if times := pack(part.weight):
-                part.forward = times
-    return module
-
-
-def attend(q, k, v, mask):
-    """Grouped-query attention (B, H, K, D) of a few rows q (B, H, K, D) over a whole buffer k, v (B, Hkv, T, D), of
-    which each row sees what the mask (K, T) says: two products and a softmax in fp32 with weights of exactly zero
-    elsewhere. For so few rows library kernels take several times as long on a GPU."""
-    B, H, K, D = q.shape
-    scores = wide(q.reshape(B, k.shape[1], -1, D) @ k.mT) * D ** -0.5                        # (B, Hkv, H/Hkv K, T)
-    p = scores.unflatten(2, (-1, K)).masked_fill(~mask, -torch.inf).softmax(-1)
-    return (p.to(v.dtype).flatten(2, 3) @ v).view(B, H, K, D)
-
-# ----------------------------------------------------------------------------------------------------------------------
-# attention of training: the rows of A blocks, A K of them, to keys [T of context | A K of the blocks themselves]
-
-
-def sight(anchors, T, K, window=None):
-    """see(b, h, q, key): whether row q of batch row b may see that key; integer tensors that broadcast. A block sees
-    the context strictly before its anchor and its own K rows, never another block; in a sliding layer (window) it is
-    causal inside. It is the definition for both forms of attention below, and a mask_mod of flex_attention."""
-    def see(b, h, q, key):
-        anchor = anchors[b, q // K]
-        seen = (key < anchor) | ((key >= T) & ((key - T) // K == q // K))  # anchor < T
-        if window is not None:
-            row, at = anchor + q % K, torch.where(key < T, key, anchor + (key - T) % K)
-            seen = seen & (at <= row) & (at > row - window)
-        return seen
-    return see
-
-
-# compiled, as the plain function would form all scores; shapes are static, so once for each row length
-flex = torch.compile(flex_attention, dynamic=False)
-
-
-@torch.compiler.disable  # its shapes follow the data
-def grouped_attention(q, ck, cv, k, v, anchors, see, group=8):
-    """The form for CPUs: groups of anchors, which ascend, each with the context before its last one and no more.
-
-    q (B, H, A K, D); ck, cv (B, Hkv, T, D) of the context, k, v (B, Hkv, A K, D) of the blocks; see from sight().
-    Returns (B, H, A K, D). The heads of one key head are stacked as rows, so no key is copied for them.
-    """
-    (B, A), Hkv, R, rows = anchors.shape, k.shape[1], q.shape[1] // k.shape[1], q.shape[2]
-    batch, step, out = torch.arange(B, device=q.device)[:, None, None], rows // A * group, []
-    for i, last in zip(range(0, rows, step), anchors.split(group, 1)):
-        own, limit = slice(i, i + step), int(last.max())
-        index = torch.arange(rows, device=q.device)[own]
-        mask = see(batch, 0, index[:, None], torch.cat((torch.arange(limit, device=q.device), ck.shape[2] + index)))
-        keys, values = (torch.cat((x[:, :, :limit], y[:, :, own]), 2) for x, y in ((ck, k), (cv, v)))
-        o = F.scaled_dot_product_attention(q[:, :, own].unflatten(1, (Hkv, R)).flatten(2, 3), keys, values,
-                                           mask[:, None].repeat(1, 1, R, 1))
-        out.append(o.unflatten(2, (R, -1)).flatten(1, 2))
-    return torch.cat(out, 2)
-
-# ----------------------------------------------------------------------------------------------------------------------
-# layers; names, shapes and order are those of the public checkpoints
-
-
-class RMSNorm(nn.Module):
-    """Plain: w * x / rms(x), statistics in fp32. The target's, unlike this one, is zero-centred."""
-    def __init__(self, dim, eps):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
-
-    def forward(self, x):
-        return F.rms_norm(wide(x), x.shape[-1:], wide(self.weight), self.eps).to(x.dtype)
-
-
-class Attention(nn.Module):
-    """Grouped-query attention from the rows of a block to [context | the block itself], the whole head rotated."""
-    def __init__(self, c, kind):
-        super().__init__()
-        self.heads, self.kv_heads, self.dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        # a sliding layer is causal inside the block, and its window counts the token itself; a full one sees it whole
-        self.window = c.sliding_window if kind == "sliding_attention" else None
-        if kind == "sliding_attention" and not self.window:
-            raise ValueError("config.json has sliding_attention layers but no sliding_window with use_sliding_window")
-        self.q_proj = nn.Linear(c.hidden_size, self.heads * self.dim, bias=c.attention_bias)
-        self.k_proj = nn.Linear(c.hidden_size, self.kv_heads * self.dim, bias=c.attention_bias)
-        self.v_proj = nn.Linear(c.hidden_size, self.kv_heads * self.dim, bias=c.attention_bias)
-        self.o_proj = nn.Linear(self.heads * self.dim, c.hidden_size, bias=c.attention_bias)
-        self.q_norm, self.k_norm = RMSNorm(self.dim, c.rms_norm_eps), RMSNorm(self.dim, c.rms_norm_eps)
-
-    def keys_values(self, x, rotary):
-        """k and v (..., T, Hkv, D) of x (..., T, hidden): of context, which has no layer norm, or of normed rows."""
-        k, v = (proj(x).unflatten(-1, (self.kv_heads, self.dim)) for proj in (self.k_proj, self.v_proj))
-        return rotate(self.k_norm(k), rotary), v
-
-    def queries(self, x, rotary):
-        return rotate(self.q_norm(self.q_proj(x).unflatten(-1, (self.heads, self.dim))), rotary)
-
-    def visible(self, query, key):
-        """Whether a row at position `query` may see a block key at `key`, both integer tensors that broadcast."""
-        if self.window is None:
-            return torch.ones_like(query - key, dtype=torch.bool)
-        return (key <= query) & (key > query - self.window)
-
-    def train_form(self, x, context, rotary, context_rotary, anchors, mask):
-        """x (B, A, K, hidden), context (B, T, hidden), anchors (B, A), mask from sight(), or a BlockMask made of it."""
-        B, A, K, _ = x.shape
-        ck, cv = (y.transpose(1, 2) for y in self.keys_values(context, context_rotary))      # (B, Hkv, T, D)
-        k, v = (y.flatten(1, 2).transpose(1, 2) for y in self.keys_values(x, rotary))        # (B, Hkv, A K, D)
-        q = self.queries(x, rotary).flatten(1, 2).transpose(1, 2)                            # (B, H, A K, D)
-        if isinstance(mask, BlockMask):
-            o = flex(q, torch.cat((ck, k), 2), torch.cat((cv, v), 2), block_mask=mask, enable_gqa=True)
-        else:
-            o = grouped_attention(q, ck, cv, k, v, anchors, mask)
-        return self.o_proj(o.transpose(1, 2).unflatten(1, (A, K)).flatten(3))
-
-    def decode_form(self, x, rotary, keys, values, rows):
-        """x (B, K, hidden) at positions `rows` (K,); keys and values (B, Hkv, length, D), whose rows before the block
-        hold the context. The block's own are written after it, where the next context will replace them."""
-        k, v = self.keys_values(x, rotary)
-        keys.index_copy_(2, rows, k.transpose(1, 2).to(keys.dtype))
-        values.index_copy_(2, rows, v.transpose(1, 2).to(values.dtype))
-        token = torch.arange(keys.shape[2], device=x.device)
-        mask = (token <= rows[-1]) & self.visible(rows[:, None], token)
-        q = self.queries(x, rotary).transpose(1, 2)
-        o = attend(q, keys, values, mask)
-        return self.o_proj(o.transpose(1, 2).flatten(2))
-
-
-class MLP(nn.Module):
-    """SwiGLU."""
-    def __init__(self, c):
-        super().__init__()
-        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
-
-    def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class Layer(nn.Module):
-    def __init__(self, c, kind):
-        super().__init__()
-        self.self_attn = Attention(c, kind)
-        self.mlp = MLP(c)
-        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-
-    def forward(self, x, attend, *args):
-        """x (..., K, hidden); attend, one of Attention's two forms, is given the normed rows and the rest."""
-        x = x + attend(self.self_attn, self.input_layernorm(x), *args)
-        return x + self.mlp(self.post_attention_layernorm(x))
-
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the drafter
 
 
 class DFlashDraftModel(PreTrainedModel):
-    """The drafter. It has no embedding and no head of its own: the target's are used, for blocks and for guesses."""
+    """The drafter. Parameter names, shapes and their order are those of published checkpoints.
+
+    config is a Qwen3Config with a dflash_config: block_size, mask_token_id, target_layer_ids.
+    """
     config_class = Qwen3Config
     base_model_prefix = ""
 
     def __init__(self, config):
         super().__init__(config)
         self.block_size = config.dflash_config.get("block_size") or config.block_size
-        self.taps = tuple(config.dflash_config["target_layer_ids"])
+        self.target_layer_ids = tuple(config.dflash_config["target_layer_ids"])
         self.mask_token_id = config.dflash_config["mask_token_id"]
-        self.layers = nn.ModuleList(Layer(config, kind) for kind in config.layer_types)
+        feature_width = len(self.target_layer_ids) * config.hidden_size
+        layers = [Layer(config, kind) for kind in config.layer_types]
+        self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.fc = nn.Linear(len(self.taps) * config.hidden_size, config.hidden_size, bias=False)
+        self.fc = nn.Linear(feature_width, config.hidden_size, bias=False)
         self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_init()
 
@@ -240,357 +57,604 @@ class DFlashDraftModel(PreTrainedModel):
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
 
-    def rotary(self, positions):
-        return rotary_table(positions, self.config.head_dim, self.config.rope_parameters["rope_theta"])
+    # What decoding and training share.
 
-    def context(self, features):
-        """What every layer sees of the past, (B, T, hidden), from features (B, T, taps * hidden)."""
-        return self.hidden_norm(self.fc(features))
-
-    def block(self, tokens, embedding):
-        """Embeddings (..., K, hidden) of [token, MASK, .., MASK] for each of the anchor tokens (...)."""
-        ids = torch.full((*tokens.shape, self.block_size), self.mask_token_id, device=tokens.device)
+    def embed_block(self, tokens, embedding):
+        """Embeddings (..., K, width) of [token, MASK, .., MASK] for each anchor token (...)."""
+        shape = (*tokens.shape, self.block_size)
+        ids = torch.full(shape, self.mask_token_id, device=tokens.device)
         ids[..., 0] = tokens
         return F.embedding(ids, embedding)
 
-    def forward(self, features, blocks, anchors, flex=False):
-        """Training: many blocks of each row at once.
+    def context(self, features):
+        """What every layer sees of the past, (B, T, width).
 
-        features (B, T, taps * hidden) of whole rows; blocks (B, A, K, hidden) from block(); anchors (B, A), ascending
-        positions in the row; flex: attend by flex_attention, for GPUs. Returns the hidden states (B, A, K, hidden)
-        that the target's head turns into guesses.
+        features (B, T, len(target_layer_ids) * width). hidden_norm norms it once for all layers:
+        their own input_layernorm is for the rows of the block only.
         """
-        (B, A, K, _), T, device = blocks.shape, features.shape[1], features.device
-        context, masks = self.context(features), {}
-        rotary = self.rotary(anchors[:, :, None] + torch.arange(K, device=device))
-        past = self.rotary(torch.arange(T, device=device))
-        for window in {layer.self_attn.window for layer in self.layers}:
-            see = sight(anchors, T, K, window)
-            masks[window] = create_block_mask(see, B, None, A * K, T + A * K, device) if flex else see
-        x = blocks
-        for layer in self.layers:
-            x = layer(x, Attention.train_form, context, rotary, past, anchors, masks[layer.self_attn.window])
-        return self.norm(x)
+        return self.hidden_norm(self.fc(features))
 
-    def new_state(self, batch, length, like):
-        """Keys and values of `length` positions for each layer, (L, 2, B, Hkv, length, D)."""
-        c = self.config
-        return like.new_zeros(len(self.layers), 2, batch, c.num_key_value_heads, length, c.head_dim)
+    def rotary(self, positions):
+        """cos and sin for integer positions; unlike the target, the drafter rotates whole heads."""
+        theta = self.config.rope_parameters["rope_theta"]
+        return rotary_table(positions, self.config.head_dim, theta)
 
-    def remember(self, features, state, pos):
-        """Write the keys and values of features (B, T, ...) that begin at position pos (an int or a tensor). Of a
-        verified block all K rows may be given: those past the accepted ones are overwritten before they are seen."""
-        rows = pos + torch.arange(features.shape[1], device=features.device)
-        context, rotary = self.context(features), self.rotary(rows)
-        for layer, kv in zip(self.layers, state):
-            for kept, new in zip(kv, layer.self_attn.keys_values(context, rotary)):
-                kept.index_copy_(2, rows, new.transpose(1, 2).to(kept.dtype))
+    # Decoding: one block a sequence. A cache holds the keys and values of each layer, by position.
+    # The context writes those of committed positions, for good. A block writes its own behind
+    # them, from the anchor's position on, and nothing reads these after it: the next context and
+    # the next block are written over them.
 
-    def guess(self, block, state, pos):
-        """Decoding: the hidden states (B, K, hidden) of one block whose anchor stands at position pos, all before it
-        being remembered in `state`."""
-        rows = pos + torch.arange(block.shape[1], device=block.device)
-        rotary, x = self.rotary(rows), block
-        for layer, (keys, values) in zip(self.layers, state):
-            x = layer(x, Attention.decode_form, rotary, keys, values, rows)
+    def new_cache(self, batch, length):
+        """Keys and values of `length` positions, (layers, 2, B, Hkv, length, D)."""
+        kv_heads = self.config.num_key_value_heads
+        head_dim = self.config.head_dim
+        shape = (len(self.layers), 2, batch, kv_heads, length, head_dim)
+        return self.fc.weight.new_zeros(shape)
+
+    def append_context(self, features, cache, position):
+        """Write the keys and values of features (B, T, ...) into the cache, from `position` on.
+
+        position is an int or a tensor. Of a verified block all K rows may be given: those behind
+        the accepted ones are overwritten by the next block before anything sees them.
+        """
+        T = features.shape[1]
+        positions = position + torch.arange(T, device=features.device)
+        context = self.context(features)
+        rotary = self.rotary(positions)
+        for layer, (keys, values) in zip(self.layers, cache):
+            k, v = layer.self_attn.keys_values(context, rotary)
+            write_rows(keys, positions, k)
+            write_rows(values, positions, v)
+
+    def draft_logits(self, anchor, target, cache, position):
+        """Logits (B, K-1, V) of the guesses for the tokens after the anchors (B,) at `position`."""
+        embedded = self.embed_block(anchor, target.embed_tokens.weight)
+        hidden = self.decode_block(embedded, cache, position)
+        return target.logits(hidden[:, 1:])  # row 0, the anchor, guesses nothing
+
+    def decode_block(self, embedded, cache, position):
+        """Hidden states (B, K, width) of one embedded block whose anchor stands at `position`.
+
+        The cache holds the context of all positions before it.
+        """
+        K = embedded.shape[1]
+        positions = position + torch.arange(K, device=embedded.device)
+        rotary = self.rotary(positions)
+        x = embedded
+        for layer, (keys, values) in zip(self.layers, cache):
+            x = layer.decode(x, rotary, keys, values, positions)
         return self.norm(x)
 
     def compile_decoding(self):
-        """Compile the two parts of a decoding round that are the drafter's; prompts of any length share one graph."""
-        self.guess, self.remember = torch.compile(self.guess, dynamic=False), torch.compile(self.remember)
+        """Compile the two parts of a decoding round, once for each length of cache."""
+        self.decode_block = torch.compile(self.decode_block, dynamic=False)
+        self.append_context = torch.compile(self.append_context)
 
-    def propose(self, anchor, target, state, pos, pick):
-        """Guesses (B, K-1) for the tokens after the anchors (B,) at position pos: what `pick` makes of the logits
-        (B, K-1, V) of the slots."""
-        hidden = self.guess(self.block(anchor, target.embed_tokens.weight), state, pos)
-        return pick(target.logits(hidden[:, 1:]))
+    # Training: many blocks of each sequence at once, which cannot see one another. The context is
+    # apart from the rows of the blocks: a layer computes its keys and values once for all blocks.
 
-# ----------------------------------------------------------------------------------------------------------------------
-# training: anchors, labels, loss
+    def forward(self, features, blocks, anchors, use_flex=False):
+        """Hidden states (B, A, K, width), which the target's head turns into guesses.
+
+        features (B, T, ...)        of whole sequences
+        blocks   (B, A, K, width)   from embed_block()
+        anchors  (B, A)             positions of the anchors, as sample_anchors() orders them
+        use_flex                    attend by flex_attention, the form for GPUs
+        """
+        B, A, K, _ = blocks.shape
+        T = features.shape[1]
+        device = features.device
+        context = self.context(features)
+        context_positions = torch.arange(T, device=device)
+        block_positions = anchors[:, :, None] + torch.arange(K, device=device)
+        context_rotary = self.rotary(context_positions)
+        block_rotary = self.rotary(block_positions)
+
+        # Who sees whom, as a function, or as what flex_attention makes of it. Layers of the same
+        # attention window share it (usually no layer has a window).
+        visibilities = {}
+        for attention_window in {layer.self_attn.attention_window for layer in self.layers}:
+            visible = block_visibility(anchors, T, K, attention_window)
+            visibilities[attention_window] = visible
+            if use_flex:
+                rows = A * K
+                block_mask = create_block_mask(visible, B, None, rows, T + rows, device)
+                visibilities[attention_window] = block_mask
+
+        x = blocks
+        for layer in self.layers:
+            visibility = visibilities[layer.self_attn.attention_window]
+            x = layer(x, context, block_rotary, context_rotary, anchors, visibility)
+        return self.norm(x)
+
+# --------------------------------------------------------------------------------------------------
+# who sees whom in training
+
+
+def block_visibility(anchors, T, K, attention_window=None):
+    """The definition of what a block sees. Both forms of training's attention use it as their mask.
+
+    Returns visible(batch, head, query, key) over integer tensors that broadcast, which is also the
+    form that flex_attention asks for. Queries are the rows of A blocks, numbered 0 .. A K - 1. Keys
+    are the T tokens of the sequence and, after them, the rows of the blocks: T .. T + A K - 1.
+
+    A row sees the context strictly before its anchor, and the K rows of its own block in both
+    directions. It never sees another block. A layer with an attention_window is different: there a
+    row sees only so many positions up to its own, itself included, and nothing after it.
+    """
+    def visible(batch, head, query, key):
+        anchor = anchors[batch, query // K]
+        before_anchor = key < anchor  # an anchor is less than T, so this is never a row of a block
+        block_of_key = (key - T) // K
+        in_own_block = (key >= T) & (block_of_key == query // K)
+        seen = before_anchor | in_own_block
+        if attention_window is not None:
+            query_position = anchor + query % K
+            block_key_position = anchor + (key - T) % K
+            key_position = torch.where(key < T, key, block_key_position)
+            not_later = key_position <= query_position
+            not_too_old = key_position > query_position - attention_window
+            seen = seen & not_later & not_too_old
+        return seen
+    return visible
+
+
+# Compiled, as the plain function would form all scores. Shapes are static: once for each T.
+compiled_flex_attention = torch.compile(flex_attention, dynamic=False)
+
+
+@torch.compiler.disable  # its shapes follow the data
+def grouped_attention(
+        q,
+        context_k,
+        context_v,
+        block_k,
+        block_v,
+        anchors,
+        visible,
+        group=8):
+    """Training's attention for CPUs. Returns (B, H, A K, D).
+
+    q (B, H, A K, D) are the rows of the blocks; context_k, context_v (B, Hkv, T, D) the context;
+    block_k, block_v (B, Hkv, A K, D) the blocks' own; visible comes from block_visibility().
+
+    Anchors are taken in groups of neighbours. A group needs its own blocks, and the context before
+    its last anchor only: anchors ascend, so early groups multiply few keys.
+    """
+    B, A = anchors.shape
+    K = q.shape[2] // A
+    T = context_k.shape[2]
+    heads_per_key = q.shape[1] // block_k.shape[1]
+    device = q.device
+    batch = torch.arange(B, device=device)[:, None, None]
+    all_rows = torch.arange(A * K, device=device)
+
+    outputs = []
+    for first in range(0, A, group):
+        # the rows of the blocks of this group, and how much context they can see
+        own = slice(first * K, (first + group) * K)
+        context_length = int(anchors[:, first:first + group].max())
+        seen_k = context_k[:, :, :context_length]
+        seen_v = context_v[:, :, :context_length]
+        keys = torch.cat((seen_k, block_k[:, :, own]), 2)
+        values = torch.cat((seen_v, block_v[:, :, own]), 2)
+
+        # queries and keys by the numbers that block_visibility() gives them, for the mask
+        query_numbers = all_rows[own]
+        context_numbers = torch.arange(context_length, device=device)
+        key_numbers = torch.cat((context_numbers, T + query_numbers))
+        mask = visible(batch, 0, query_numbers[:, None], key_numbers)
+
+        # The query heads that share a key head are stacked, head after head, and so is the mask:
+        # then no key is copied for them.
+        stacked = q[:, :, own].unflatten(1, (-1, heads_per_key))
+        stacked = stacked.flatten(2, 3)                      # (B, Hkv, heads_per_key * rows, D)
+        mask = mask[:, None].repeat(1, 1, heads_per_key, 1)  # (B, 1, heads_per_key * rows, keys)
+        o = F.scaled_dot_product_attention(stacked, keys, values, mask)
+        o = o.unflatten(2, (heads_per_key, -1))
+        outputs.append(o.flatten(1, 2))
+    return torch.cat(outputs, 2)
+
+# --------------------------------------------------------------------------------------------------
+# layers
+
+
+class Layer(nn.Module):
+    """Attention, then the MLP, each on a normed copy of the residual stream (pre-norm)."""
+
+    def __init__(self, config, kind):
+        super().__init__()
+        self.self_attn = Attention(config, kind)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x, context, block_rotary, context_rotary, anchors, visibility):
+        """Training: x (B, A, K, width); see Attention.forward."""
+        normed = self.input_layernorm(x)
+        x = x + self.self_attn(normed, context, block_rotary, context_rotary, anchors, visibility)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+    def decode(self, x, rotary, keys, values, positions):
+        """Decoding: x (B, K, width); see Attention.decode."""
+        normed = self.input_layernorm(x)
+        x = x + self.self_attn.decode(normed, rotary, keys, values, positions)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Attention(nn.Module):
+    """Grouped-query attention from the rows of a block to [context | the block itself]."""
+
+    def __init__(self, config, kind):
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.kv_heads = config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.attention_window = None
+        if kind == "sliding_attention":
+            self.attention_window = config.sliding_window
+            if not self.attention_window:
+                raise ValueError("config.json has sliding_attention layers but no sliding_window "
+                                 "with use_sliding_window")
+        width = config.hidden_size
+        bias = config.attention_bias
+        query_width = self.heads * self.head_dim
+        kv_width = self.kv_heads * self.head_dim
+        self.q_proj = nn.Linear(width, query_width, bias=bias)
+        self.k_proj = nn.Linear(width, kv_width, bias=bias)
+        self.v_proj = nn.Linear(width, kv_width, bias=bias)
+        self.o_proj = nn.Linear(query_width, width, bias=bias)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+
+    def queries(self, x, rotary):
+        """q (..., H, D) of normed rows x (..., width)."""
+        q = self.q_proj(x)
+        q = q.unflatten(-1, (self.heads, self.head_dim))
+        return rotate(self.q_norm(q), rotary)
+
+    def keys_values(self, x, rotary):
+        """k and v (..., Hkv, D) of x (..., width): of the context, or of a block's normed rows."""
+        heads = (self.kv_heads, self.head_dim)
+        k = self.k_proj(x).unflatten(-1, heads)
+        v = self.v_proj(x).unflatten(-1, heads)
+        return rotate(self.k_norm(k), rotary), v
+
+    def forward(self, x, context, block_rotary, context_rotary, anchors, visibility):
+        """Training. x (B, A, K, width), context (B, T, width), anchors (B, A).
+
+        visibility: the function of block_visibility(), or a BlockMask of flex_attention made of it.
+        """
+        A, K = x.shape[1:3]
+        context_k, context_v = self.keys_values(context, context_rotary)
+        context_k = context_k.transpose(1, 2)                                # (B, Hkv, T, D)
+        context_v = context_v.transpose(1, 2)
+        block_k, block_v = self.keys_values(x, block_rotary)
+        block_k = block_k.flatten(1, 2).transpose(1, 2)                      # (B, Hkv, A K, D)
+        block_v = block_v.flatten(1, 2).transpose(1, 2)
+        q = self.queries(x, block_rotary)
+        q = q.flatten(1, 2).transpose(1, 2)                                  # (B, H, A K, D)
+        if isinstance(visibility, BlockMask):
+            k = torch.cat((context_k, block_k), 2)
+            v = torch.cat((context_v, block_v), 2)
+            o = compiled_flex_attention(q, k, v, block_mask=visibility, enable_gqa=True)
+        else:
+            o = grouped_attention(q, context_k, context_v, block_k, block_v, anchors, visibility)
+        o = o.transpose(1, 2).unflatten(1, (A, K))                           # (B, A, K, H, D)
+        return self.o_proj(o.flatten(3))
+
+    def decode(self, x, rotary, keys, values, positions):
+        """Decoding. x (B, K, width) at positions (K,).
+
+        keys and values (B, Hkv, length, D): this layer's part of the cache. It holds the context of
+        all positions before the block; the block's own are written behind it.
+        """
+        k, v = self.keys_values(x, rotary)
+        write_rows(keys, positions, k)
+        write_rows(values, positions, v)
+
+        # What block_visibility() says, for one block: all up to the block's last row, and in a
+        # sliding layer only the last positions up to the row's own.
+        key_position = torch.arange(keys.shape[2], device=x.device)
+        query_position = positions[:, None]
+        mask = key_position <= positions[-1]
+        mask = mask.expand(len(positions), -1)                               # (K, length)
+        if self.attention_window is not None:
+            mask = mask & (key_position <= query_position)
+            mask = mask & (key_position > query_position - self.attention_window)
+
+        q = self.queries(x, rotary).transpose(1, 2)                          # (B, H, K, D)
+        o = masked_attention(q, keys, values, mask)
+        return self.o_proj(o.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config):
+        super().__init__()
+        width = config.hidden_size
+        intermediate = config.intermediate_size
+        self.gate_proj = nn.Linear(width, intermediate, bias=False)
+        self.up_proj = nn.Linear(width, intermediate, bias=False)
+        self.down_proj = nn.Linear(intermediate, width, bias=False)
+
+    def forward(self, x):
+        gate = F.silu(self.gate_proj(x))
+        return self.down_proj(gate * self.up_proj(x))
+
+
+class RMSNorm(nn.Module):
+    """w * x / rms(x), statistics in fp32. The target's norm has 1 + w in place of w."""
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x):
+        width = x.shape[-1:]
+        weight = to_fp32(self.weight)
+        normed = F.rms_norm(to_fp32(x), width, weight, self.eps)
+        return normed.to(x.dtype)
+
+
+def to_fp32(x):
+    """x in fp32, or unchanged if it is wider: statistics, softmax and loss are computed there."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.to(dtype)
+
+
+def write_rows(buffer, positions, rows):
+    """Write rows (B, T, Hkv, D) into a buffer (B, Hkv, length, D) at positions (T,)."""
+    rows = rows.transpose(1, 2).to(buffer.dtype)
+    buffer.index_copy_(2, positions, rows)
+
+
+def rotary_table(positions, dim, theta):
+    """cos and sin (..., dim) in fp32 for integer positions (...).
+
+    Channel i and channel i + dim/2 turn together, by the angle position * theta^(-2i/dim).
+    """
+    channels = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32)
+    frequencies = theta ** (-channels / dim)
+    angles = positions[..., None].float() * frequencies
+    angles = torch.cat((angles, angles), -1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, rotary):
+    """Rotary embedding of x (..., T, H, D) by a table of cos and sin (..., T, dim).
+
+    The first dim channels of each head turn. The rest, if dim < D, stay as they are.
+    """
+    cos, sin = rotary
+    dim = cos.shape[-1]
+    cos = cos[..., None, :].to(x.dtype)
+    sin = sin[..., None, :].to(x.dtype)
+    turning, resting = x[..., :dim], x[..., dim:]
+    first_half, second_half = turning.chunk(2, dim=-1)
+    quarter_turn = torch.cat((-second_half, first_half), -1)
+    turned = turning * cos + quarter_turn * sin
+    if resting.shape[-1] == 0:
+        return turned
+    return torch.cat((turned, resting), -1)
+
+
+def masked_attention(q, k, v, mask):
+    """Attention (B, H, K, D) of a few rows to a whole buffer; a mask says what each row sees.
+
+    q (B, H, K, D); k, v (B, Hkv, length, D); mask (K, length), true where a row sees a key. Keys
+    that it does not see weigh exactly zero. The softmax is in fp32. It is written out as two
+    products because for so few rows library kernels take several times as long on a GPU.
+    """
+    B, H, K, D = q.shape
+    Hkv = k.shape[1]
+    # the query heads of a key head stand as rows, so no key is copied for them
+    stacked = q.reshape(B, Hkv, -1, D)                                       # (B, Hkv, H/Hkv K, D)
+    scores = to_fp32(stacked @ k.mT) * D ** -0.5
+    scores = scores.unflatten(2, (-1, K))                           # (B, Hkv, H/Hkv, K, length)
+    scores = scores.masked_fill(~mask, -torch.inf)
+    weights = scores.softmax(-1).to(v.dtype)
+    o = weights.flatten(2, 3) @ v
+    return o.view(B, H, K, D)
+
+# --------------------------------------------------------------------------------------------------
+# training: anchors, labels and weights
 
 
 def sample_anchors(supervised, count, generator):
-    """Anchors (B, count), ascending, and whether each is real, (B, count).
+    """Draws anchors from the responses: positions (B, count), and whether each is real, (B, count).
 
-    supervised (B, T) marks the tokens of responses. An anchor and the token after it are both supervised; anchors of
-    a row differ. A row with fewer candidates than `count` is filled with unreal ones at position 0, so that shapes
-    never vary. The generator alone decides: same seed, same anchors.
+    supervised (B, T) marks the tokens of responses. An anchor and the token after it are both
+    supervised, and the anchors of a sequence differ. They ascend, as far as they are real. If a
+    sequence has fewer candidates than `count`, fillers that are not real stand at the end, with
+    position 0: shapes never vary. For one T and count the generator alone decides.
     """
-    B, T = supervised.shape
-    allowed = F.pad(supervised[:, :-1] & supervised[:, 1:], (0, max(1, count - T + 1)))
-    score = torch.rand(allowed.shape, generator=generator).to(supervised.device).masked_fill(~allowed, -1.0)
-    score, anchors = score.topk(count, dim=1)
-    anchors = torch.where(score >= 0, anchors, T).sort(dim=1).values  # unreal ones last
-    return torch.where(anchors < T, anchors, 0), anchors < T
+    T = supervised.shape[1]
+    allowed = supervised[:, :-1] & supervised[:, 1:]
+    # These are T - 1 columns. Make them T, or as many as topk asks for; none of the new is allowed.
+    columns = max(T, count)
+    allowed = F.pad(allowed, (0, columns - (T - 1)))
+    # each candidate gets a random number of 0 .. 1; those with the largest ones are the anchors
+    random_numbers = torch.rand(allowed.shape, generator=generator).to(supervised.device)
+    random_numbers = random_numbers.masked_fill(~allowed, -1.0)
+    largest, positions = random_numbers.topk(count, dim=1)
+    positions = torch.where(largest >= 0, positions, T)  # T marks the fillers
+    positions = positions.sort(dim=1).values
+    real = positions < T
+    return torch.where(real, positions, 0), real
 
 
 def block_labels(tokens, supervised, anchors, real, K, gamma):
-    """Labels x_{anchor+k} and weights exp(-(k-1)/gamma), k = 1..K-1, both (B, A, K-1).
+    """Labels x_{anchor+k} and weights exp(-(k-1)/gamma) for k = 1 .. K-1, both (B, A, K-1).
 
-    The weight is zero past the end of the response that holds the anchor, and for unreal anchors.
-    Source: arXiv 2602.06036, equation for the position-decayed loss.
+    The weight decays since a guess counts only if all guesses before it were right. It is zero past
+    the end of the response that holds the anchor, and for anchors that are not real.
+    Source: arXiv 2602.06036, the position-decayed loss.
     """
-    B, T = tokens.shape
     k = torch.arange(1, K, device=tokens.device)
-    at = anchors[:, :, None] + k                                                             # (B, A, K-1)
-    inside = F.pad(supervised, (0, K)).gather(1, at.flatten(1)).view_as(at)
-    labels = F.pad(tokens, (0, K)).gather(1, at.flatten(1)).view_as(at)
-    inside = inside.long().cumprod(-1)  # a later response of the same row is not the anchor's
-    return labels, inside * real[:, :, None] * torch.exp(-(k - 1) / gamma)
+    positions = anchors[:, :, None] + k                                      # (B, A, K-1)
+
+    def at_positions(of_sequence):
+        padded = F.pad(of_sequence, (0, K))  # the last blocks reach past the end of the sequence
+        return padded.gather(1, positions.flatten(1)).view_as(positions)
+
+    labels = at_positions(tokens)
+    # once outside, always outside: a later response of the sequence is not the anchor's
+    inside = at_positions(supervised).long().cumprod(-1)
+    decay = torch.exp(-(k - 1) / gamma)
+    weights = inside * real[:, :, None] * decay
+    return labels, weights
 
 
-def dpace(q, inside, smooth):
-    """Weights (N, K-1) that follow the drafter's own confidence: w_j = sum over m >= j of s_1 .. s_m, where
-    s_i = (1 - a) q_i + a, is what the log of q_j adds to the expected length of the accepted prefix.
+def dpace_weights(q, inside, smoothing):
+    """D-PACE: weights (N, K-1) that follow the drafter's own confidence instead of a fixed decay.
 
-    q (N, K-1) probabilities of the true tokens; inside (N, K-1) is 0 past the response; smooth is a in 0 .. 1.
-    Source: arXiv 2605.18810. There the loss is divided by the rows of a batch, here by the sum of all weights.
+        s_i = (1 - a) q_i + a            a: smoothing, of 0 .. 1
+        w_j = sum over m >= j of  s_1 s_2 .. s_m
+
+    q (N, K-1) are the probabilities of the true tokens, inside (N, K-1) is 0 past the response.
+    With a = 0, w_j is the derivative of the expected accepted length by log q_j. The weights are
+    constants for the gradient of the loss.
+    Source: arXiv 2605.18810. There the loss is divided by the size of a batch, here by the sum of
+    all weights.
     """
-    prefix = (((1 - smooth) * q + smooth) * (inside > 0)).cumprod(-1)
-    return prefix.flip(-1).cumsum(-1).flip(-1)
+    smoothed = (1 - smoothing) * q + smoothing
+    products = (smoothed * (inside > 0)).cumprod(-1)
+    return products.flip(-1).cumsum(-1).flip(-1)  # w_j: the sum of all products from j to the end
+
+# --------------------------------------------------------------------------------------------------
+# training: the loss
+#
+# A sequence with 512 anchors has 512 x 15 guesses, and their logits over 248,320 tokens would be
+# 3.8 GB in bf16. But the head is frozen: its own gradient is not wanted, only the gradient by the
+# hidden states. Let h (guesses, width) be these, z = h head^T the logits, onehot the labels as rows
+# of zeros and a one, and loss = sum of weight_i nll_i. Then
+#
+#     d loss / d z = weight (softmax(z) - onehot)              (weights scale rows)
+#     d loss / d h = (d loss / d z) head
+#
+# which is known as soon as the logits are. So the guesses go through the head in chunks. Each chunk
+# yields its part of the loss and of d loss / d h at once, and then its logits are dropped. All that
+# is kept until the backward pass is d loss / d h, as large as h (31 MB for two such sequences, in
+# bf16). The backward pass only multiplies it by the scalar that comes in. No logits are computed
+# twice. Slots without weight have some label, but their gradient is 0.
 
 
-def head_chunk(hidden, weight, labels, w, smooth, backward):
-    """One chunk of blocks: nll (N, K-1), whether the greedy guess is right, the weights used, and the gradient of
-    sum w nll by hidden (N, K-1, hidden), if wanted. The logits become the gradient in place: one (N, K-1, V) in all."""
-    # flat: rows of blocks are strided, and for those CPUs take a batched product that is three times as slow
-    logits = wide(F.linear(hidden.flatten(0, 1), weight)).view(*labels.shape, -1)
-    top, guess = logits.max(-1, keepdim=True)
-    label = logits.gather(-1, labels[..., None]) - top
-    logits.sub_(top).exp_()
-    total = logits.sum(-1, keepdim=True)
-    nll = (total.log() - label)[..., 0]
-    w = w if smooth is None else dpace((-nll).exp(), w, smooth)
-    if not backward:
-        return nll, guess[..., 0] == labels, w, None
-    scale = w[..., None].to(logits.dtype)
-    logits.mul_(scale / total).scatter_add_(-1, labels[..., None], -scale)  # w (softmax - onehot)
-    grad = logits.to(hidden.dtype).flatten(0, 1) @ weight
-    return nll, guess[..., 0] == labels, w, grad.view_as(hidden)
+def block_loss(
+        hidden,
+        head,
+        labels,
+        weights,
+        logits_at_once=1024,
+        dpace_smoothing=None,
+        chunk_function=None):
+    """The loss of training blocks, as a *sum* of weight * nll.
+
+    The caller divides it by the sum of all weights of a step, over micro-batches and processes.
+    Then it does not matter (but for rounding) how a step was split.
+
+    hidden (B, A, K, width)     from the drafter's forward
+    head (V, width)             the target's, frozen
+    labels, weights (B, A, K-1) from block_labels()
+    logits_at_once              guesses whose logits exist at once, rounded down to whole blocks,
+                                as D-PACE weighs the slots of a block together
+    dpace_smoothing             None, or D-PACE's a; then any weight above 0 says: this slot counts
+    chunk_function              head_chunk (None), or a compiled one
+
+    Returns the scalar loss and, for each slot, all (B, A, K-1): the nll, whether the greedy guess
+    is right, and the weight that was used.
+    """
+    if chunk_function is None:
+        chunk_function = head_chunk
+    guess_hidden = hidden[:, :, 1:]  # row 0 is the anchor: no loss, it never meets the head
+    loss, nll, correct, used_weights = FrozenHeadLoss.apply(
+        guess_hidden.flatten(0, 1),
+        head,
+        labels.flatten(0, 1),
+        weights.flatten(0, 1),
+        logits_at_once,
+        dpace_smoothing,
+        chunk_function)
+    shape = weights.shape
+    return loss, nll.view(shape), correct.view(shape), used_weights.view(shape)
 
 
 class FrozenHeadLoss(torch.autograd.Function):
-    """sum_i w_i nll_i over blocks of rows (N, K-1, hidden) and the gradient by the rows, in one pass over chunks.
-
-    The head is frozen, so its gradient is not needed, and (softmax - onehot) W is known as soon as a chunk's logits
-    are: they are computed once and never stored. Peak memory is chunk x V, not N x V.
-    """
-    @staticmethod
-    def forward(ctx, hidden, weight, labels, w, chunk, smooth, one):
-        weight, parts, n = weight.to(hidden.dtype), [], max(1, chunk // labels.shape[1])
-        for i in range(0, len(hidden), n):
-            parts.append(one(hidden[i:i + n], weight, labels[i:i + n], w[i:i + n], smooth, ctx.needs_input_grad[0]))
-        nll, correct, w = (torch.cat(x) for x in list(zip(*parts))[:3])
-        ctx.save_for_backward(torch.cat([part[3] for part in parts]) if ctx.needs_input_grad[0] else None)
-        ctx.mark_non_differentiable(nll, correct, w)
-        return (nll * w).sum(), nll, correct, w
+    """Loss and gradient in one pass over chunks of blocks: hidden (blocks, K-1, width)."""
 
     @staticmethod
-    def backward(ctx, scale, *_):
-        return ctx.saved_tensors[0] * scale, None, None, None, None, None, None
+    def forward(
+            ctx,
+            hidden,
+            head,
+            labels,
+            weights,
+            logits_at_once,
+            dpace_smoothing,
+            chunk_function):
+        head = head.to(hidden.dtype)
+        wants_grad = ctx.needs_input_grad[0]
+        blocks_at_once = max(1, logits_at_once // labels.shape[1])
+        chunks = []
+        for first in range(0, len(hidden), blocks_at_once):
+            part = slice(first, first + blocks_at_once)
+            chunks.append(chunk_function(
+                hidden[part],
+                head,
+                labels[part],
+                weights[part],
+                dpace_smoothing,
+                wants_grad))
+        nll, correct, used_weights, grads = zip(*chunks)
+        nll = torch.cat(nll)
+        correct = torch.cat(correct)
+        used_weights = torch.cat(used_weights)
+        ctx.save_for_backward(torch.cat(grads) if wants_grad else None)
+        ctx.mark_non_differentiable(nll, correct, used_weights)
+        return (nll * used_weights).sum(), nll, correct, used_weights
+
+    @staticmethod
+    def backward(ctx, loss_grad, *_):
+        grad, = ctx.saved_tensors
+        return grad * loss_grad, None, None, None, None, None, None
 
 
-def block_loss(hidden, head, labels, weights, chunk=1024, smooth=None, one=head_chunk):
-    """The loss of training blocks as a *sum*; divide by the sum of all weights of the step, over micro-batches and
-    ranks, so that neither split changes it.
+def head_chunk(hidden, head, labels, weights, dpace_smoothing, wants_grad):
+    """One chunk of N blocks: hidden (N, K-1, width), labels and weights (N, K-1).
 
-    hidden (B, A, K, hidden) from forward; head (V, hidden); labels, weights (B, A, K-1); chunk: rows of logits that
-    exist at once, in whole blocks; smooth: None, or D-PACE's a, and then weights only say which slots count; one:
-    head_chunk, or a compiled one. Returns the scalar sum of weight * nll, and per slot, all (B, A, K-1): nll, whether
-    the greedy guess is right, and the weight. Row 0 of a block is its anchor: it has no loss and never meets the head.
+    Returns nll, whether the greedy guess is right, the weights used, all (N, K-1), and the gradient
+    of the sum of weights * nll by hidden, None if it is not wanted.
+
+    The fp32 tensor z (N, K-1, V) is used three times: it holds the logits, then their exponentials,
+    then the gradient by the logits. If hidden is bf16, so are the products with the head, before
+    and after: z is then a widened copy of the logits, and is rounded again at the end.
     """
-    rows, labels, w = (x.flatten(0, 1) for x in (hidden[:, :, 1:], labels, weights))
-    loss, *slots = FrozenHeadLoss.apply(rows, head, labels, w, chunk, smooth, one)
-    return loss, *(x.view_as(weights) for x in slots)
+    # The logits. The blocks are flattened, as row 0 was cut out of each and a CPU takes a batched
+    # product for such a tensor, which is three times as slow.
+    flat = hidden.flatten(0, 1)
+    z = to_fp32(F.linear(flat, head))
+    z = z.view(*labels.shape, -1)                                            # (N, K-1, V)
+    largest, guess = z.max(-1, keepdim=True)
+    correct = guess[..., 0] == labels
+    label_logit = z.gather(-1, labels[..., None]) - largest
 
-# ----------------------------------------------------------------------------------------------------------------------
-# checkpoints
+    # nll = log(sum of exp) - logit of the label; z now holds the exponentials
+    z.sub_(largest).exp_()
+    total = z.sum(-1, keepdim=True)
+    nll = total.log() - label_logit
+    nll = nll[..., 0]
 
+    if dpace_smoothing is not None:
+        weights = dpace_weights((-nll).exp(), weights, dpace_smoothing)
+    if not wants_grad:
+        return nll, correct, weights, None
 
-def drafter_config(target, layers, taps, mask_token_id, heads, kv_heads, head_dim, mlp, block_size=16):
-    """A Qwen3Config of a drafter for a target with the given TargetConfig; ValueError if it has no such layers.
-
-    rope_theta is the target's; its partial rotary factor is not taken over, the drafter rotates its whole head.
-    """
-    if list(taps) != sorted(set(taps)) or not taps or taps[0] < 0 or taps[-1] > target.num_hidden_layers - 2:
-        raise ValueError(f"taps = {tuple(taps)} must ascend, differ and stay within 0 .. {target.num_hidden_layers - 2}"
-                         f", as the target has {target.num_hidden_layers} layers")
-    return Qwen3Config(
-        block_size=block_size, num_target_layers=target.num_hidden_layers,
-        dflash_config={"block_size": block_size, "mask_token_id": mask_token_id, "target_layer_ids": list(taps)},
-        num_hidden_layers=layers, layer_types=["full_attention"] * layers, hidden_size=target.hidden_size,
-        intermediate_size=mlp, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim,
-        rope_parameters={"rope_type": "default", "rope_theta": target.rope_theta}, rms_norm_eps=target.rms_norm_eps,
-        vocab_size=target.vocab_size, max_position_embeddings=target.max_position_embeddings,
-        tie_word_embeddings=False, eos_token_id=target.eos_token_id,
-        pad_token_id=target.eos_token_id if target.pad_token_id is None else target.pad_token_id)
-
-
-def public_config(c):
-    """config.json's content as every loader reads it, from a Qwen3Config. It is written by hand because transformers 5
-    drops the top-level rope_theta, and readers of that key would fall back to 10000 without a word."""
-    theta, kinds = c.rope_parameters["rope_theta"], list(c.layer_types)
-    sliding = c.sliding_window if "sliding_attention" in kinds else None
-    return {
-        "architectures": ["DFlashDraftModel"], "model_type": "qwen3",
-        "auto_map": {"AutoModel": "dflash.DFlashDraftModel"},
-        "block_size": c.dflash_config["block_size"], "dflash_config": dict(c.dflash_config),
-        "num_target_layers": c.num_target_layers, "num_hidden_layers": c.num_hidden_layers, "layer_types": kinds,
-        "hidden_size": c.hidden_size, "intermediate_size": c.intermediate_size,
-        "num_attention_heads": c.num_attention_heads, "num_key_value_heads": c.num_key_value_heads,
-        "head_dim": c.head_dim, "hidden_act": "silu", "rms_norm_eps": c.rms_norm_eps,
-        "attention_bias": c.attention_bias, "attention_dropout": 0.0, "initializer_range": c.initializer_range,
-        "max_position_embeddings": c.max_position_embeddings, "vocab_size": c.vocab_size, "tie_word_embeddings": False,
-        "use_cache": True, "rope_theta": theta, "rope_scaling": None,
-        "rope_parameters": {"rope_type": "default", "rope_theta": theta}, "use_sliding_window": sliding is not None,
-        "sliding_window": sliding, "max_window_layers": c.num_hidden_layers, "bos_token_id": None,
-        "eos_token_id": c.eos_token_id, "pad_token_id": c.pad_token_id, "dtype": "bfloat16", "torch_dtype": "bfloat16"}
-
-
-def save_drafter(drafter, folder, card, extra=None):
-    """Write a checkpoint as engines read it: config.json, model.safetensors (bf16), dflash.py, README.md (card).
-
-    extra: {file name: object} for torch.save beside them. The folder appears whole, under its name, or not at all.
-    ValueError when it cannot be written.
-    """
-    part = folder.rstrip("/") + ".part"
-    tensors = {k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in drafter.state_dict().items()}
-    config = json.dumps(public_config(drafter.config), indent=2) + "\n"
-    try:
-        shutil.rmtree(part, ignore_errors=True)
-        os.makedirs(part)
-        save_file(tensors, os.path.join(part, "model.safetensors"), metadata={"format": "pt"})
-        for name, value in (extra or {}).items():
-            torch.save(value, os.path.join(part, name))
-        shutil.copyfile(__file__, os.path.join(part, "dflash.py"))
-        for name, text in (("config.json", config), ("README.md", card)):
-            with open(os.path.join(part, name), "w") as f:
-                f.write(text)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(part, folder)
-    except OSError as error:
-        raise ValueError(f"cannot write the checkpoint {folder!r}: {error}") from None
-
-
-def newest(folder):
-    """The folder itself if it is a checkpoint, or its last step-* one, as a training run writes them."""
-    steps = sorted(name for name in (os.listdir(folder) if os.path.isdir(folder) else ())
-                   if name.startswith("step-") and not name.endswith(".part"))
-    if os.path.isfile(os.path.join(folder, "config.json")) or not steps:
-        return folder
-    return os.path.join(folder, steps[-1])
-
-
-def checkpoint_folder(name):
-    """The folder of a checkpoint: `name` itself, or for a hub id such as Qwen/Qwen3.5-0.8B the hub's copy, which is
-    downloaded once. ValueError when the hub does not give it."""
-    if os.path.exists(name) or name.count("/") != 1 or name[0] in "./~":
-        return name
-    try:
-        return snapshot_download(name, allow_patterns=("*.json", "*.safetensors", "*.jinja", "*.txt"))
-    except Exception as error:  # offline, unknown, gated: a dozen types of three libraries
-        raise ValueError(f"no folder {name!r}, and the hub does not give it ({type(error).__name__}): copy the "
-                         "checkpoint here and give its folder") from None
-
-
-def load_weights(module, folder, device, dtype, public=lambda name: name, fp32=()):
-    """Give a module made on the meta device the weights of a folder's safetensors, whole or in shards.
-
-    public: maps a file's name of a tensor to the module's; None skips it. Names that end in one of fp32 stay in fp32.
-    Tensors go one by one to the device, from a file mapped anew for each, as pages that were read count as memory until
-    it is closed: the host needs the module and one tensor. ValueError names every tensor that is missing, left over, of
-    another shape or not finite, or the file that cannot be read.
-    """
-    expected = {name: list(w.shape) for name, w in module.state_dict().items()}
-    found, wrong, weights = {}, [], {}
-    index, path = os.path.join(folder, "model.safetensors.index.json"), os.path.join(folder, "model.safetensors")
-    try:
-        files = [path]
-        if os.path.isfile(index):
-            path = index
-            with open(index) as f:
-                files = [os.path.join(folder, name) for name in sorted(set(json.load(f)["weight_map"].values()))]
-        for path in files:
-            with safe_open(path, "pt") as f:
-                for key in f.keys():
-                    name, shape = public(key), f.get_slice(key).get_shape()
-                    if name in expected and shape != expected[name]:
-                        wrong.append(f"{name} is {shape}, not {expected[name]}")
-                    elif name is not None and name not in expected:
-                        wrong.append(f"{name} is left over")
-                    found[name] = path, key
-        wrong += [f"{name} is missing" for name in expected if name not in found]
-        for name in () if wrong else expected:
-            path, key = found[name]
-            kind = torch.float32 if name.endswith(tuple(fp32)) else dtype
-            with safe_open(path, "pt") as f:
-                weights[name] = f.get_tensor(key).to(device, kind, copy=True)
-            if not weights[name].sum().isfinite():  # one pass without a copy; a sum that overflows is no weight either
-                wrong.append(f"{name} is not finite")
-    except Exception as error:  # safetensors' own for a broken file, OSError for a missing one, no memory left
-        raise ValueError(f"cannot load {path!r}: {' '.join(str(error).split())}") from None
-    if wrong:
-        raise ValueError(f"{folder!r} does not hold the weights that its config.json describes: {', '.join(wrong)}")
-    module.load_state_dict(weights, assign=True)
-    return module.requires_grad_(False).eval()
-
-
-def read_config(folder):
-    """The Qwen3Config of a published drafter. ValueError for keys that are missing, that contradict each other, or that
-    ask for what this file does not compute, as such a drafter would load and guess badly without a word."""
-    with open(os.path.join(folder, "config.json")) as f:
-        raw = json.load(f)
-    for name in ("dflash_config", "hidden_size", "num_hidden_layers"):
-        if name not in raw:
-            raise ValueError(f"it has no {name}")
-    own, rope = raw["dflash_config"], raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    for name, inner in (("block_size", own), ("rope_theta", rope)):
-        given = {places[name] for places in (raw, inner) if places.get(name) is not None}
-        if len(given) != 1:
-            raise ValueError(f"{name} is {raw[name]} at the top and {inner[name]} inside" if given else
-                             f"it has no {name}")
-        raw[name] = given.pop()
-    foreign = {k: v for k, v in own.items() if v and k not in ("block_size", "mask_token_id", "target_layer_ids")}
-    for name, plain in (("partial_rotary_factor", 1), ("rope_type", "default"), ("hidden_act", "silu")):
-        value = rope.get(name, raw.get(name, plain))
-        foreign |= {} if value == plain else {name: value}
-    if foreign:
-        raise ValueError(f"it asks for {foreign}, which model.py does not compute")
-    taps, mask = own["target_layer_ids"], own["mask_token_id"]
-    if taps != sorted(set(taps)) or not taps or taps[0] < 0 or mask < 0:
-        raise ValueError(f"target_layer_ids = {taps} must ascend and mask_token_id = {mask} not be negative")
-    raw["dflash_config"] = own | {"block_size": raw["block_size"]}
-    raw["rope_parameters"], raw["rope_scaling"] = {"rope_type": "default", "rope_theta": raw.pop("rope_theta")}, None
-    # without this flag transformers forgets the window, and some published configs leave it out
-    raw["use_sliding_window"] = raw.get("use_sliding_window") or "sliding_attention" in raw.get("layer_types", ())
-    return Qwen3Config.from_dict(raw)
-
-
-def load_drafter(name, target, device="cpu", dtype="float32"):
-    """A frozen drafter from a checkpoint folder or a hub id, checked against the TargetConfig it shall draft for.
-
-    Raises ValueError, with the two numbers that differ, when there is none or it belongs to another target.
-    """
-    folder = newest(checkpoint_folder(name))
-    if not os.path.isfile(os.path.join(folder, "config.json")):
-        raise ValueError(f"no drafter in {folder!r}: give a folder with config.json, or train one: "
-                         "python train.py config/nano.py")
-    try:
-        config = read_config(folder)
-        taps, mask = config.dflash_config["target_layer_ids"], config.dflash_config["mask_token_id"]
-        config.num_target_layers = getattr(config, "num_target_layers", target.num_hidden_layers)
-        with torch.device("meta"):
-            drafter = DFlashDraftModel(config)
-    except Exception as error:  # not JSON, keys missing, and what transformers' own checks raise
-        raise ValueError(f"{folder}/config.json is not a DFlash drafter's: {' '.join(str(error).split())}; "
-                         "give the folder or hub id of one") from None
-    for key, own, other in (("hidden_size", config.hidden_size, target.hidden_size),
-                            ("vocab_size", config.vocab_size, target.vocab_size),
-                            ("num_target_layers", config.num_target_layers, target.num_hidden_layers)):
-        if own != other:
-            raise ValueError(f"the drafter in {folder!r} does not fit this target: {key} is {own}, "
-                             f"the target's {other}; give --target and --drafter of one pair")
-    if max(taps) > target.num_hidden_layers - 2 or mask >= target.vocab_size:
-        raise ValueError(f"the drafter in {folder!r} does not fit this target: last tap {max(taps)} of "
-                         f"{target.num_hidden_layers} layers, mask id {mask} of {target.vocab_size} ids")
-    return pack_linears(load_weights(drafter, folder, device, getattr(torch, dtype)))
+    # z becomes weight (softmax - onehot), and its product with the head is the gradient by hidden
+    w = weights[..., None].to(z.dtype)
+    z.mul_(w / total)
+    z.scatter_add_(-1, labels[..., None], -w)
+    z = z.to(hidden.dtype).flatten(0, 1)
+    grad = z @ head
+    return nll, correct, weights, grad.view_as(hidden)

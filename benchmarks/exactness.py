@@ -1,0 +1,181 @@
+"""
+Whether output with a drafter equals three others, token by token:
+
+    fixed shape    the target alone, its forwards of as many rows: it must, to the last bit
+    one row        the target alone, one row a step: other shapes round differently
+    transformers   its own greedy generate: so do other kernels
+
+for good and bad drafters, several temperatures and several dtypes. Where two outputs part, the
+margin between the scores of the two tokens is printed: rounding only turns over what is close.
+"""
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.common import load, setup_of
+from benchmarks.drafters import Oracle, random_drafter
+from benchmarks.journal import Journal
+from benchmarks.peer import peer_answer, transformers_peer
+from benchmarks.timing import progress
+from draft_decode import first_difference, timed_generate
+from sampling import Sampling, gumbel_noise, perturbed_scores
+from target import DecodeState
+
+
+def run(config):
+    report_rows = []
+    detailed_rows = []
+    journal = None
+    for dtype in config.dtypes:
+        workload = load(config, default_count=4, dtype=dtype)
+        setup = setup_of(config, workload.prompts, workload.stops)
+        setup |= {"dtype": config.dtypes, "temperature": config.temperatures,
+                  "oracle": config.oracle}
+        journal = journal or Journal(config, "exactness", setup)
+        drafters = drafters_of(config, workload)
+        peer = transformers_peer(workload.target) if 0 in config.temperatures else None
+        for temperature in config.temperatures:
+            sampling = Sampling(temperature, config.top_k, config.top_p, config.seed,
+                                config.draft_temperature)
+            comparison = Comparison(config, workload, drafters, peer, sampling)
+            prompt_rows = []
+            for number in progress(range(len(workload.prompts))):
+                name = f"{dtype} {temperature} {number}"
+                measure = functools.partial(comparison.measure, workload.prompts[number].ids)
+                prompt_rows.append(journal.row(name, measure))
+            for row, differences in summarize(prompt_rows):
+                row |= {"temperature": temperature, "dtype": dtype}
+                report_rows.append(row)
+                detailed_rows.append(row | {"differences": differences})
+    journal.close(detailed_rows)
+    print_table(report_rows)
+    return {"command": "exactness", "rows": report_rows}, setup
+
+
+def drafters_of(config, workload):
+    """{name: drafter}: an untrained one, the trained one, if any, and two oracles: one that is
+    right with the probability of the key `oracle`, and one that is always wrong."""
+    trained = workload.drafter
+    drafters = {}
+    if config.drafter == "random":
+        drafters["random"] = trained
+    else:
+        drafters["random"] = random_drafter(workload.target)
+        drafters["trained"] = trained
+    block_size = drafters["random"].block_size
+    if trained.block_size != block_size:
+        raise ValueError(f"{config.drafter} drafts blocks of {trained.block_size}; exactness "
+                         f"compares drafters of {block_size}: give such a one, "
+                         "or --drafter=random")
+    for name in ("oracle", "wrong"):
+        drafters[name] = Oracle(workload.target, block_size=block_size)
+    return drafters
+
+
+class Difference(NamedTuple):
+    """Where the tokens of a drafter and of another mode part."""
+    drafter: str
+    against: str
+    position: int | None   # None: they are equal
+    margin: float | None   # between the scores of both tokens; None: there are no two to compare
+
+
+class Comparison:
+    """All drafters against all other modes, at one dtype and one temperature."""
+
+    def __init__(self, config, workload, drafters, peer, sampling):
+        self.config = config
+        self.workload = workload
+        self.drafters = drafters
+        self.peer = peer
+        self.sampling = sampling
+        self.block_size = workload.drafter.block_size
+        self.decoders = {}
+
+    def decode(self, drafter, prompt_ids, block_size):
+        return timed_generate(self.workload.target, drafter, prompt_ids,
+                              self.config.max_new_tokens, self.workload.stops, block_size,
+                              self.sampling, self.decoders)
+
+    def measure(self, prompt_ids):
+        """The journal's row of one prompt: the Differences, and [tokens, rounds] by drafter."""
+        others = {
+            "fixed shape": self.decode(None, prompt_ids, self.block_size).tokens,
+            "one row": self.decode(None, prompt_ids, 1).tokens}
+        if self.peer is not None and self.sampling.temperature == 0:
+            others["transformers"] = peer_answer(
+                self.peer, prompt_ids, self.config.max_new_tokens, self.workload.stops,
+                self.block_size)
+        for name, p in (("oracle", self.config.oracle), ("wrong", 0.0)):
+            self.drafters[name].learn(prompt_ids, others["fixed shape"], p)
+        differences = []
+        counts = {}
+        for name, drafter in self.drafters.items():
+            tokens, rounds, _ = self.decode(drafter, prompt_ids, self.block_size)
+            counts[name] = [sum(len(result.tokens) for result in rounds), len(rounds)]
+            for against, other in others.items():
+                position = first_difference(tokens, other)
+                margin = self.margin(prompt_ids, tokens, other, position)
+                differences.append(Difference(name, against, position, margin))
+        return {"differences": differences, "rounds": counts}
+
+    @torch.inference_mode()
+    def margin(self, prompt_ids, tokens, other, position):
+        """How far apart the scores of the first two tokens that differ are. What rounding turned
+        over is close; what a wrong state did need not be. None where an output ended, or where
+        top_k or top_p leave only one of the tokens."""
+        if position is None or position >= min(len(tokens), len(other)):
+            return None
+        target = self.workload.target
+        ids = torch.tensor([prompt_ids + tokens[:position]], device=self.config.device)
+        count = ids.shape[1]
+        state = DecodeState(target, 1, count + self.block_size, self.block_size)
+        _, logits = target.prefill(ids, state)
+        noise = None
+        if self.sampling.temperature:
+            positions = torch.tensor([count], device=self.config.device)
+            noise = gumbel_noise(self.sampling.seed, positions, logits.shape[-1])
+        scores = perturbed_scores(logits.float(), self.sampling, self.sampling.temperature, noise)
+        gap = (scores[0, tokens[position]] - scores[0, other[position]]).abs().item()
+        if math.isfinite(gap):
+            return gap
+
+
+# ------------------------------------------------------------------------------------------------
+# the report
+
+
+def summarize(prompt_rows):
+    """[(a row of the report, its [position, margin] prompt by prompt)], one for each drafter and
+    each mode that it was compared with."""
+    groups = {}
+    for prompt_row in prompt_rows:
+        for difference in prompt_row["differences"]:
+            difference = Difference(*difference)  # a list, if the journal was read from its file
+            groups.setdefault((difference.drafter, difference.against), []).append(difference)
+    summaries = []
+    for (drafter, against), differences in groups.items():
+        different = [d for d in differences if d.position is not None]
+        worst = max(different, key=lambda d: d.margin or 0.0, default=None)
+        tokens = sum(row["rounds"][drafter][0] for row in prompt_rows)
+        rounds = sum(row["rounds"][drafter][1] for row in prompt_rows)
+        row = {"drafter": drafter, "against": against, "prompts": len(differences),
+               "identical": 1 - len(different) / len(differences),
+               "margin": worst and worst.margin, "position": worst and worst.position,
+               "tau": tokens / max(1, rounds)}
+        summaries.append((row, [(d.position, d.margin) for d in differences]))
+    return summaries
+
+
+def print_table(rows):
+    print(f"{rows[0]['prompts']} prompts; margin: between the scores of the two tokens that first "
+          "differ, the largest\n")
+    print(f"{'dtype':9} {'T':>4} {'drafter':8} {'tau':>6}  {'against':13} {'identical':>9} "
+          f"{'margin':>8} {'token':>6}")
+    for row in rows:
+        position = "-" if row["position"] is None else row["position"]
+        margin = "-" if row["margin"] is None else f"{row['margin']:.4f}"
+        print(f"{row['dtype']:9} {row['temperature']:4} {row['drafter']:8} {row['tau']:6.2f}  "
+              f"{row['against']:13} {row['identical']:9.1%} {margin:>8} {position:>6}")

@@ -1,0 +1,74 @@
+"""
+What only the kernels of a CPU need. On a GPU none of this runs.
+
+Two things. Large frozen weights are packed once into the order in which oneDNN reads them, so that
+products with few rows run faster. And elementwise functions are applied row by row where torch
+would split one row over two threads, as that would make a row's bits depend on its place.
+"""
+import torch
+import torch.nn as nn
+
+MIN_PACKED = 1 << 18        # numbers in a weight from which packing pays
+PARALLEL_ELEMENTS = 32768   # torch gives no thread fewer elements than this
+
+
+def pack_target(target):
+    """Let a frozen target whose projections are joined use packed weights; returns the target."""
+    for module in target.modules():
+        if getattr(module, "joined_weight", None) is not None:
+            module.packed_product = pack_weight(module.joined_weight)
+            pack_linears(module, skip=module.projections)
+    target.packed_head = pack_weight(target.head)  # the embedding's own weight where tied
+    return target
+
+
+def pack_linears(module, skip=()):
+    """Let the bias-free linear layers of a frozen module use packed weights; returns the module.
+
+    skip: names of layers to leave alone.
+    """
+    for name, layer in module.named_modules():
+        if not isinstance(layer, nn.Linear) or layer.bias is not None or name in skip:
+            continue
+        packed_product = pack_weight(layer.weight)
+        if packed_product is not None:
+            layer.forward = packed_product
+    return module
+
+
+def pack_weight(weight):
+    """The function x -> x W^T for a frozen weight W (N, K), from a packed copy of it.
+
+    None where packing does not pay or does not exist: small weights, other devices, older CPUs.
+    One row runs 1.3 times as fast as by F.linear, sixteen rows two to four times, and the bits of
+    a row depend on that row alone.
+    """
+    if weight.device.type != "cpu" or weight.numel() < MIN_PACKED:
+        return None
+    if not torch.backends.mkldnn.is_available():
+        return None
+    if weight.dtype == torch.bfloat16:
+        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return None
+    elif weight.dtype != torch.float32:
+        return None
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 16)
+
+    @torch.compiler.disable
+    def packed_product(x):
+        return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+
+    return packed_product
+
+
+def rowwise(function, x):
+    """function(x), elementwise, for x (B, T, ...); row by row for a block of few rows on a CPU.
+
+    Threads split a large tensor at any element, also inside a row. At the seam scalar code takes
+    over from vector code and rounds exp differently. Then the bits of a row would depend on where
+    in the block it stands.
+    """
+    rows = x.shape[0] * x.shape[1]
+    if x.device.type != "cpu" or x.numel() <= PARALLEL_ELEMENTS or rows > 64:
+        return function(x)
+    return torch.stack([function(row) for row in x.flatten(0, 1)]).view(x.shape)

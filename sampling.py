@@ -1,0 +1,124 @@
+"""
+One rule chooses every token, greedy or sampled:
+
+    token at position t = argmax over the vocabulary of  logits / temperature + noise(seed, t)
+
+where logits are those that predict position t, from the row at t - 1, and top_k and top_p may have
+removed unlikely tokens. At temperature 0 there is no noise and the rule is greedy. Above 0 the
+noise is Gumbel's, and the argmax is then a sample of softmax(logits / temperature): the Gumbel-max
+trick.
+
+The noise depends on nothing but the seed and the absolute position. It is the same whether a
+position is computed alone or in a block of sixteen rows, today or in a second run. Therefore the
+target has exactly one choice at each position, sampled or not, and verification only has to compare
+tokens: what is returned is what the target alone returns in forwards of the same shape, whatever
+the drafter guessed.
+"""
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    temperature        of the target's choice; 0 is greedy
+    top_k, top_p       choose among the likeliest tokens only; 0 and 1.0 mean among all
+    seed               of the noise
+    draft_temperature  of the drafter's guesses. At 0 they are greedy. Above 0 they take the
+                       target's own noise: similar logits and the same noise mostly have the same
+                       argmax (Gumbel coupling: Daliri, Musco, Suresh, arXiv 2408.07978). Greedy
+                       guesses are right more often where the target is sure and the drafter in
+                       doubt, coupled ones where the target itself is undecided. Ignored when
+                       temperature is 0.
+
+    Raises ValueError for values out of range.
+    """
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    draft_temperature: float = 0.0
+
+    def __post_init__(self):
+        smallest = min(self.temperature, self.draft_temperature, self.top_k)
+        in_range = smallest >= 0 and 0 < self.top_p <= 1 and abs(self.seed) < 1 << 63
+        if not in_range:
+            raise ValueError(
+                f"{self}: temperatures and top_k are 0 or more, top_p is above 0 and at most 1, "
+                "seed fits in 64 bits")
+
+
+def choose(logits, sampling, temperature, noise):
+    """Token ids (...) from logits (..., V).
+
+    temperature is the target's or the drafter's; noise (..., V) is not used at temperature 0.
+    """
+    scores = perturbed_scores(logits, sampling, temperature, noise)
+    return scores.argmax(-1)
+
+
+def perturbed_scores(logits, sampling, temperature, noise):
+    """What the rule takes the argmax of, (..., V)."""
+    if temperature == 0:
+        return logits
+    scores = logits.float() / temperature
+    return mask_unlikely(scores, sampling.top_k, sampling.top_p) + noise
+
+
+def mask_unlikely(scores, top_k, top_p):
+    """scores (..., V), with -inf for the tokens that top_k and top_p leave out.
+
+    top_p keeps the smallest set of likeliest tokens whose probabilities sum to at least top_p.
+    """
+    if 0 < top_k < scores.shape[-1]:
+        smallest_kept = scores.topk(top_k)[0][..., -1:]
+        scores = scores.masked_fill(scores < smallest_kept, -torch.inf)
+    if top_p < 1:
+        ordered, token_ids = scores.sort(descending=True, stable=True)
+        # Whether a token is left out must not depend on the last bit of a sum of floats, which may
+        # be another one if more rows are summed at once. Sums of integers are exact, so
+        # probabilities are counted in units of 2^-52.
+        probabilities = ordered.double().softmax(-1)
+        units = (probabilities * 2.0 ** 52).long()
+        units_before = units.cumsum(-1) - units
+        # a token is left out if those before it already reach top_p
+        left_out = units_before >= int(top_p * 2.0 ** 52)
+        # from the order of likelihood back to the order of token ids
+        left_out = torch.zeros_like(left_out).scatter(-1, token_ids, left_out)
+        scores = scores.masked_fill(left_out, -torch.inf)
+    return scores
+
+
+def gumbel_noise(seed, positions, vocab_size):
+    """Standard Gumbel noise (P, vocab_size) in fp32 for P absolute positions (P,).
+
+    A pure function of (seed, position, token id), like a hash: no generator has a state that a
+    different order of calls could change.
+    """
+    seeds = torch.full_like(positions, seed)
+    position_keys = mix_bits(mix_bits(seeds) + positions)
+    # token id i adds i times 2^64 divided by the golden ratio, as a signed integer
+    token_ids = torch.arange(vocab_size, device=positions.device)
+    token_offsets = token_ids * -0x61c8864680b583eb
+    bits = mix_bits(position_keys[:, None] + token_offsets)
+    # the upper 52 bits as a number strictly between 0 and 1: at 0 and 1 the noise is infinite
+    upper_bits = (bits >> 12) & ((1 << 52) - 1)
+    uniform = (upper_bits.double() + 0.5) * 2.0 ** -52
+    # The logarithms are taken in fp64 and rounded to fp32 at the end. On a CPU, scalar and vector
+    # code may round a fp32 logarithm differently, and which of them runs depends on the place of
+    # an element in its tensor. After rounding from fp64 the two agree.
+    noise = -(-uniform.log()).log()
+    return noise.float()
+
+
+def mix_bits(x):
+    """Mixes the 64 bits of each integer: the finaliser of SplitMix64 (Steele, Lea, Flood, 2014).
+
+    torch has signed integers only. So the published constants appear here minus 2^64, products wrap
+    around on purpose, and after a >>, which copies the sign, a mask clears the copied bits.
+    """
+    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * -0x40a7b892e31b1a47
+    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * -0x6b2fb644ecceee15
+    return x ^ ((x >> 31) & ((1 << 33) - 1))

@@ -1,0 +1,408 @@
+"""
+What several test files share: small models, the shipped pair, oracles, slow definitions, files.
+
+Small models have random gains and biases: freshly made ones would hide a gain that is read as w
+where 1 + w is meant.
+"""
+import functools
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from chat import load_tokenizer
+from checkpoint import drafter_config, load_drafter, load_target
+from data.nano.problems import problems
+from draft_decode import generate
+from model import DFlashDraftModel
+from target import Target, TargetConfig
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+NANO = os.path.join(ROOT, "data", "nano")
+NANO_TARGET = os.path.join(NANO, "target")
+NANO_DRAFTER = os.path.join(NANO, "drafter-dflash")
+
+K = 16                  # block size
+V = 300                 # vocabulary of the small models
+MASK = 299              # mask token of the small drafters
+LAYER_IDS = (0, 3, 6)   # target layers whose outputs are the features of the small drafters
+HIDDEN = 64             # channels of the small models
+
+FULL = "full_attention"
+SLIDING = "sliding_attention"
+DRAFTERS = [            # layer types, and a window that is shorter or longer than a block
+    ((FULL, FULL), None),
+    ((SLIDING, SLIDING), 5),
+    ((SLIDING, FULL), 20),
+]
+
+# ------------------------------------------------------------------------------------------------
+# numbers
+
+
+def random_normal(seed=0, dtype=torch.float32):
+    """A function that draws normal numbers of a given shape; one seed gives one series of draws."""
+    generator = torch.Generator().manual_seed(seed)
+    return functools.partial(torch.randn, generator=generator, dtype=dtype)
+
+
+def tokens_of(*shape, seed=0):
+    """Random token ids of the small models, none of them the mask."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, V - 1, shape, generator=generator)
+
+
+def apart(a, b):
+    """Relative error |a - b| / |b|."""
+    difference = (a.double() - b.double()).norm()
+    return (difference / b.double().norm()).item()
+
+
+def all_tokens(rounds):
+    """The tokens of all rounds of a generation in one list."""
+    tokens = []
+    for one_round in rounds:
+        tokens += one_round.tokens
+    return tokens
+
+# ------------------------------------------------------------------------------------------------
+# small models
+
+
+def small_config(shape="tied"):
+    """Two layer patterns: that of the 0.8B, and that of larger sizes, which have more value heads
+    than key heads and an untied output head."""
+    tied = shape == "tied"
+    return TargetConfig(
+        vocab_size=V, hidden_size=HIDDEN, intermediate_size=96, num_hidden_layers=8,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+        linear_num_key_heads=4, linear_num_value_heads=4 if tied else 8,
+        linear_key_head_dim=16, linear_value_head_dim=16,
+        tie_word_embeddings=tied, max_position_embeddings=512)
+
+
+def perturb(model, seed=0, scale=1.0):
+    """Random gains and biases, and for scale > 1 larger matrices, so that no part of the model is
+    next to nothing. Returns the model, frozen and in eval mode."""
+    draw = random_normal(seed)
+    for name, p in model.named_parameters():
+        if p.dim() == 1 and "A_log" not in name:
+            p.data += 0.2 * draw(p.shape)
+        elif p.dim() == 2:
+            p.data *= scale
+    return model.eval().requires_grad_(False)
+
+
+@functools.cache
+def small_target(shape="tied", dtype=torch.float32):
+    torch.manual_seed(0)
+    return perturb(Target(small_config(shape)), scale=5.0).to(dtype)
+
+
+def small_drafter(layer_types=(FULL, FULL), window=None, seed=0):
+    """A drafter for small_target() with layers of the given types."""
+    config = drafter_config(
+        small_config(), layers=len(layer_types), target_layer_ids=LAYER_IDS, mask_token_id=MASK,
+        heads=4, kv_heads=2, head_dim=16, mlp=96, block_size=K)
+    config.layer_types = list(layer_types)
+    config.sliding_window = window
+    config.use_sliding_window = window is not None
+    torch.manual_seed(seed)
+    return perturb(DFlashDraftModel(config), seed, scale=5.0)
+
+
+@functools.cache
+def tiny_target():
+    """A target of 8 tokens, so that the joint frequencies of two tokens can be counted."""
+    config = TargetConfig(
+        vocab_size=8, hidden_size=32, intermediate_size=32, num_hidden_layers=4,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+        linear_num_key_heads=2, linear_num_value_heads=2,
+        linear_key_head_dim=16, linear_value_head_dim=16, tie_word_embeddings=True)
+    torch.manual_seed(0)
+    return perturb(Target(config), scale=20.0)
+
+
+def phase_1_2():
+    """TargetConfig and drafter at the published widths. They are spelled out here, as the
+    project's own table of sizes is under test too. Make it under torch.device("meta")."""
+    target = TargetConfig(
+        vocab_size=248320, hidden_size=1024, intermediate_size=3584, num_hidden_layers=24,
+        num_attention_heads=8, num_key_value_heads=2, head_dim=256,
+        linear_num_key_heads=16, linear_num_value_heads=16,
+        linear_key_head_dim=128, linear_value_head_dim=128, tie_word_embeddings=True)
+    config = drafter_config(
+        target, layers=5, target_layer_ids=(3, 7, 11, 15, 19), mask_token_id=248077,
+        heads=8, kv_heads=2, head_dim=256, mlp=3584)
+    return target, DFlashDraftModel(config)
+
+# ------------------------------------------------------------------------------------------------
+# the shipped nano pair
+
+
+@functools.cache
+def nano():
+    """The shipped target and its tokenizer."""
+    return load_target(NANO_TARGET), load_tokenizer(NANO_TARGET)
+
+
+@functools.cache
+def shipped():
+    """The shipped drafter."""
+    target, _ = nano()
+    return load_drafter(NANO_DRAFTER, target.config)
+
+
+@functools.cache
+def untrained():
+    """A drafter of the shipped one's shape with random weights."""
+    torch.manual_seed(0)
+    return DFlashDraftModel(shipped().config).requires_grad_(False).eval()
+
+
+@functools.cache
+def questions():
+    """64 word problems that neither of the pair has seen."""
+    return [question for question, _, _ in problems("val", 64)]
+
+# ------------------------------------------------------------------------------------------------
+# drafters that know the answer
+
+
+class Oracle:
+    """Knows the answer to a prompt of so many tokens; in each round `right` guesses are right."""
+    block_size = K
+    target_layer_ids = ()
+
+    def __init__(self, prompt_length, answer, right):
+        self.prompt_length = prompt_length
+        self.answer = torch.tensor(answer + [0] * 2 * K)
+        self.right = right
+
+    def count_right(self):
+        """How many guesses of the next round are right."""
+        return self.right
+
+    def new_cache(self, batch, length):
+        return None
+
+    def append_context(self, features, cache, position):
+        pass
+
+    def check_anchor(self, anchor, i):
+        assert self.answer[i] == anchor, "the loop gives the drafter another anchor or position"
+
+    def draft_logits(self, anchor, target, cache, position):
+        i = int(position) - self.prompt_length
+        self.check_anchor(anchor, i)
+        guesses = self.answer[i + 1:i + K].clone()
+        right = self.count_right()
+        guesses[right:] = (guesses[right:] + 1) % 8  # wrong, and in every vocabulary
+        return sure_of(guesses, target.config.vocab_size)
+
+
+class HalfRightOracle(Oracle):
+    """Knows the answer too, but in each round another, random number of its guesses is right."""
+    def __init__(self, prompt_length, answer, seed=0):
+        super().__init__(prompt_length, answer, right=None)
+        self.random = random.Random(seed)
+
+    def count_right(self):
+        return self.random.randrange(K)
+
+
+def sure_of(guesses, vocab_size):
+    """Logits (1, K-1, V) that no noise and no temperature can turn away from the guesses (K-1,)."""
+    logits = torch.full((1, len(guesses), vocab_size), -1e4)
+    return logits.scatter_(-1, guesses[None, :, None], 1e4)
+
+
+@functools.cache
+def reference():
+    """(prompt, answer): 40 tokens of small_target() after a prompt of 21, which is no multiple of
+    K, so that rounds straddle the chunks of the delta rule."""
+    prompt = tokens_of(21, seed=5).tolist()
+    answer = all_tokens(generate(small_target(), None, prompt, 40))
+    return prompt, answer
+
+# ------------------------------------------------------------------------------------------------
+# the drafter as the contract describes it in words: dense, in fp64, a block and a row at a time
+
+
+def slow_block(drafter, features, block, n):
+    """Hidden states (K, hidden) of the block (K, hidden) whose anchor stands at position n of a
+    row with features (T, ...)."""
+    c = drafter.config
+    weights = {}
+    for name, weight in drafter.state_dict().items():
+        weights[name] = weight.double()
+
+    def project(x, name):
+        return x @ weights[name + ".weight"].T
+
+    def norm(x, name):
+        rms = (x.square().mean(-1, keepdim=True) + c.rms_norm_eps).sqrt()
+        return x / rms * weights[name + ".weight"]
+
+    def heads(x, name):
+        return project(x, name).unflatten(-1, (-1, c.head_dim))
+
+    context = norm(project(features[:n].double(), "fc"), "hidden_norm")
+    position = torch.arange(n + len(block))
+    theta = c.rope_parameters["rope_theta"]
+    x = block.double()
+    for i, layer_type in enumerate(c.layer_types):
+        attention = f"layers.{i}.self_attn"
+        y = norm(x, f"layers.{i}.input_layernorm")
+        seen = torch.cat((context, y))  # the context goes without the layer's norm
+        q = slow_rotate(norm(heads(y, attention + ".q_proj"), attention + ".q_norm"),
+                        position[n:], theta)
+        k = slow_rotate(norm(heads(seen, attention + ".k_proj"), attention + ".k_norm"),
+                        position, theta)
+        v = heads(seen, attention + ".v_proj")
+        rows = []
+        for row in range(len(block)):
+            visible = torch.ones(len(seen), dtype=torch.bool)
+            if layer_type == SLIDING:
+                visible = (position <= n + row) & (position > n + row - c.sliding_window)
+            rows.append(slow_attention(q[row], k[visible], v[visible]))
+        x = x + project(torch.stack(rows), attention + ".o_proj")
+
+        mlp = f"layers.{i}.mlp"
+        y = norm(x, f"layers.{i}.post_attention_layernorm")
+        gated = F.silu(project(y, mlp + ".gate_proj")) * project(y, mlp + ".up_proj")
+        x = x + project(gated, mlp + ".down_proj")
+    return norm(x, "norm")
+
+
+def slow_rotate(x, positions, theta):
+    """Rotary embedding of x (T, heads, D): channel i is paired with i + D/2 and the pair, read as
+    a complex number, is turned by the angle p * theta^(-2i/D)."""
+    D = x.shape[-1]
+    frequency = theta ** (-torch.arange(0, D, 2).double() / D)
+    angle = positions[:, None].double() * frequency
+    turn = torch.polar(torch.ones_like(angle), angle)[:, None]
+    z = torch.complex(x[..., :D // 2], x[..., D // 2:]) * turn
+    return torch.cat((z.real, z.imag), -1)
+
+
+def slow_attention(q, k, v):
+    """One row q (H, D) over k, v (T, Hkv, D), head by head; returns (H D)."""
+    heads_of_a_key = q.shape[0] // k.shape[1]
+    out = []
+    for h in range(len(q)):
+        kv_head = h // heads_of_a_key
+        scores = q[h] @ k[:, kv_head].T / q.shape[-1] ** 0.5
+        out.append(scores.softmax(-1) @ v[:, kv_head])
+    return torch.cat(out)
+
+# ------------------------------------------------------------------------------------------------
+# files: checkpoints as others publish them, and files that are broken
+
+
+def publish(folder, target, prefix="model.language_model.", shards=2, **change):
+    """Write a target as its publishers do: config.json with text_config and vision_config, shards
+    and their index (or one file), a vision tower and layers of multi-token prediction.
+    change: keys of text_config. Returns the text_config."""
+    c = target.config
+    text = dict(vars(c))
+    theta = text.pop("rope_theta")
+    partial_rotary_factor = text.pop("partial_rotary_factor")
+    text |= {
+        "model_type": "qwen3_5_text", "attn_output_gate": True, "full_attention_interval": 4,
+        "hidden_act": "silu", "mamba_ssm_dtype": "float32", "mlp_only_layers": [],
+        "mtp_num_hidden_layers": 1, "dtype": "bfloat16",
+        "rope_parameters": {
+            "mrope_interleaved": True, "mrope_section": [2, 1, 1], "rope_type": "default",
+            "rope_theta": theta, "partial_rotary_factor": partial_rotary_factor}}
+    text |= change
+    config = {
+        "architectures": ["Qwen3_5ForConditionalGeneration"], "model_type": "qwen3_5",
+        "image_token_id": 7, "text_config": text, "tie_word_embeddings": c.tie_word_embeddings,
+        "vision_config": {"depth": 2, "hidden_size": 8, "model_type": "qwen3_5"}}
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+
+    weights = public_weights(target, prefix)
+    weights["model.visual.blocks.0.attn.qkv.weight"] = torch.ones(3, 2)
+    weights["mtp.fc.weight"] = torch.ones(2, 3)
+    if shards == 1:
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        return text
+    file_of = {}
+    for i, name in enumerate(weights):
+        file_of[name] = f"model-{i % shards + 1:05}-of-{shards:05}.safetensors"
+    index = {"metadata": {}, "weight_map": file_of}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    for file in set(file_of.values()):
+        part = {name: w for name, w in weights.items() if file_of[name] == file}
+        save_file(part, folder / file, {"format": "pt"})
+    return text
+
+
+def public_weights(target, prefix="model.language_model."):
+    """Copies of a target's weights under the names of a public file; its head has no prefix."""
+    weights = {}
+    for name, weight in target.state_dict().items():
+        if name != "lm_head.weight":
+            name = prefix + name
+        weights[name] = weight.clone()
+    return weights
+
+
+def hub_copy(cache, name, source):
+    """Put a folder into a cache of the hub under a hub id, as a download leaves it."""
+    home = cache / f"models--{name.replace('/', '--')}"
+    (home / "refs").mkdir(parents=True)
+    (home / "refs" / "main").write_text("abc")
+    shutil.copytree(source, home / "snapshots" / "abc")
+
+
+def nano_copy(folder, part):
+    """Copy the shipped "target" or "drafter-dflash" to a folder, to be edited there."""
+    return Path(shutil.copytree(os.path.join(NANO, part), folder))
+
+
+def edit_json(path, remove=(), **change):
+    """Change keys of a JSON file, and remove others."""
+    content = json.loads(path.read_text()) | change
+    for name in remove:
+        del content[name]
+    path.write_text(json.dumps(content))
+
+
+def put_nan(path, name):
+    """Make the first number of one tensor of a safetensors file nan."""
+    weights = safetensors.torch.load_file(path)
+    weights[name].flatten()[0] = torch.nan
+    save_file(weights, path, {"format": "pt"})
+
+
+def write_jsonl(path, rows):
+    """Write rows as JSON lines; a row that is a string is written as it is. Returns the path."""
+    with open(path, "w") as f:
+        for row in rows:
+            line = row if isinstance(row, str) else json.dumps(row)
+            f.write(line + "\n")
+    return path
+
+
+def read_jsonl(path):
+    """The rows of a file of JSON lines."""
+    with open(path) as f:
+        return [json.loads(line) for line in f]
+
+
+def write_config(path, config, skip=()):
+    """Write a configuration as a config file of train.py, without the keys in skip."""
+    with open(path, "w") as f:
+        for name, value in vars(config).items():
+            if value is not None and name not in skip:
+                f.write(f"{name} = {value!r}\n")
+    return path

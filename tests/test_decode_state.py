@@ -1,0 +1,234 @@
+"""
+Decoding: a token's logits do not depend on how the sequence was cut into blocks, to the bit.
+"""
+import copy
+import random
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import cpu
+from checkpoint import drafter_config
+from model import DFlashDraftModel
+from projections import JoinedProjections
+from target import DecodeState
+from tests.common import (K, LAYER_IDS, V, apart, nano, random_normal, small_target, tiny_target,
+                          tokens_of)
+
+
+@torch.no_grad()
+def decode(target, x, prompt_length, cuts, block_size=K):
+    """Logits and features of x from the prompt's last token on. Blocks of so many tokens as `cuts`
+    says are committed; the rows after them hold garbage, as rejected guesses do."""
+    generator = torch.Generator().manual_seed(len(cuts))
+    B, T = x.shape
+    state = DecodeState(target, B, T + block_size, block_size)
+    features, logits = target.prefill(x[:, :prompt_length], state, LAYER_IDS)
+    all_features = [features]
+    all_logits = [logits[:, None]]
+    position = prompt_length
+    for n in cuts:
+        n = min(n, T - position)
+        if n == 0:
+            break
+        block = torch.randint(0, V, (B, block_size), generator=generator)
+        block[:, :n] = x[:, position:position + n]
+        features, hidden = target(block, state, LAYER_IDS)
+        state.commit(n)
+        all_features.append(features[:, :n])
+        all_logits.append(target.logits(hidden)[:, :n])
+        position += n
+    assert state.position.item() == T
+    return torch.cat(all_logits, 1), torch.cat(all_features, 1)
+
+
+def target_named(name):
+    if name == "tied":
+        return small_target()
+    if name == "untied":
+        return small_target("untied")
+    if name == "bf16":
+        return small_target("untied", torch.bfloat16)
+    target, _ = nano()
+    return target
+
+
+@pytest.mark.parametrize("prompt_length, T", ((1, 70), (16, 90), (33, 110)))
+@pytest.mark.parametrize("name", ("tied", "untied", "bf16", "nano"))
+@torch.no_grad()
+def test_cuts_do_not_change_a_bit(name, prompt_length, T):
+    """Failure 5: verifying sixteen rows sums in another order than one row a step. All bits are
+    equal, in 8 random cuts of each sequence."""
+    target = target_named(name)
+    batch = 1 if name == "nano" else 2
+    x = tokens_of(batch, T, seed=prompt_length)
+    one_by_one, features_one_by_one = decode(target, x, prompt_length, [1] * T)
+    r = random.Random(prompt_length)
+    for trial in range(8):
+        lengths = (1, 2, 15, 16) if trial < 2 else range(1, 17)
+        cuts = [r.choice(lengths) for _ in range(T)]
+        logits, features = decode(target, x, prompt_length, cuts)
+        assert torch.equal(logits, one_by_one), cuts
+        assert torch.equal(features, features_one_by_one), cuts
+
+    # and they are right: those of the whole sequence at once, and of forwards of one row
+    if name != "bf16":
+        features, hidden = target(x, target_layer_ids=LAYER_IDS)
+        logits = target.logits(hidden)[:, prompt_length - 1:]
+        assert apart(one_by_one, logits) < 1e-4
+        assert apart(features_one_by_one, features) < 1e-4
+        logits, _ = decode(target, x, prompt_length, [1] * T, block_size=1)
+        assert apart(logits, one_by_one) < 1e-4
+
+
+@torch.no_grad()
+def test_cuts_propose_twice():
+    """Failure 6: a forward changes the committed sequence, or commit(0) does. One state sees
+    forwards that are not adopted, the other does not."""
+    target = small_target("untied")
+    x = tokens_of(1, 60)
+    disturbed = DecodeState(target, 1, 100)
+    clean = DecodeState(target, 1, 100)
+    target.prefill(x[:, :20], disturbed, LAYER_IDS)
+    target.prefill(x[:, :20], clean, LAYER_IDS)
+    for position in range(20, 60, 10):
+        if position > 20:
+            disturbed.commit(0)
+        target(tokens_of(1, K, seed=position), disturbed, LAYER_IDS)
+        target(tokens_of(1, K, seed=position + 1), disturbed, LAYER_IDS)
+        disturbed.commit(0)
+
+        block = F.pad(x[:, position:position + 10], (0, 6))
+        features, hidden = target(block, disturbed, LAYER_IDS)
+        features_clean, hidden_clean = target(block, clean, LAYER_IDS)
+        assert torch.equal(features, features_clean), position
+        assert torch.equal(hidden, hidden_clean), position
+        disturbed.commit(torch.tensor(10))  # a number on the device
+        clean.commit(10)                    # or here
+
+
+@pytest.mark.parametrize("accepted", (1, 5, 12, 15))
+@torch.no_grad()
+def test_cuts_rejected_block(accepted):
+    """Failure 6: the keys and values are cropped after a rejection, but the recurrent state or the
+    convolution's memory is not; or reset() leaves something for the next prompt."""
+    target = small_target()
+    x = tokens_of(1, 60)
+    n = 20 + accepted
+    # one length in all three decodings, as the length decides the order of sums
+    state = DecodeState(target, 1, n + 1 + K)
+    target.prefill(x[:, :20], state)
+    block = tokens_of(1, K, seed=9)
+    block[:, :accepted] = x[:, 20:n]
+    target(block, state)
+    state.commit(accepted)
+    _, hidden = target(F.pad(x[:, n:n + 1], (0, K - 1)), state)
+    logits = target.logits(hidden)[:, 0]
+
+    one_by_one, _ = decode(target, x[:, :n + 1], 20, [1] * 60)
+    assert torch.equal(logits, one_by_one[:, -1])
+    state.reset()
+    _, fresh = target.prefill(x[:, :n + 1], state)
+    assert apart(logits, fresh) < 1e-4
+
+# ------------------------------------------------------------------------------------------------
+# what makes it so on a CPU
+
+
+def test_cuts_at_a_width_that_threads_split():
+    """Failure 5: an elementwise operation that threads split inside a row rounds differently
+    there."""
+    torch.set_num_threads(3)
+    x = random_normal()(2 * K, 9728)
+    first = cpu.rowwise(F.silu, x[None, :K])[0]
+    for i in range(K):
+        block = cpu.rowwise(F.silu, x[None, i:i + K])[0]
+        plain = F.silu(x[i:i + K].contiguous())
+        assert torch.allclose(block, plain, rtol=1e-6, atol=1e-7)
+        # rows that both blocks hold
+        assert torch.equal(block[:K - i], first[i:])
+
+
+@pytest.mark.parametrize("dtype, tolerance", ((torch.float32, 2e-4), (torch.bfloat16, 0.5)))
+def test_rows_of_packed_products_depend_on_nothing_else(dtype, tolerance):
+    """Failure 5: in oneDNN's blocked order, that of large weights on a CPU, a row's bits depend on
+    other rows or on its place among them."""
+    draw = random_normal()
+    weight = draw(1031, 517).to(dtype)
+    x = draw(K, 517).to(dtype)
+    others = draw(K, 517).to(dtype)
+    product = cpu.pack_weight(weight)
+    y = product(x[None])[0]
+    expected = F.linear(x, weight)
+    assert torch.allclose(y.float(), expected.float(), rtol=0, atol=tolerance)
+    for place in range(K):
+        moved = others.clone()
+        moved[place] = x[3]
+        assert torch.equal(product(moved[None])[0, place], y[3]), place
+
+
+def drafter_of_tiny_target():
+    """Five layers of the tiny target's widths."""
+    c = tiny_target().config
+    config = drafter_config(
+        c, layers=5, target_layer_ids=[2], mask_token_id=7, heads=2, kv_heads=1, head_dim=16,
+        mlp=32)
+    torch.manual_seed(0)
+    return DFlashDraftModel(config).requires_grad_(False).eval()
+
+
+def packed_products(target, drafter):
+    """The packed product of every projection of both models, None for those that have none."""
+    products = [target.packed_head]
+    inside = []  # linear layers that are computed as part of a joined product
+    for module in target.modules():
+        if isinstance(module, JoinedProjections):
+            products.append(module.packed_product)
+            inside += [getattr(module, name) for name in module.projections]
+    for module in (*target.modules(), *drafter.modules()):
+        if isinstance(module, nn.Linear) and not any(module is part for part in inside):
+            products.append(vars(module).get("forward"))
+    return products
+
+
+@torch.no_grad()
+def test_packed_and_plain_models_agree(monkeypatch):
+    """A projection that is left out when products are joined and packed, or that takes another's
+    weights: then the results differ from those of the plain models by more than rounding."""
+    target = copy.deepcopy(tiny_target())  # as others use it as it is
+    drafter = drafter_of_tiny_target()
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, target.config.vocab_size, (1, 40), generator=generator)
+    blocks = drafter.embed_block(tokens[:, 20:22], target.embed_tokens.weight)
+    anchors = torch.tensor([[20, 21]])
+
+    def results():
+        features, hidden = target(tokens, target_layer_ids=drafter.target_layer_ids)
+        return features, target.logits(hidden), drafter(features, blocks, anchors)
+
+    plain = results()
+    assert all(product is None for product in packed_products(target, drafter))
+
+    target.join_projections()
+    joined = results()
+
+    monkeypatch.setattr(cpu, "MIN_PACKED", 0)
+    cpu.pack_target(target)
+    cpu.pack_linears(drafter)
+    packed = results()
+    assert all(product is not None for product in packed_products(target, drafter))
+
+    for i in range(3):
+        assert torch.allclose(joined[i], plain[i], rtol=1e-4, atol=1e-5)
+        assert torch.allclose(packed[i], plain[i], rtol=1e-4, atol=1e-5)
+
+
+def test_small_weights_are_not_packed(monkeypatch):
+    """Packing where it costs more than it gains, or a copy of every weight."""
+    weight = torch.zeros(16, 16)
+    monkeypatch.setattr(cpu, "MIN_PACKED", 257)
+    assert cpu.pack_weight(weight) is None
+    monkeypatch.setattr(cpu, "MIN_PACKED", 256)
+    assert cpu.pack_weight(weight) is not None

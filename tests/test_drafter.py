@@ -1,0 +1,140 @@
+"""
+The drafter, against the contract in words: what a block sees, in training and in decoding.
+"""
+import dataclasses
+import itertools
+import math
+import random
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import flex_attention
+
+import model
+from checkpoint import drafter_config
+from model import DFlashDraftModel
+from tests.common import (DRAFTERS, HIDDEN, K, LAYER_IDS, MASK, apart, random_normal, slow_block,
+                          small_config, small_drafter, small_target, tokens_of)
+
+
+def drafting(T, A=5, seed=0):
+    """Random features (2, T, ...), blocks (2, A, K, hidden) and ascending anchors (2, A)."""
+    draw = random_normal(seed)
+    features = draw(2, T, len(LAYER_IDS) * HIDDEN)
+    blocks = draw(2, A, K, HIDDEN)
+    anchors = []
+    for _ in range(2):
+        _, positions = draw(T - 1).topk(A)
+        anchors.append(positions + 1)
+    anchors, _ = torch.stack(anchors).sort()
+    return features, blocks, anchors
+
+
+@pytest.mark.parametrize("layer_types, window", DRAFTERS)
+def test_drafter_equals_dense_restatement(layer_types, window):
+    """Failures 2 and 3: causal inside a full block; part of the head rotated; positions not
+    absolute."""
+    drafter = small_drafter(layer_types, window)
+    features, blocks, anchors = drafting(40)
+    anchors[0, 0] = 0  # a block without any context
+    hidden = drafter(features, blocks, anchors)
+    for b, a in itertools.product(range(2), range(5)):
+        n = anchors[b, a].item()
+        truth = slow_block(drafter, features[b], blocks[b, a], n)
+        assert apart(hidden[b, a], truth) < 1e-5, n
+
+
+@pytest.mark.parametrize("layer_types, window", DRAFTERS)
+def test_drafter_decodes_as_it_was_trained(layer_types, window):
+    """Failure 2: 98 % in training, 10 % served. Context arrives in blocks of 16 whose rejected rows
+    are stale; row k of the logits is that of slot k, not shifted."""
+    target = small_target()
+    drafter = small_drafter(layer_types, window)
+    features, _, _ = drafting(70)
+    stale, _, _ = drafting(K, seed=1)
+    anchors = [1, 2, 15, 16, 17, 30, 33, 49, 50]
+    tokens = tokens_of(2, len(anchors))
+    blocks = drafter.embed_block(tokens, target.embed_tokens.weight)
+    trained = drafter(features, blocks, torch.tensor([anchors] * 2))
+
+    r = random.Random(0)
+    cache = drafter.new_cache(2, 100)
+    position = 0
+    for i, n in enumerate(anchors):
+        while position < n:
+            new = r.randint(1, min(K, n - position))
+            accepted = features[:, position:position + new]
+            rows = torch.cat((accepted, stale[:, new:]), 1)
+            drafter.append_context(rows, cache, torch.tensor(position))
+            position += new
+        anchor_position = torch.tensor(n)
+        hidden = drafter.decode_block(blocks[:, i], cache, anchor_position)
+        expected = trained[:, i]
+        assert apart(hidden, expected) < 1e-5, n
+        logits = drafter.draft_logits(tokens[:, i], target, cache, anchor_position)
+        expected = target.logits(expected[:, 1:])
+        assert apart(logits, expected) < 1e-5, n
+        assert torch.equal(logits.argmax(-1), expected.argmax(-1)), n
+
+
+@pytest.mark.parametrize("layer_types, window", DRAFTERS)
+def test_leak_from_future_features_or_other_blocks(layer_types, window):
+    """Failures 1 and 2: a block sees features at or after its anchor, or another block; or it does
+    not see the feature before its anchor, or its own anchor."""
+    drafter = small_drafter(layer_types, window)
+    features, blocks, anchors = drafting(40)
+    hidden = drafter(features, blocks, anchors)
+    positions = torch.arange(40)
+    for a in range(5):
+        n = anchors[:, a, None]
+        own_hidden = hidden[:, a]
+
+        in_the_future = (positions >= n).float()
+        other_features = features + in_the_future[..., None]
+        other_blocks = blocks + 1
+        other_blocks[:, a] = blocks[:, a]
+        changed = drafter(other_features, other_blocks, anchors)[:, a]
+        assert torch.equal(changed, own_hidden)
+
+        just_before = (positions == n - 1).float()
+        other_features = features + just_before[..., None]
+        changed = drafter(other_features, blocks, anchors)[:, a]
+        assert not torch.allclose(changed, own_hidden, rtol=1e-2)
+
+        other_anchor = blocks.clone()
+        other_anchor[:, a, 0] += 1
+        changed = drafter(features, other_anchor, anchors)[:, a]
+        assert not torch.allclose(changed[:, 1], own_hidden[:, 1], rtol=1e-2)
+
+
+@pytest.mark.parametrize("layer_types, window", DRAFTERS)
+@torch.no_grad()
+def test_leak_in_flex_attention(layer_types, window, monkeypatch):
+    """Failures 1 and 2 on GPUs: flex_attention's mask is not that of the form for CPUs. Here it
+    runs uncompiled."""
+    monkeypatch.setattr(model, "compiled_flex_attention", flex_attention)
+    drafter = small_drafter(layer_types, window)
+    features, blocks, anchors = drafting(200, A=20)
+    anchors[0, 0] = 0    # a block without context
+    anchors[1, -3:] = 0  # unreal ones after the last
+    with_flex = drafter(features, blocks, anchors, use_flex=True)
+    assert apart(with_flex, drafter(features, blocks, anchors)) < 1e-5
+
+
+@pytest.mark.parametrize("ids", ((1, 7), (3, 1), (1, 1), (-1, 2), ()))
+def test_taps_are_refused(ids):
+    """Failure 4: the last layer as a feature, which transformers returns normed; layers in another
+    order than fc's columns."""
+    with pytest.raises(ValueError, match=r"0 \.\. 6"):
+        drafter_config(small_config(), 1, ids, MASK, heads=4, kv_heads=2, head_dim=16, mlp=96)
+
+
+def test_failure_3_partial_rotary_stays_with_the_target():
+    """Failure 3: the drafter inherits the target's partial rotary, so that its slots 2 and up are
+    never accepted."""
+    target = dataclasses.replace(small_config(), partial_rotary_factor=0.25, rope_theta=5e5)
+    config = drafter_config(target, 1, LAYER_IDS, MASK, heads=4, kv_heads=2, head_dim=16, mlp=96)
+    cos, sin = DFlashDraftModel(config).rotary(torch.arange(3))
+    assert cos.shape == (3, 16)
+    assert (sin[1] != 0).all()  # all 16 channels turn
+    assert sin[1, 1].item() == pytest.approx(math.sin(5e5 ** (-2 / 16)), rel=1e-5)

@@ -1,0 +1,212 @@
+"""
+The loop: output identical to the target's own for every drafter, and where a generation ends.
+"""
+import pytest
+import torch
+import torch.nn.functional as F
+
+from chat import chat_prompt, stop_ids
+from draft_decode import count_accepted, first_difference, generate, timed_generate
+from sampling import Sampling
+from tests.common import (HalfRightOracle, K, Oracle, V, all_tokens, nano, questions, reference,
+                          shipped, small_drafter, small_target, tokens_of, untrained)
+
+
+def test_accept_counts_up_to_the_first_difference():
+    """A guess that is right after a wrong one is counted; or row k is compared with another slot's
+    choice."""
+    choices = torch.tensor([[5, 6, 7, 8, 9]] * 5)
+    guesses = torch.tensor([
+        [5, 6, 7, 8],
+        [5, 0, 7, 8],
+        [0, 6, 7, 8],
+        [6, 7, 8, 9],
+        [5, 6, 7, 0]])
+    assert count_accepted(guesses, choices).tolist() == [4, 1, 0, 0, 3]
+
+
+def test_first_difference_sees_an_end():
+    """A comparison of outputs that stops at the end of the shorter one and calls them identical."""
+    assert first_difference([1, 2, 3], [1, 2, 3]) is None
+    assert first_difference([1, 2, 3], [1, 4, 3]) == 1
+    assert first_difference([1, 2, 3], [1, 2]) == 2
+    assert first_difference([], [1]) == 0
+
+# ------------------------------------------------------------------------------------------------
+# output identical to the target's own
+
+
+def decode_by_all(question_number):
+    """{drafter: the tokens of each round}, of the target alone and of four drafters."""
+    target, tokenizer = nano()
+    prompt = chat_prompt(tokenizer, questions()[question_number])
+    rounds = {"alone": list(generate(target, None, prompt, 64, block_size=K))}
+    answer = all_tokens(rounds["alone"])
+    drafters = {
+        "random": untrained(),
+        "shipped": shipped(),
+        "half-right": HalfRightOracle(len(prompt), answer, seed=question_number),
+        "perfect": Oracle(len(prompt), answer, right=K - 1),
+    }
+    for name, drafter in drafters.items():
+        rounds[name] = list(generate(target, drafter, prompt, 64))
+    return rounds
+
+
+@pytest.mark.parametrize("first", range(0, 64, 8))
+def test_generate_is_identical_for_every_drafter(first):
+    """Failure 5: speculative output is not the target's. 64 prompts of 64 new tokens, four
+    drafters, no difference."""
+    lengths = {"alone": [], "random": [], "shipped": [], "half-right": [], "perfect": []}
+    for i in range(first, first + 8):
+        rounds = decode_by_all(i)
+        answer = all_tokens(rounds["alone"])
+        for name in rounds:
+            assert all_tokens(rounds[name]) == answer, (name, questions()[i])
+            lengths[name] += [len(r.tokens) for r in rounds[name][1:]]
+        # nothing but the end keeps a perfect drafter from a whole block
+        for r in rounds["perfect"][1:-1]:
+            assert len(r.tokens) == K
+
+    tau = {name: sum(x) / len(x) for name, x in lengths.items()}
+    assert tau["alone"] == 1
+    assert tau["random"] < 1.2
+    assert tau["shipped"] > 1.2
+    assert 1.2 < tau["half-right"] < tau["perfect"]
+    assert tau["perfect"] == 63 / 4
+
+
+def sampled(drafter, prompt, sampling):
+    target, _ = nano()
+    return all_tokens(generate(target, drafter, prompt, 40, block_size=K, sampling=sampling))
+
+
+@pytest.mark.parametrize("temperature", (0.7, 1.0, 3.0))
+def test_sampled_output_is_identical_for_every_drafter(temperature):
+    """Failure 11: temperature ignored, or sampled output that depends on the drafter. One seed, one
+    output."""
+    _, tokenizer = nano()
+    prompts = [chat_prompt(tokenizer, question) for question in questions()[:2]]
+    greedy = sampled(None, prompts[0], Sampling())
+    outputs = [greedy]
+    for prompt, seed in ((prompts[0], 0), (prompts[0], 1), (prompts[1], 0)):
+        sampling = Sampling(temperature, seed=seed)
+        alone = sampled(None, prompt, sampling)
+        oracle = HalfRightOracle(len(prompt), alone)
+        assert sampled(oracle, prompt, sampling) == alone
+        for draft_temperature in (0.0, 0.5, 1.0):
+            coupled = Sampling(temperature, seed=seed, draft_temperature=draft_temperature)
+            assert sampled(shipped(), prompt, coupled) == alone
+        outputs.append(alone)
+    if temperature == 3.0:  # below, this target is nearly always sure of itself
+        different = {tuple(tokens) for tokens in outputs}
+        assert len(different) == 4
+
+
+@torch.no_grad()
+def test_training_form_predicts_decoded_rounds():
+    """Failure 1: accuracy in training, no acceptance in decoding. The training form over a finished
+    answer, block after block, must accept exactly what decoding accepted."""
+    target, tokenizer = nano()
+    drafter = shipped()
+    for question in questions()[:4]:
+        prompt = chat_prompt(tokenizer, question)
+        rounds = list(generate(target, drafter, prompt, 64, stop_ids(tokenizer)))
+        tokens = torch.tensor([prompt + all_tokens(rounds)])
+        T = tokens.shape[1]
+        features, _ = target(tokens, target_layer_ids=drafter.target_layer_ids)
+        anchor = len(prompt)
+        predicted = []
+        while anchor < T - 1:
+            block = drafter.embed_block(tokens[:, anchor:anchor + 1], target.embed_tokens.weight)
+            hidden = drafter(features, block, torch.tensor([[anchor]]))
+            guesses = target.logits(hidden[:, 0, 1:]).argmax(-1)
+            truth = tokens[:, anchor + 1:anchor + K]
+            missing = K - 1 - truth.shape[1]
+            truth = F.pad(truth, (0, missing), value=-1)  # past the end: no token
+            accepted = count_accepted(guesses, truth).item()
+            length = min(accepted + 1, T - 1 - anchor)
+            predicted.append(length)
+            anchor += length
+        assert predicted == [len(r.tokens) for r in rounds[1:]]
+
+
+def test_generate_begins_anew_with_each_prompt():
+    """Failure 6: a Decoder that serves many prompts keeps something of the one before; or it serves
+    a prompt that is too long for it, or that is sampled in another way."""
+    prompts = [tokens_of(length, seed=length).tolist() for length in (40, 3, 21, 300)]
+    decoders = {}
+    for drafter in (None, small_drafter()):
+        for sampling in (Sampling(), Sampling(1.0)):
+            for prompt in prompts:
+                request = (small_target(), drafter, prompt, 40)
+                kept = generate(*request, sampling=sampling, decoders=decoders)
+                fresh = generate(*request, sampling=sampling)
+                assert list(kept) == list(fresh)
+    # for each drafter and way of sampling one for prompts up to 200 tokens, one for longer ones
+    assert len(decoders) == 2 * 2 * 2
+
+# ------------------------------------------------------------------------------------------------
+# where a generation ends
+
+
+def decode_reference(limit, stops=()):
+    """The rounds of the target alone and of drafters right in 15, 3 and 0 guesses."""
+    prompt, answer = reference()
+    drafters = [None]
+    for right in (15, 3, 0):
+        drafters.append(Oracle(len(prompt), answer, right))
+    results = []
+    for drafter in drafters:
+        rounds = generate(small_target(), drafter, prompt, limit, stops)
+        results.append(list(rounds))
+    return results
+
+
+@pytest.mark.parametrize("limit", (1, 2, 5, 16, 17, 18, 30))
+def test_generate_ends_at_the_limit(limit):
+    """Failure 15: a round's tokens past max_new_tokens are returned, or counted as accepted."""
+    _, answer = reference()
+    for rounds in decode_reference(limit):
+        assert all_tokens(rounds) == answer[:limit]
+        assert rounds[0].accepted == 0
+        for r in rounds:
+            assert 0 <= r.accepted <= len(r.tokens) <= K
+
+
+@pytest.mark.parametrize("place", (0, 1, 2, 7, 16, 20))
+def test_generate_ends_at_a_stop(place):
+    """Failure 15: tokens after a stop id in mid-round are returned; or the generation ends a round
+    later with a drafter than without."""
+    prompt, answer = reference()
+    stop = answer[place]
+    expected = answer[:answer.index(stop) + 1]
+    for rounds in decode_reference(40, {stop}):
+        assert all_tokens(rounds) == expected
+        for r in rounds:
+            assert len(r.tokens) > 0
+    # tau counts what is returned, and the prompt's own token is in no round
+    oracle = Oracle(len(prompt), answer, right=15)
+    result = timed_generate(small_target(), oracle, prompt, 40, {stop})
+    assert result.tokens == expected
+    assert 1 + len(all_tokens(result.rounds)) == len(expected)
+
+
+def test_generate_ends_at_the_context(monkeypatch):
+    """A block that runs past the target's last position; a prompt that leaves no room, or is empty
+    or foreign."""
+    target = small_target()
+    prompt, answer = reference()
+    monkeypatch.setattr(target.config, "max_position_embeddings", 50)
+    room = 50 - len(prompt) - K
+    for rounds in decode_reference(40):
+        assert all_tokens(rounds) == answer[:room]
+
+    with pytest.raises(ValueError, match="empty"):
+        next(generate(target, None, [], 5))
+    with pytest.raises(ValueError, match="40 tokens.*context of 50"):
+        next(generate(target, None, [1] * 40, 5))
+    with pytest.raises(ValueError, match="vocabulary of 300"):
+        next(generate(target, None, [V], 5))
+    with pytest.raises(ValueError, match="at least one token"):
+        next(generate(target, None, [1], 0))

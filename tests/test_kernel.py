@@ -1,0 +1,213 @@
+"""
+The gated delta rule: the chunked form and the step against the definition, and the definition
+itself against a loop over heads that is written here, from the formula alone.
+"""
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from target import DecodeState, delta_step, gated_delta_rule, recurrent_gated_delta_rule
+from tests.common import K, apart, random_normal, small_target
+
+
+def kernel_inputs(T, B=2, H=2, Hv=4, D=8, Dv=6, seed=0):
+    """(q, k, v, g, beta) and S, in fp64. A tenth of the decays g is -50, which forgets everything,
+    and a tenth is 0, which forgets nothing."""
+    draw = random_normal(seed, torch.float64)
+    q = F.normalize(draw(B, T, H, D), dim=-1)
+    k = F.normalize(draw(B, T, H, D), dim=-1)
+    extreme = draw(B, T, Hv)
+    g = -F.softplus(draw(B, T, Hv))
+    g[extreme > 1.3] = -50.0
+    g[extreme < -1.3] = 0.0
+    v = draw(B, T, Hv, Dv)
+    beta = draw(B, T, Hv).sigmoid()
+    S = draw(B, Hv, D, Dv)
+    return (q, k, v, g, beta), S
+
+
+def first(inputs, n):
+    """The first n tokens of (q, k, v, g, beta)."""
+    return [x[:, :n] for x in inputs]
+
+
+def rest(inputs, n):
+    """The tokens after the first n."""
+    return [x[:, n:] for x in inputs]
+
+
+def explicit_loop(q, k, v, g, beta, S):
+    """The formula, for one row, head and token after the other:
+
+    S_t = exp(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,   o_t = S_t^T q_t / sqrt(D)
+    """
+    B, T, Hv, _ = v.shape
+    H, D = q.shape[2:]
+    identity = torch.eye(D, dtype=S.dtype)
+    last_S = S.clone()
+    o = torch.empty_like(v)
+    for b, h in itertools.product(range(B), range(Hv)):
+        key_head = h // (Hv // H)
+        state = S[b, h]
+        for t in range(T):
+            query = q[b, t, key_head]
+            key = k[b, t, key_head]
+            value = v[b, t, h]
+            decay = g[b, t, h].exp()
+            strength = beta[b, t, h]
+            state = decay * (identity - strength * torch.outer(key, key)) @ state
+            state = state + strength * torch.outer(key, value)
+            o[b, t, h] = state.T @ query / D ** 0.5
+        last_S[b, h] = state
+    return o, last_S
+
+
+def check_against_definition(results, inputs, S, tolerance=1e-9):
+    """results: the o and S that some form of the rule made of the inputs and the first S."""
+    o, last_S = results
+    o_true, S_true = recurrent_gated_delta_rule(*inputs, S)
+    assert apart(o, o_true) < tolerance
+    assert apart(last_S, S_true) < tolerance
+
+
+def test_kernel_definition_is_the_formula():
+    """Failure 8: the definition that all other tests compare with has a slip of its own: a decay
+    after the write, a missing scale, or value heads that read another key head."""
+    inputs, S = kernel_inputs(20)
+    results = explicit_loop(*inputs, S)
+    check_against_definition(results, inputs, S, tolerance=1e-12)
+
+
+@pytest.mark.parametrize("chunk", (4, 16, 64))
+@pytest.mark.parametrize("T", (1, 15, 16, 17, 63, 64, 65, 130))
+def test_kernel_equals_recurrence(T, chunk):
+    """Failure 8: the chunked form sums, decays or pads other than the definition does, or overflows
+    on strong decay."""
+    inputs, S = kernel_inputs(T)
+    results = gated_delta_rule(*inputs, S, chunk=chunk)
+    check_against_definition(results, inputs, S)
+    # without a state it begins with zeros
+    results = gated_delta_rule(*inputs, chunk=chunk)
+    check_against_definition(results, inputs, torch.zeros_like(S))
+
+
+@pytest.mark.parametrize("T", (33, 64))
+def test_kernel_any_split_in_two_calls(T):
+    """Failure 8: a state handed from one call to the next lacks the last, unfinished chunk."""
+    inputs, S = kernel_inputs(T)
+    for cut in range(1, T):
+        head, middle = gated_delta_rule(*first(inputs, cut), S, chunk=16)
+        tail, end = gated_delta_rule(*rest(inputs, cut), middle, chunk=16)
+        o = torch.cat((head, tail), 1)
+        check_against_definition((o, end), inputs, S)
+
+
+@pytest.mark.parametrize("chunks", (0, 1, 2, 3))
+def test_kernel_keeps_the_state_of_an_earlier_chunk(chunks):
+    """Failure 8: state_after=1 returns the state after the window, not after its first chunk."""
+    inputs, S = kernel_inputs(48)
+    _, state = gated_delta_rule(*inputs, S, chunk=16, state_after=chunks)
+    S_true = S
+    if chunks > 0:
+        _, S_true = recurrent_gated_delta_rule(*first(inputs, 16 * chunks), S)
+    assert apart(state, S_true) < 1e-9
+
+
+def test_kernel_padding_leaves_the_state_as_it_is():
+    """Failure 8: tokens with beta = g = 0, which fill up the last chunk, change the state."""
+    inputs, S = kernel_inputs(48)
+    padded = []
+    for x in inputs:
+        zeros = torch.zeros_like(x[:, :16])
+        padded.append(torch.cat((x, zeros), 1))
+    _, state = gated_delta_rule(*inputs, S, chunk=16)
+    _, state_padded = gated_delta_rule(*padded, S, chunk=16)
+    assert torch.equal(state_padded, state)
+
+
+def test_kernel_step_equals_recurrence():
+    """Failure 8: the form for one token drifts from the definition, with value heads a multiple of
+    key heads."""
+    inputs, S = kernel_inputs(20)
+    state = S
+    outputs = []
+    for t in range(20):
+        token = rest(first(inputs, t + 1), t)
+        o, state = delta_step(*token, state)
+        outputs.append(o)
+    o = torch.cat(outputs, 1)
+    check_against_definition((o, state), inputs, S)
+
+
+def test_kernel_is_finite_in_fp32():
+    """A decay of exp(50) above the diagonal: infinity times a zero of the mask is nan."""
+    (q, k, v, _, beta), S = kernel_inputs(130)
+    every_third = torch.arange(130)[None, :, None] % 3 == 0
+    g = torch.where(every_third, 0.0, -50.0).expand(2, 130, 4)
+    inputs = [x.float() for x in (q, k, v, g, beta)]
+    o, state = gated_delta_rule(*inputs, S.float())
+    assert o.isfinite().all()
+    assert state.isfinite().all()
+    doubles = [x.double() for x in inputs]
+    check_against_definition((o, state), doubles, S, tolerance=1e-5)
+
+
+def test_kernel_in_bf16_is_computed_in_fp32():
+    """Sums of a hundred tokens in bf16, which has three digits: only the outputs are rounded."""
+    inputs, S = kernel_inputs(130)
+    inputs = [x.bfloat16() for x in inputs]
+    exact = [x.double() for x in inputs]
+    o_true, S_true = recurrent_gated_delta_rule(*exact, S)
+    o, last_S = gated_delta_rule(*inputs, S.float())
+    assert o.dtype == torch.bfloat16
+    assert last_S.dtype == torch.float32
+    assert apart(o, o_true) < 2e-3
+    assert apart(last_S, S_true) < 1e-5
+
+    token = first(inputs, 1)
+    exact_token = first(exact, 1)
+    o_true, S_true = recurrent_gated_delta_rule(*exact_token, S)
+    o, last_S = delta_step(*token, S.float())
+    assert last_S.dtype == torch.float32
+    assert apart(o, o_true) < 2e-3
+    assert apart(last_S, S_true) < 1e-5
+
+
+CUTS = (
+    (16, 16, 16, 16),               # whole blocks
+    (1,) * 40,                      # one token at a time
+    (7, 16, 12, 0, 3, 16, 15, 1),
+    (15, 1, 16, 9, 7),
+)
+
+
+@pytest.mark.parametrize("cuts", CUTS)
+def test_state_after_blocks_equals_recurrence(cuts):
+    """Failure 8: the state that is kept is right after one token at a time only, not after a block
+    of 16 or a part of it. Rows after the accepted ones hold garbage, as after a rejection."""
+    target = small_target("untied", torch.float64)
+    shape = {"B": 1, "H": 4, "Hv": 8, "D": 16, "Dv": 16}
+    inputs, S = kernel_inputs(sum(cuts), **shape)
+    S = torch.zeros_like(S)
+    o_true, _ = recurrent_gated_delta_rule(*inputs, S)
+    state = DecodeState(target, 1, 128, K)
+    position = 0
+    for n in cuts:
+        garbage, _ = kernel_inputs(K, **shape, seed=position + 1)
+        accepted = first(rest(inputs, position), n)
+        rejected = rest(garbage, n)
+        block = [torch.cat(pair, 1) for pair in zip(accepted, rejected)]
+        state.begin(K)
+        o = state.layers[0].delta_rule(*block)
+        state.commit(n)
+        if n > 0:
+            assert apart(o[:, :n], o_true[:, position:position + n]) < 1e-9, position
+        position += n
+
+        # the state kept is that of the last whole chunk
+        b = position // K * K
+        if b > 0:
+            _, S_true = recurrent_gated_delta_rule(*first(inputs, b), S)
+            assert apart(state.S[0], S_true) < 1e-9, position

@@ -1,0 +1,274 @@
+"""
+The one rule of choice: its noise, its filters, the distribution of what it chooses, and guesses
+that share its noise.
+"""
+import dataclasses
+import itertools
+import math
+
+import pytest
+import torch
+
+import draft_decode
+from chat import chat_prompt
+from draft_decode import generate
+from sampling import Sampling, choose, gumbel_noise, mask_unlikely
+from tests.common import (HalfRightOracle, K, all_tokens, nano, questions, shipped, tiny_target)
+
+# ------------------------------------------------------------------------------------------------
+# noise
+
+
+def test_noise_is_a_function_of_seed_and_position():
+    """Failures 5 and 11: noise that a cut changes, that two positions or seeds share, or that is
+    not Gumbel's."""
+    positions = torch.tensor([0, 5, 1000, 4, 262143])
+    together = gumbel_noise(7, positions, 1000)
+    for i, position in enumerate(positions):
+        alone = gumbel_noise(7, position[None], 1000)
+        assert torch.equal(alone[0], together[i])
+
+    two_seeds = [gumbel_noise(seed, torch.arange(100), 1000) for seed in (0, 1)]
+    rows = torch.cat(two_seeds)
+    assert rows.isfinite().all()
+    assert abs(rows.mean() - 0.5772) < 0.01  # Euler's constant
+    assert abs(rows.var() - math.pi ** 2 / 6) < 0.03
+    correlations = torch.corrcoef(rows).fill_diagonal_(0)
+    assert correlations.abs().max() < 0.2
+
+
+def mixed(x):
+    """SplitMix64's finaliser, on an integer of 64 bits."""
+    x ^= x >> 30
+    x = x * 0xbf58476d1ce4e5b9 % 2 ** 64
+    x ^= x >> 27
+    x = x * 0x94d049bb133111eb % 2 ** 64
+    return x ^ x >> 31
+
+
+def slow_noise(seed, position, token):
+    """The noise of one token at one position, by Python's integers and doubles."""
+    key = mixed((mixed(seed % 2 ** 64) + position) % 2 ** 64)
+    bits = mixed((key + token * 0x9e3779b97f4a7c15) % 2 ** 64)
+    uniform = ((bits >> 12) + 0.5) / 2 ** 52
+    return -math.log(-math.log(uniform))
+
+
+@pytest.mark.parametrize("seed", (0, 1, -5, 2 ** 63 - 1))
+def test_noise_equals_its_definition(seed):
+    """Failure 11: shifts of signed numbers, or a sum that overflows, make other noise than is
+    written down: samples of one seed differ from one version to the next."""
+    positions = torch.tensor([0, 1, 262143])
+    noise = gumbel_noise(seed, positions, 50)
+    for row, position in zip(noise.tolist(), positions.tolist()):
+        expected = [slow_noise(seed, position, token) for token in range(50)]
+        assert row == pytest.approx(expected, rel=1e-6)
+
+# ------------------------------------------------------------------------------------------------
+# filters
+
+
+def likely_tokens(scores, top_k, top_p):
+    """The tokens that mask_unlikely keeps of scores (V,)."""
+    masked = mask_unlikely(torch.tensor([scores]), top_k, top_p)[0]
+    assert torch.equal(masked[masked.isfinite()], torch.tensor(scores)[masked.isfinite()])
+    return masked.isfinite().nonzero().flatten().tolist()
+
+
+def test_top_k_keeps_the_k_likeliest():
+    """top_k that cuts the k-th token too, or leaves one more."""
+    scores = [1.0, 5.0, 2.0, 4.0, 3.0]
+    assert likely_tokens(scores, 1, 1.0) == [1]
+    assert likely_tokens(scores, 2, 1.0) == [1, 3]
+    assert likely_tokens(scores, 4, 1.0) == [1, 2, 3, 4]
+    for all_of_them in (0, 5, 6):
+        assert likely_tokens(scores, all_of_them, 1.0) == [0, 1, 2, 3, 4]
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_p():
+    """top_p with one token too few or too many. Four equal scores are exactly a quarter each."""
+    scores = [0.0, 0.0, 0.0, 0.0]
+    assert likely_tokens(scores, 0, 0.01) == [0]
+    assert likely_tokens(scores, 0, 0.25) == [0]
+    assert likely_tokens(scores, 0, 0.26) == [0, 1]
+    assert likely_tokens(scores, 0, 0.5) == [0, 1]
+    assert likely_tokens(scores, 0, 0.75) == [0, 1, 2]
+    assert likely_tokens(scores, 0, 0.76) == [0, 1, 2, 3]
+    # shares are those among the top_k
+    assert likely_tokens([0.0, 0.0, -1.0, -1.0], 2, 0.5) == [0]
+    assert likely_tokens([0.0, 0.0, -1.0, -1.0], 2, 0.51) == [0, 1]
+
+
+@pytest.mark.parametrize("values", (
+    {"temperature": -0.1}, {"draft_temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0},
+    {"top_p": 1.1}, {"seed": 1 << 63}))
+def test_sampling_refuses_values_out_of_range(values):
+    """A temperature or a share that no distribution has gives tokens all the same."""
+    with pytest.raises(ValueError, match="temperatures and top_k are 0 or more"):
+        Sampling(**values)
+
+# ------------------------------------------------------------------------------------------------
+# the distribution of two tokens in a row
+
+PROMPT = [1, 2, 3]
+SAMPLINGS = (Sampling(1.0), Sampling(3.0, top_k=5, top_p=0.9))
+
+
+class PatientOracle(HalfRightOracle):
+    """Lets the target say something else than it knows: the tests below count how often."""
+    def check_anchor(self, anchor, i):
+        pass
+
+
+def count_pairs(sampling, count):
+    """(how often (8, 8) the pairs of the first two tokens were sampled, share of the seeds whose
+    output is the same with a drafter that is right by halves)."""
+    target = tiny_target()
+    seen = torch.zeros(8, 8)
+    identical = 0
+    for seed in range(count):
+        seeded = dataclasses.replace(sampling, seed=seed)
+        alone = all_tokens(generate(target, None, PROMPT, 2, sampling=seeded))
+        oracle = PatientOracle(len(PROMPT), alone, seed)
+        drafted = all_tokens(generate(target, oracle, PROMPT, 2, sampling=seeded))
+        identical += drafted == alone
+        first, second = alone
+        seen[first, second] += 1
+    return seen, identical / count
+
+
+def slow_distribution(logits, sampling):
+    """Probabilities (V,) of the next token given its logits (V,), by sorting and adding."""
+    p = (logits.double() / sampling.temperature).softmax(-1)
+    order = p.argsort(descending=True)
+    if sampling.top_k > 0:
+        order = order[:sampling.top_k]
+    p = p / p[order].sum()
+    kept = torch.zeros_like(p)
+    for token in order:
+        if kept.sum() >= sampling.top_p:
+            break
+        kept[token] = p[token]
+    return kept / kept.sum()
+
+
+@torch.no_grad()
+def expected_pairs(sampling, count):
+    """How often (8, 8) each pair is to be expected: the target's own softmax, twice."""
+    target = tiny_target()
+    expected = torch.zeros(8, 8, dtype=torch.float64)
+    for first in range(8):
+        _, hidden = target(torch.tensor([PROMPT + [first]]))
+        first_logits, second_logits = target.logits(hidden)[0, -2:]
+        p_first = slow_distribution(first_logits, sampling)[first]
+        expected[first] = count * p_first * slow_distribution(second_logits, sampling)
+    return expected
+
+
+def chi_square(seen, expected):
+    """(chi-square, its degrees of freedom); pairs expected less than 5 times count as one."""
+    assert not seen[expected == 0].any(), "a token outside the filters was chosen"
+    common = expected >= 5
+    chi = ((seen - expected)[common].square() / expected[common]).sum()
+    rest_seen = seen[~common].sum()
+    rest_expected = expected[~common].sum()
+    chi += (rest_seen - rest_expected).square() / rest_expected.clamp(min=1)
+    return chi.item(), int(common.sum())
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=("all", "filtered"))
+def test_sampled_distribution_is_the_targets(sampling):
+    """Failure 11: tokens not drawn from the target's softmax, alone and jointly; or not from the
+    seed alone."""
+    seen, identical = count_pairs(sampling, 600)
+    chi, freedom = chi_square(seen, expected_pairs(sampling, 600))
+    assert identical == 1
+    assert freedom > 3
+    assert chi < freedom + 4 * math.sqrt(2 * freedom)
+
+
+def test_sampled_distribution_test_sees_bad_noise(monkeypatch):
+    """The test above can fail: noise that two positions share makes the second token depend on the
+    first; noise that is drawn anew whenever a position is met makes the output depend on the
+    cuts."""
+    def shared(seed, positions, vocab_size):
+        return gumbel_noise(seed, positions * 0, vocab_size)
+
+    monkeypatch.setattr(draft_decode, "gumbel_noise", shared)
+    seen, _ = count_pairs(Sampling(1.0), 600)
+    chi, freedom = chi_square(seen, expected_pairs(Sampling(1.0), 600))
+    assert chi > freedom + 8 * math.sqrt(2 * freedom)
+
+    seeds = itertools.count(1000)
+
+    def drawn_anew(seed, positions, vocab_size):
+        return gumbel_noise(next(seeds), positions, vocab_size)
+
+    monkeypatch.setattr(draft_decode, "gumbel_noise", drawn_anew)
+    _, identical = count_pairs(Sampling(1.0), 20)
+    assert identical < 0.5
+
+# ------------------------------------------------------------------------------------------------
+# guesses that share the noise
+
+
+class Itself:
+    """A drafter that is the target itself: it continues what was said so far with the target's own
+    logits, and chooses by the rule that its guesses will be chosen by."""
+    block_size = K
+    target_layer_ids = ()
+
+    def __init__(self, answer, sampling):
+        self.answer = answer
+        self.sampling = sampling
+
+    def new_cache(self, batch, length):
+        return None
+
+    def append_context(self, features, cache, position):
+        pass
+
+    def draft_logits(self, anchor, target, cache, position):
+        position = int(position)
+        known = PROMPT + self.answer[:position - len(PROMPT)] + [int(anchor)]
+        tokens = torch.tensor([known])
+        temperature = self.sampling.draft_temperature
+        logits = []
+        for t in range(position + 1, position + K):
+            _, hidden = target(tokens)
+            logits.append(target.logits(hidden[:, -1:]))
+            noise = gumbel_noise(self.sampling.seed, torch.tensor([t]), target.config.vocab_size)
+            guess = choose(logits[-1], self.sampling, temperature, noise)
+            tokens = torch.cat((tokens, guess), 1)
+        return torch.cat(logits, 1)
+
+
+@pytest.mark.parametrize("draft_temperature", (0.0, 1.0))
+def test_sampled_guesses_coupled_to_the_noise_are_accepted(draft_temperature):
+    """Failure 11: sampling collapses acceptance, as where the guesses' noise is not the target's.
+    On a target that is undecided, a drafter that is the target itself must be right if it is
+    coupled, and cannot be if it guesses greedily."""
+    target = tiny_target()
+    lengths = []
+    for seed in range(8):
+        sampling = Sampling(1.0, seed=seed, draft_temperature=draft_temperature)
+        answer = all_tokens(generate(target, None, PROMPT, 33, sampling=sampling))
+        drafter = Itself(answer, sampling)
+        rounds = list(generate(target, drafter, PROMPT, 33, sampling=sampling))
+        assert all_tokens(rounds) == answer
+        lengths += [len(r.tokens) for r in rounds[1:]]
+    tau = sum(lengths) / len(lengths)
+    if draft_temperature == 1.0:
+        assert tau == 16
+    else:
+        assert tau < 4
+
+
+def test_guesses_are_greedy_where_the_target_is():
+    """draft_temperature takes effect at temperature 0, where there is no noise to share: guesses
+    become worse than they have to be."""
+    target, tokenizer = nano()
+    prompt = chat_prompt(tokenizer, questions()[0])
+    greedy = list(generate(target, shipped(), prompt, 64))
+    warm = Sampling(draft_temperature=5.0)
+    assert list(generate(target, shipped(), prompt, 64, sampling=warm)) == greedy

@@ -1,0 +1,234 @@
+"""bench.py serve: failures of a server that become figures, of it or of the other one."""
+import contextlib
+import http.server
+import json
+import threading
+import time
+import urllib.request
+
+import numpy as np
+import pytest
+
+from benchmarks import serve
+from chat import chat_prompt, stop_ids
+from data.nano.problems import boxed, problems
+from draft_decode import timed_generate
+from tests.common import NANO_TARGET, nano, read_jsonl, shipped, write_jsonl
+
+ONE_CHUNK = b'data: {"choices": [{"delta": {"content": "4"}}]}\n\n'
+NO_USAGE = b'data: {"choices": [{"delta": {"content": "4"}, "finish_reason": "stop"}]}\n\n'
+BROKEN_STREAMS = {
+    "cut": ONE_CHUNK,
+    "garbage": b"data: {nonsense\n\n",
+    "number": b"data: 7\n\n",
+    "html": b"<html>It works</html>",
+    "error": b'data: {"error": "full"}\n\n',
+    "countless": NO_USAGE,
+}
+FAULTS = ["busy", "dead", "slow", *BROKEN_STREAMS]
+
+
+class BrokenServer(http.server.BaseHTTPRequestHandler):
+    """Passes a request on to `upstream`, but a prompt that names a fault meets that fault.
+
+    Its /metrics are vLLM's: a request has a round of 4 tokens, and one of 2 in another engine."""
+    upstream = ""
+    requests = 0
+
+    def do_GET(self):
+        if self.path != "/metrics":
+            self.reply(b"[]")
+            return
+        text = ""
+        for name, engine, count in (("drafts", 0, 1), ("drafts", 1, 1),
+                                    ("accepted_tokens", 0, 3), ("accepted_tokens", 1, 1)):
+            total = count * BrokenServer.requests
+            text += f'vllm:spec_decode_num_{name}_total{{engine="{engine}"}} {total}.0\n'
+        self.reply(text.encode())
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        question = json.loads(body)["messages"][0]["content"]
+        BrokenServer.requests += 1
+        if question in BROKEN_STREAMS:
+            self.reply(BROKEN_STREAMS[question])
+        elif question == "busy":
+            self.send_error(503)
+        elif question == "dead":
+            self.close_connection = True
+        elif question == "slow":
+            self.trickle()
+        else:
+            self.pass_on(body)
+
+    def reply(self, content):
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def trickle(self):
+        """A lively stream that does not end in time."""
+        self.send_response(200)
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            for _ in range(20):
+                self.wfile.write(ONE_CHUNK)
+                time.sleep(0.4)
+
+    def pass_on(self, body):
+        url = self.upstream + self.path.removeprefix("/v1")
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(url, body, headers)
+        with urllib.request.urlopen(request) as answer:
+            self.reply(answer.read())
+
+    def log_message(self, *args):
+        pass
+
+
+def test_bench_serve(benchmark, monkeypatch, served, tmp_path):
+    """A server's failures averaged into its speed or accuracy, or counted for the other; an answer
+    that is not the target's. Both arms are one real server, one of them behind a server that fails
+    in every way there is."""
+    by_length = sorted(problems("test", 30), key=lambda problem: len(problem[1]))
+    good = by_length[:2]
+    rows = [{"question": question, "answer": answer} for question, _, answer in good]
+    rows += [{"question": fault, "answer": "1"} for fault in FAULTS]
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", rows)
+    args = ["serve", f"--prompts={prompts}", f"--served_model={NANO_TARGET}", "--limit=99",
+            "--max_new_tokens=72", f"--baseline_url={served}", "--concurrency=2", "--timeout=5"]
+    monkeypatch.setattr(BrokenServer, "upstream", served)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), BrokenServer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        report = benchmark(*args, f"--base_url=http://127.0.0.1:{server.server_port}/v1/")
+        server.shutdown()
+
+    # every failure is counted, with its reason, for the server that failed
+    ours = report["speculative"]
+    baseline = report["baseline"]
+    assert ours["answered"] == report["pairs"] == 2
+    assert ours["failed"] == sum(ours["errors"].values()) == len(FAULTS)
+    assert len(ours["errors"]) == len(FAULTS)
+    assert {"status 503", "no end within 5 s"} < set(ours["errors"])
+    assert baseline["failed"] == 0
+    assert baseline["answered"] == len(rows)
+
+    # all figures are those of the two good prompts
+    lines = read_jsonl(tmp_path / "serve.jsonl")
+    counted = [line for line in lines if "error" not in line["speculative"]]
+    assert [line["prompt"] for line in counted] == [0, 1]
+    check_figures(report, counted)
+    right = count_right_answers([line["baseline"] for line in counted], good)
+    assert ours["accuracy"]["value"] == right / 2 >= 0.5
+
+    for url, hint in (("http://127.0.0.1:9/v1", "the speculative server .* does not answer"),
+                      ("", "give --base_url")):
+        with pytest.raises(SystemExit, match=hint):
+            benchmark(*args, f"--base_url={url}")
+
+
+def check_figures(report, counted):
+    """The report's figures follow from the lines of the prompts that both servers answered."""
+    ours = report["speculative"]
+    our_answers = [line["speculative"] for line in counted]
+    baseline_answers = [line["baseline"] for line in counted]
+    assert report["agreement"]["value"] == 1
+    assert ours["tokens_per_s_of_all"]["value"] > 0
+    assert report["tau"] == 3
+    assert "counters" in ours["tau_source"]
+    assert report["baseline"]["tau"] is None
+    speedup = report["speedup"]
+    assert speedup["value"] == pytest.approx(speed(our_answers) / speed(baseline_answers))
+    assert speedup["low"] <= speedup["value"] <= speedup["high"]
+    first = [answer["first"] for answer in our_answers]
+    assert ours["first_token_s"]["value"] == pytest.approx(sum(first) / 2)
+    for answer in our_answers + baseline_answers:
+        assert 0 < answer["first"] <= answer["seconds"]
+
+
+def count_right_answers(answers, asked):
+    """How many answers are right; all of them must be the target's own. asked: the problems."""
+    target, tokenizer = nano()
+    right = 0
+    for answer, (question, _, known) in zip(answers, asked, strict=True):
+        ids = chat_prompt(tokenizer, question)
+        tokens = timed_generate(target, shipped(), ids, 72, stop_ids(tokenizer)).tokens
+        assert answer["text"].lstrip() == tokenizer.decode(tokens, skip_special_tokens=True)
+        right += boxed(answer["text"]) == known
+    return right
+
+
+def speed(answers):
+    """Tokens a second of some answers together."""
+    tokens = sum(answer["tokens"] for answer in answers)
+    return tokens / sum(answer["seconds"] for answer in answers)
+
+
+def test_bench_serve_resumes(benchmark, monkeypatch, served, tmp_path):
+    """Groups asked twice, or lost, after an interruption."""
+    args = ["serve", f"--served_model={NANO_TARGET}", "--limit=3", "--max_new_tokens=8",
+            f"--base_url={served}", f"--baseline_url={served}"]
+    questions_asked = []
+    ask = serve.ask
+
+    def until(count):
+        def count_and_ask(url, body, timeout):
+            questions_asked.append(body["messages"][0]["content"])
+            if len(questions_asked) > count:
+                raise KeyboardInterrupt
+            return ask(url, body, timeout)
+        return count_and_ask
+
+    # two of warm-up, the first prompt, and half of the second
+    monkeypatch.setattr(serve, "ask", until(2 + 3))
+    with pytest.raises(SystemExit, match="interrupted"):
+        benchmark(*args)
+    assert len(read_jsonl(tmp_path / "serve.part.jsonl")) == 2
+
+    questions_asked.clear()
+    monkeypatch.setattr(serve, "ask", until(99))
+    report = benchmark(*args, "--resume")
+    assert len(questions_asked) == 2 + 4
+    assert report["pairs"] == report["prompts"] == 3
+    assert report["agreement"]["value"] == 1
+
+
+def test_bench_serve_figures(monkeypatch):
+    """A tau without the target's own token, or of other requests; an interval that is none."""
+    pages = {
+        "/metrics": "vllm:spec_decode_num_drafts_created 1.7e9\n",
+        "/get_server_info": json.dumps({"internal_states": [{"avg_spec_accept_length": 5.25}]})}
+
+    def get(url, timeout):
+        return pages.get(url.removeprefix("http://x"), "")
+
+    monkeypatch.setattr(serve, "get", get)
+    assert serve.acceptance_so_far("http://x/v1", 1) == {"mean": 5.25}  # SGLang
+
+    answer = {"text": "\\boxed{7}", "tokens": 5, "first": 1.0, "seconds": 3.0}
+    mean = {"before": {}, "after": {"mean": 5.25}}
+    rows = [{"answers": [answer, answer], "wall": 4.0} | mean,
+            {"answers": [answer, {"error": "dead"}], "wall": 600.0} | mean]
+    figures = serve.arm_figures(rows, ["7"] * 4)
+    assert figures["answered"] == 3
+    assert figures["tau"] == 5.25
+    assert figures["tau_source"] == "the server's mean since its start"
+    assert figures["tokens_per_s_of_all"]["value"] == 10 / 4
+    assert figures["token_s"]["value"] == 2 / 4
+    assert figures["accuracy"]["value"] == 1
+    for key in ("value", "low", "high"):
+        assert figures["tokens_per_s"][key] == pytest.approx(5 / 3)
+
+    pages["/metrics"] = (
+        'vllm:spec_decode_num_drafts_total{model_name="a b",engine="0"} 1.2e+02\n'
+        'vllm:spec_decode_num_accepted_tokens_total{model_name="a b",engine="0"} 480.0\n')
+    counters = serve.acceptance_so_far("http://x/v1", 1)
+    assert counters == {"drafts": 120, "accepted": 480}
+    rows = [{"before": {"drafts": 20, "accepted": 80}, "after": counters}]
+    assert serve.tau_of(rows) == (5.0, "the server's counters over these requests")
+
+    x = np.random.default_rng(1).normal(10, 2, 400)
+    interval = serve.estimate(serve.mean, x)  # by the normal distribution: mean +- 1.96 * 2 / 20
+    assert interval["low"] == pytest.approx(x.mean() - 0.196, abs=0.03)
+    assert interval["high"] == pytest.approx(x.mean() + 0.196, abs=0.03)
