@@ -7,7 +7,8 @@ Speculative decoding with a DFlash drafter. The output is the target's own.
 A round has four steps. (1) Draft: one forward of the drafter guesses the K - 1 tokens after the
 last known one, the anchor. (2) Verify: one forward of the target over anchor and guesses yields its
 own choice after each of them. (3) Accept: the guesses up to the first one that is not the target's
-choice, and then that choice. (4) Commit: the target adopts the rows that were accepted.
+choice, and then that choice, which is the next anchor. (4) Commit: the target adopts the old anchor
+and the accepted guesses.
 
 Every token returned is the target's choice, so the drafter decides how many tokens a round returns
 and never which. Does the target alone choose the same? To the bit, if it runs forwards of the same
@@ -81,7 +82,8 @@ class Decoder:
         """One round. Returns [guesses accepted, the target's choice after each of the K rows]."""
         target, drafter, state = self.target, self.drafter, self.state
         sampling = self.sampling
-        # the noise of the K positions after the anchor, which the target's rows 0 .. K-1 choose
+        # the noise of the K positions after the anchor, itself at state.position: the
+        # target's rows 0 .. K-1 choose the tokens there
         noise = self.noise_at(state.position + self.offsets)                 # (K, V) or None
 
         # 1. draft: guesses for the K - 1 positions after the anchor. Without a drafter these rows
@@ -175,8 +177,8 @@ class Round:
 @torch.inference_mode()
 def generate(target, drafter, prompt_ids, max_new_tokens, stops=(), block_size=None,
              sampling=Sampling(), decoders=None):
-    """Yields the answer in pieces, a Round each; before them the token that the prompt's forward
-    chose, in the same form with no guess.
+    """Yields the answer in pieces, a Round each. The first piece is one token and no guess: the one
+    that the forward of the prompt chose.
 
     prompt_ids      list of token ids, at least one
     drafter         a DFlashDraftModel or whatever has its block_size, target_layer_ids, new_cache,
@@ -359,7 +361,7 @@ def decode(config):
     target = load_target(config.target, config.device, config.dtype)
     drafter = load_drafter(config.drafter, target.config, config.device, config.dtype)
     if config.compile:
-        target.compile()
+        target.compile_decoding()
         drafter.compile_decoding()
     if config.raw:
         prompt_ids = tokenizer.encode(config.prompt)

@@ -40,6 +40,7 @@ class DFlashDraftModel(PreTrainedModel):
 
     def __init__(self, config):
         super().__init__(config)
+        # block_size stands inside or at the top: published files differ
         self.block_size = config.dflash_config.get("block_size") or config.block_size
         self.target_layer_ids = tuple(config.dflash_config["target_layer_ids"])
         self.mask_token_id = config.dflash_config["mask_token_id"]
@@ -80,9 +81,9 @@ class DFlashDraftModel(PreTrainedModel):
         return rotary_table(positions, self.config.head_dim, theta)
 
     # Decoding: one block a sequence. A cache holds the keys and values of each layer, by position.
-    # The context writes those of committed positions, for good. A block writes its own behind
-    # them, from the anchor's position on, and nothing reads these after it: the next context and
-    # the next block are written over them.
+    # The context writes those of committed positions, for good. A block writes its own behind them,
+    # from the anchor's position on. They serve this one forward: then the context of the positions
+    # that were committed, and behind it the next block, are written over them.
 
     def new_cache(self, batch, length):
         """Keys and values of `length` positions, (layers, 2, B, Hkv, length, D)."""
@@ -101,7 +102,7 @@ class DFlashDraftModel(PreTrainedModel):
         positions = position + torch.arange(T, device=features.device)
         context = self.context(features)
         rotary = self.rotary(positions)
-        for layer, (keys, values) in zip(self.layers, cache):
+        for layer, (keys, values) in zip(self.layers, cache):  # views, written in place
             k, v = layer.self_attn.keys_values(context, rotary)
             write_rows(keys, positions, k)
             write_rows(values, positions, v)
@@ -150,8 +151,8 @@ class DFlashDraftModel(PreTrainedModel):
         context_rotary = self.rotary(context_positions)
         block_rotary = self.rotary(block_positions)
 
-        # Who sees whom, as a function, or as what flex_attention makes of it. Layers of the same
-        # attention window share it (usually no layer has a window).
+        # Who sees whom: a function, or the BlockMask that flex_attention makes of it. Layers with
+        # the same attention window share it (usually no layer has one).
         visibilities = {}
         for attention_window in {layer.self_attn.attention_window for layer in self.layers}:
             visible = block_visibility(anchors, T, K, attention_window)
@@ -180,7 +181,7 @@ def block_visibility(anchors, T, K, attention_window=None):
 
     A row sees the context strictly before its anchor, and the K rows of its own block in both
     directions. It never sees another block. A layer with an attention_window is different: there a
-    row sees only so many positions up to its own, itself included, and nothing after it.
+    row sees the last attention_window positions up to its own, itself included, and none after it.
     """
     def visible(batch, head, query, key):
         anchor = anchors[batch, query // K]
@@ -199,12 +200,12 @@ def block_visibility(anchors, T, K, attention_window=None):
     return visible
 
 
-# Compiled, as the plain function would form all scores. Shapes are static: once for each T.
+# Compiled, as the plain function would form all scores; once for each T, as shapes are static.
 compiled_flex_attention = torch.compile(flex_attention, dynamic=False)
 
 
 @torch.compiler.disable  # its shapes follow the data
-def grouped_attention(
+def attention_by_anchor_groups(
         q,
         context_k,
         context_v,
@@ -212,7 +213,7 @@ def grouped_attention(
         block_v,
         anchors,
         visible,
-        group=8):
+        group_size=8):
     """Training's attention for CPUs. Returns (B, H, A K, D).
 
     q (B, H, A K, D) are the rows of the blocks; context_k, context_v (B, Hkv, T, D) the context;
@@ -230,10 +231,10 @@ def grouped_attention(
     all_rows = torch.arange(A * K, device=device)
 
     outputs = []
-    for first in range(0, A, group):
+    for first in range(0, A, group_size):
         # the rows of the blocks of this group, and how much context they can see
-        own = slice(first * K, (first + group) * K)
-        context_length = int(anchors[:, first:first + group].max())
+        own = slice(first * K, (first + group_size) * K)
+        context_length = int(anchors[:, first:first + group_size].max())
         seen_k = context_k[:, :, :context_length]
         seen_v = context_v[:, :, :context_length]
         keys = torch.cat((seen_k, block_k[:, :, own]), 2)
@@ -339,7 +340,8 @@ class Attention(nn.Module):
             v = torch.cat((context_v, block_v), 2)
             o = compiled_flex_attention(q, k, v, block_mask=visibility, enable_gqa=True)
         else:
-            o = grouped_attention(q, context_k, context_v, block_k, block_v, anchors, visibility)
+            o = attention_by_anchor_groups(
+                q, context_k, context_v, block_k, block_v, anchors, visibility)
         o = o.transpose(1, 2).unflatten(1, (A, K))                           # (B, A, K, H, D)
         return self.o_proj(o.flatten(3))
 
@@ -473,7 +475,8 @@ def sample_anchors(supervised, count, generator):
     """
     T = supervised.shape[1]
     allowed = supervised[:, :-1] & supervised[:, 1:]
-    # These are T - 1 columns. Make them T, or as many as topk asks for; none of the new is allowed.
+    # These are T - 1 columns; topk wants `count` of them at least. With T of them otherwise, what
+    # is drawn depends on T alone. None of the new ones is allowed.
     columns = max(T, count)
     allowed = F.pad(allowed, (0, columns - (T - 1)))
     # each candidate gets a random number of 0 .. 1; those with the largest ones are the anchors
@@ -631,8 +634,8 @@ def head_chunk(hidden, head, labels, weights, dpace_smoothing, wants_grad):
     then the gradient by the logits. If hidden is bf16, so are the products with the head, before
     and after: z is then a widened copy of the logits, and is rounded again at the end.
     """
-    # The logits. The blocks are flattened, as row 0 was cut out of each and a CPU takes a batched
-    # product for such a tensor, which is three times as slow.
+    # The logits. hidden is flattened: it is not contiguous, since row 0 was cut out of each block,
+    # and for such a tensor a CPU takes a batched product that is three times as slow.
     flat = hidden.flatten(0, 1)
     z = to_fp32(F.linear(flat, head))
     z = z.view(*labels.shape, -1)                                            # (N, K-1, V)

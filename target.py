@@ -86,23 +86,29 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, state_after=None):
                           - sum over s < t of exp(log_decay_t - log_decay_s) (k_t . k_s) W_s)
 
     The sum goes to the left side. Now let q, k, v, W be matrices with a row for each token of the
-    chunk, b the diagonal matrix of beta, d that of exp(log_decay), and let * multiply entry by
-    entry. Then all W_t solve one triangular system:
+    chunk; diag(beta) the diagonal matrix of beta, diag(fade) that of exp(log_decay_t), the code's
+    decay_since_start; and decay the matrix of exp(log_decay_t - log_decay_s), its decay_between,
+    which multiplies entry by entry (*). Then all W_t solve one triangular system:
 
-        (I + A) W = b (v - d k S)           A = b (decay_between * k k^T)  below the diagonal
+        (I + A) W = diag(beta) (v - diag(fade) k S)
+                A = diag(beta) (decay * k k^T)              below the diagonal
 
     Apart from S everything in it is known for all chunks at once. So it is solved in two parts:
 
-        M = (I + A)^-1 b                    U = M v              Y = M d k
+        M = (I + A)^-1 diag(beta)
+        U = M v
+        Y = M diag(fade) k
         W = U - Y S
 
-    and only these two lines remain to be done from chunk to chunk, W and the new S:
+    Only W and the new S remain to be done from chunk to chunk. What a token wrote fades from then
+    to the end of the chunk, which is put into its key (k_to_end), and S fades over the whole chunk:
 
-        S <- decay_of_chunk S + k_to_end^T W       k_to_end: k_t decayed from t to the chunk's end
+        S <- decay_of_chunk S + k_to_end^T W
 
     The outputs follow for all chunks at once:
 
-        o = D^-0.5 (d q S + P W)            P = decay_between * q k^T  up to the diagonal
+        o = D^-0.5 (diag(fade) q S + P W)
+        P = decay * q k^T                                   up to the diagonal
 
     Source: arXiv 2412.06464, section 3.3, which writes the inverse out (the WY form).
     """
@@ -131,8 +137,9 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, state_after=None):
     decay_to_end = (log_decay[..., -1:] - log_decay).exp()
     decay_of_chunk = log_decay[..., -1:].exp()[..., None]                    # (B Hv, N, 1, 1)
 
-    # The solver is told that the diagonal is 1 and does not read it. So A needs neither I added nor
-    # its own diagonal removed. A diagonal matrix on the right, b or d, multiplies columns.
+    # The solver is told that the diagonal is 1 and does not read it. So the diagonal of A, which
+    # the formula does not have, does no harm, and I need not be added. A diag() on the right
+    # multiplies columns.
     A = (k @ k.mT).mul_(decay_between).mul_(beta[..., None])
     identity = torch.eye(chunk, dtype=dtype, device=device).expand_as(A)
     M = torch.linalg.solve_triangular(A, identity, upper=False, unitriangular=True)
@@ -141,7 +148,7 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, state_after=None):
     Y = (M * decay_since_start[..., None, :]) @ k
     P = (q @ k.mT).mul_(decay_between)
     k_to_end = k * decay_to_end[..., None]
-    k_to_end = k_to_end.mT                                                   # (B Hv, N, D, C)
+    k_to_end_T = k_to_end.mT                                                 # (B Hv, N, D, C)
 
     # From chunk to chunk. unbind, not an index: where the target itself is trained, the gradient
     # of U[:, i] would be a tensor as large as U, in every chunk.
@@ -153,7 +160,7 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, state_after=None):
         state_after = N
     U = U.unbind(1)
     Y = Y.unbind(1)
-    k_to_end = k_to_end.unbind(1)
+    k_to_end_T = k_to_end_T.unbind(1)
     decay_of_chunk = decay_of_chunk.unbind(1)
     states = []  # states[i] is the state after i chunks, with which chunk i begins
     writes = []
@@ -161,20 +168,20 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, state_after=None):
         states.append(S)
         W = torch.baddbmm(U[i], Y[i], S, alpha=-1)
         writes.append(W)
-        # decoding wants the state after the first of two chunks, and saves the last update
+        # decoding wants the state after the first of two chunks, and need not pay for the last one
         is_needed = i + 1 < N or state_after == N
         if is_needed:
-            S = torch.baddbmm(S * decay_of_chunk[i], k_to_end[i], W)
+            S = torch.baddbmm(S * decay_of_chunk[i], k_to_end_T[i], W)
     kept_state = S if state_after == N else states[state_after]
 
     # the outputs of all chunks at once
     scale = D ** -0.5
     states = torch.stack(states, 1)                                          # (B Hv, N, D, Dv)
     writes = torch.stack(writes, 1)                                          # (B Hv, N, C, Dv)
-    o = (q @ states).mul_(decay_since_start[..., None] * scale)
+    o = (q @ states).mul_(decay_since_start[..., None] * scale)              # (B Hv, N, C, Dv)
     o = o.flatten(0, 1)
-    o = o.baddbmm_(P.flatten(0, 1), writes.flatten(0, 1), alpha=scale)
-    o = o.unflatten(0, (-1, N)).flatten(1, 2)
+    o = o.baddbmm_(P.flatten(0, 1), writes.flatten(0, 1), alpha=scale)       # (B Hv N, C, Dv)
+    o = o.unflatten(0, (-1, N)).flatten(1, 2)                                # (B Hv, N C, Dv)
     o = o[:, :T].unflatten(0, (B, Hv)).transpose(1, 2)                       # (B, T, Hv, Dv)
     o = o.to(output_dtype)
     return o, kept_state.unflatten(0, (B, Hv))
@@ -239,15 +246,24 @@ class DecodeState:
 
     commit(n) moves the position to 37 + n, at most 53.
       - Has it reached 48? Then all 16 tokens of the first chunk are committed, no other token went
-        into S_chunk_end, and it becomes S. The second chunk becomes the first.
+        into S_chunk_end, and it becomes S. The second chunk is copied over the first.
       - Is it still below 48? Then S_chunk_end also holds guesses that were rejected. S stays as it
         is, and the next forward computes S_chunk_end anew from S and the window.
+
+        n = 5                       |      first chunk      |      second chunk      |
+        S after 32 tokens           | 32 .. 41  | 42 .. 47  | 48 .. 57 |  scratch    |
+                                    |   tail    |     next block       |             |
+
+        n = 12                      |      first chunk      |      second chunk      |
+        S after 48 tokens           | 48 |     49 .. 63     | 64 |      scratch      |
+                                    |tail|       next block      |  (old copies too) |
+
     The short convolution remembers its last inputs apart from this; they always move by n rows.
 
-    Why does a rejected guess leave no trace? It stands in the window at or behind the new position,
-    and the next block is written over exactly these places, K of them. A block always reaches the
-    end of the first chunk, so nothing old can stand before that. What stands behind a row cannot
-    reach it: the delta rule is causal, with a decay of exactly zero from later to earlier rows.
+    Why does a rejected guess leave no trace? Places before the position hold committed tokens. The
+    K places from there on are written by the next block, before anything reads them; they always
+    reach the end of the first chunk. All later places may hold old guesses, but no row before them
+    can see them: the delta rule is causal, with a decay of exactly zero from later to earlier rows.
 
     Why do the bits not depend on how a sequence is cut into blocks? Every forward has the same
     shapes. In them, and with the kernels used here, an entry of a product depends neither on its
@@ -265,7 +281,7 @@ class DecodeState:
     as a forward verifies one block. The third could differ, but with chunks as long as the block
     two of them always hold tail and block. With block_size 1 there is no window, and delta_step
     runs: the fastest way for the target alone, whose products have another shape and round
-    otherwise.
+    otherwise. (All B sequences share the position, and a commit adopts as many rows of each.)
 
     position     tokens committed; a tensor, so that a round has static shapes (for CUDA graphs)
     keys         and values of each full-attention layer; a mask hides rows past the position
@@ -301,7 +317,7 @@ class DecodeState:
         self.conv = weight.new_zeros(linear_layers, batch, conv_rows, conv_channels(config))
 
         # constants of all forwards
-        self.all_positions = torch.arange(length, device=weight.device)
+        self.all_positions = torch.arange(length, device=weight.device)      # 0 .. length - 1
         rotary_dim = int(config.head_dim * config.partial_rotary_factor)
         self.cos, self.sin = rotary_table(self.all_positions, rotary_dim, config.rope_theta)
 
@@ -334,7 +350,7 @@ class DecodeState:
         """Set what the layers need to know of a forward of T tokens.
 
         K tokens are a block. Any other number is the bulk of a prompt, all of which will be
-        adopted. (A bulk of exactly K tokens is read as a block, with the same result.)
+        adopted. (A bulk of exactly K tokens is read as a block, and is the same up to rounding.)
         """
         self.is_bulk = T != self.block_size
         assert self.empty or not self.is_bulk, \
@@ -356,18 +372,18 @@ class DecodeState:
         """
         self.empty = False
         if not self.is_bulk:
-            C = self.block_size
+            K = self.block_size
             # Does the first chunk of the window hold committed tokens only?
-            chunk_is_complete = self.position % C + n >= C
+            chunk_is_complete = self.position % K + n >= K
             torch.where(chunk_is_complete, self.S_chunk_end, self.S, out=self.S)
-            if C > 1:
-                first_chunk = self.window[:, :, :C]
-                second_chunk = self.window[:, :, C:]
-                self.window[:, :, :C] = torch.where(chunk_is_complete, second_chunk, first_chunk)
-            # the convolution's memory moves by n rows
-            past = self.conv.shape[2] - C
-            moved = n + self.all_positions[:past]
-            self.conv[:, :, :past] = self.conv.index_select(2, moved)
+            if K > 1:
+                first_chunk = self.window[:, :, :K]
+                second_chunk = self.window[:, :, K:]
+                self.window[:, :, :K] = torch.where(chunk_is_complete, second_chunk, first_chunk)
+            # the convolution's memory, its first few rows, moves by n rows
+            past_rows = self.conv.shape[2] - K
+            moved = n + self.all_positions[:past_rows]
+            self.conv[:, :, :past_rows] = self.conv.index_select(2, moved)
         self.position += n
 
 
@@ -384,12 +400,12 @@ class LinearLayerState:
 
     def convolution_input(self, qkv):
         """qkv (B, T, channels) with the few tokens before it that the convolution looks at."""
-        past = self.conv.shape[1] - self.state.block_size
+        past_rows = self.conv.shape[1] - self.state.block_size
         if self.state.is_bulk:
-            qkv = F.pad(qkv, (0, 0, past, 0))  # before a prompt there is nothing: zeros
-            self.conv[:, :past] = qkv[:, -past:]
+            qkv = F.pad(qkv, (0, 0, past_rows, 0))  # before a prompt there is nothing: zeros
+            self.conv[:, :past_rows] = qkv[:, -past_rows:]
             return qkv
-        self.conv[:, past:] = qkv
+        self.conv[:, past_rows:] = qkv
         return self.conv
 
     def delta_rule(self, q, k, v, g, beta):
@@ -473,7 +489,7 @@ class GatedDeltaNet(JoinedProjections):
         qkv, z, b, a = self.project(x)
         q, k, v = self.convolve(qkv, layer_state)
 
-        # how much of S a token replaces, and the log of how much it leaves
+        # the share of what is stored under its key that a token replaces, and the log of S's fading
         beta = b.sigmoid()
         time_step = F.softplus(to_fp32(a) + self.dt_bias)
         g = -self.A_log.exp() * time_step
@@ -792,7 +808,7 @@ class Target(nn.Module):
                 module.join()
         return self
 
-    def compile(self):
+    def compile_decoding(self):
         """Compile the layers for the blocks of decoding.
 
         One by one: each kind of layer is compiled once, and gives the same bits whichever layers

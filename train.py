@@ -113,7 +113,7 @@ class Batches:
         self.order = None
 
     def __len__(self):
-        """Micro-batches of one epoch. The few samples that make none differ from epoch to epoch."""
+        """Micro-batches of one epoch. The few samples left over differ from epoch to epoch."""
         return len(self.samples) // self.config.batch_size
 
     def __getitem__(self, n):
@@ -196,7 +196,7 @@ class Run:
 
 
 class StepSums(NamedTuple):
-    """Sums over the blocks of a micro-batch, in fp64. They add over micro-batches and processes."""
+    """Sums over a micro-batch, in fp64. They add over micro-batches and processes."""
     loss: torch.Tensor
     weight: torch.Tensor
     blocks: torch.Tensor
@@ -209,7 +209,8 @@ class StepSums(NamedTuple):
 def block_forward(run, tokens, supervised, generator, trained_module=None):
     """The loss of a micro-batch, summed over its blocks, and its StepSums.
 
-    trained_module: the drafter, or what wraps it for an exchange of gradients; None: the drafter.
+    trained_module: what wraps the drafter to exchange gradients; None: the drafter itself, as for
+    an estimate, which has no backward.
     """
     config, target, drafter = run.config, run.target, run.drafter
     if trained_module is None:
@@ -355,8 +356,8 @@ def describe_skipped_step(run, grad_norm):
     for number in range(run.step * batches, (run.step + 1) * batches):
         numbers.extend(run.batches.sample_numbers(number).tolist())
     return (f"the gradient of step {run.step + 1} has norm {grad_norm:.3g}, usual is "
-            f"{run.guard.usual_norm:.3g}, and it is the {config.patience}th in a row: look at rows "
-            f"{numbers} of {config.data} (split train), or lower lr")
+            f"{run.guard.usual_norm:.3g}, and it is the {config.patience}th in a row: look at "
+            f"samples {numbers} of {config.data} (split train), or lower lr")
 
 
 def acceptance(sums):
@@ -374,7 +375,8 @@ def estimate(run, samples):
     """Loss, tau and acceptance on held-out samples, with anchors that are the same every time.
 
     It may read higher than decoding does (the README has both figures for the nano pair): its
-    anchors stand at random places, while those of decoding stand where a guess has just failed.
+    anchors stand at random places, while those of decoding stand where a guess has just failed. At
+    the end of a response it reads lower, as slots past it count for nothing.
     Every process makes the same estimate. Batches are as large as in training and gradients are on:
     compiled code would be compiled anew for another shape or mode.
     """
@@ -537,10 +539,10 @@ def setup(config):
     # what can be wrong is found before anything large is loaded
     check_config(config)
     deterministic_kernels()
-    checkpoint = checkpoint_to_resume(config)
+    checkpoint = checkpoint_to_go_on_from(config)
     tokenizer = load_tokenizer(config.target)
 
-    # the target, and samples that were made with its tokenizer and template (data/ calls them rows)
+    # the target, and samples that were made with its tokenizer and template (in data/: rows)
     target = load_target(config.target, config.device, config.dtype)
     ensure_data(config)
     vocab_size = target.config.vocab_size
@@ -568,8 +570,8 @@ def setup(config):
         if saved.guard is not None:
             run.guard = GradientGuard(**saved.guard)
     if run.total_steps < 1:
-        raise ValueError(f"{len(samples)} rows make no step of {config.batch_size} x "
-                         f"{config.accumulation * world_size()} rows: lower batch_size")
+        raise ValueError(f"{len(samples)} samples make no step of {config.batch_size} x "
+                         f"{config.accumulation * world_size()} samples: lower batch_size")
     return run, held_out, stop_ids(tokenizer)
 
 
@@ -642,9 +644,9 @@ def check_config(config):
             raise ValueError(f"{key} = {value}: use 1 or more")
 
 
-def checkpoint_to_resume(config):
+def checkpoint_to_go_on_from(config):
     """The folder that this run goes on from; None for a new run."""
-    newest = newest_checkpoint(config.out_dir)
+    newest = newest_checkpoint(config.out_dir)  # out_dir itself if it has none
     has_checkpoint = os.path.basename(newest).startswith("step-")
     if has_checkpoint and not config.resume:
         raise ValueError(f"{config.out_dir} holds a run ({os.path.basename(newest)}): --resume "
@@ -701,7 +703,7 @@ def train(config):
     drafter_size = sum(p.numel() for p in run.drafter.parameters())
     target_size = sum(p.numel() for p in run.target.parameters())
     print(f"{drafter_size:,} parameters to train for a target of {target_size:,} | "
-          f"{len(run.batches.samples):,} rows, {run.total_steps:,} steps on {world_size()} x "
+          f"{len(run.batches.samples):,} samples, {run.total_steps:,} steps on {world_size()} x "
           f"{config.device}", flush=True)
     if config.wandb_project and rank() == 0:
         import wandb

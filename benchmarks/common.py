@@ -53,7 +53,7 @@ def load(config, default_count, dtype=None):
     else:
         drafter = load_drafter(config.drafter, target.config, config.device, dtype)
     if config.compile:
-        target.compile()
+        target.compile_decoding()
         drafter.compile_decoding()
     return Workload(target, drafter, tokenizer, prompts, stops)
 

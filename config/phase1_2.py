@@ -5,7 +5,7 @@
 # average: 4.4 and 6.4 hours.
 #
 # Steps: of 239,467 rows 512 are held out, so 238,955 are trained on. A step is 2 samples x
-# 2 micro-batches = 4 samples, at most 4 x 3072 = 12,288 tokens. An epoch is 59,738 steps and at most
+# 2 micro-batches = 4, at most 4 x 3072 = 12,288 tokens. An epoch is 59,738 steps and at most
 # 734 M tokens. Warm-up is 4 % of the steps, 2,390.
 #
 # Logits: a step has at most 4 x 512 = 2,048 blocks of 16, so 2,048 x 15 = 30,720 guesses with a

@@ -294,7 +294,7 @@ TRAINING_MISTAKES = (
     ("--mask_token_id=512", "error: mask_token_id = 512 .* 512"),
     ("--target_layer_ids=1,11", "error: target_layer_ids = .*0 .. 10"),
     ("--target=nowhere", "error: no .* 'nowhere'"),
-    ("--batch_size=64", "error: 20 rows make no step"),
+    ("--batch_size=64", "error: 20 samples make no step"),
     ("--batch_size=0", "error: batch_size = 0: use 1 or more"),
     ("--weighting=linear", "error: weighting = 'linear': use decay or dpace"),
     ("--attention=flex", "error: attention = 'flex' has no backward on CPUs"),
