@@ -18,7 +18,7 @@ def pack_target(target):
         if getattr(module, "joined_weight", None) is not None:
             module.packed_product = pack_weight(module.joined_weight)
             pack_linears(module, skip=module.projections)
-    target.packed_head = pack_weight(target.head)  # the embedding's own weight where tied
+    target.packed_head = pack_weight(target.head_weight)  # the embedding's own weight where tied
     return target
 
 

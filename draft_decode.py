@@ -82,8 +82,8 @@ class Decoder:
         """One round. Returns [guesses accepted, the target's choice after each of the K rows]."""
         target, drafter, state = self.target, self.drafter, self.state
         sampling = self.sampling
-        # the noise of the K positions after the anchor, itself at state.position: the
-        # target's rows 0 .. K-1 choose the tokens there
+        # Noise for the K positions after the anchor, which itself stands at state.position. The
+        # target's rows 0 .. K-1 choose the tokens of these positions.
         noise = self.noise_at(state.position + self.offsets)                 # (K, V) or None
 
         # 1. draft: guesses for the K - 1 positions after the anchor. Without a drafter these rows
@@ -105,7 +105,8 @@ class Decoder:
         self.anchor.copy_(choices.gather(1, accepted[:, None])[:, 0])
 
         # 4. commit the old anchor and the accepted guesses. The new anchor goes through the target
-        #    in the next round. The drafter comes first, since commit moves the position.
+        #    in the next round. The drafter comes first, since commit moves the position; what it
+        #    appends of rejected guesses is overwritten in the next round.
         if drafter is not None:
             drafter.append_context(features, self.cache, state.position)
         state.commit(accepted[0] + 1)
@@ -168,8 +169,8 @@ def count_accepted(guesses, choices):
 
 
 @dataclass
-class Round:
-    """A piece of the answer: its tokens, and how many of them were guesses of the drafter."""
+class Piece:
+    """What one forward of the target adds to the answer: tokens, and how many were guesses."""
     tokens: list
     accepted: int
 
@@ -177,8 +178,8 @@ class Round:
 @torch.inference_mode()
 def generate(target, drafter, prompt_ids, max_new_tokens, stops=(), block_size=None,
              sampling=Sampling(), decoders=None):
-    """Yields the answer in pieces, a Round each. The first piece is one token and no guess: the one
-    that the forward of the prompt chose.
+    """Yields the answer in Pieces: first the one token that the prompt's forward chose, which has
+    no guess in it, then a piece for each round.
 
     prompt_ids      list of token ids, at least one
     drafter         a DFlashDraftModel or whatever has its block_size, target_layer_ids, new_cache,
@@ -221,7 +222,7 @@ def generate(target, drafter, prompt_ids, max_new_tokens, stops=(), block_size=N
             if token in stops:
                 tokens = tokens[:i + 1]
                 break
-        yield Round(tokens, min(accepted, len(tokens)))
+        yield Piece(tokens, min(accepted, len(tokens)))
         returned += len(tokens)
         if tokens[-1] in stops or returned == limit:
             return
@@ -253,7 +254,7 @@ def check_request(prompt_ids, max_new_tokens, limit, config):
 
 
 class Generation(NamedTuple):
-    """A whole answer: its tokens, its rounds of draft and verify, and the seconds of these rounds.
+    """A whole answer: its tokens, the Pieces of its rounds, and the seconds of these rounds.
 
     The first token is in no round, as the prompt's forward chose it, and reading the prompt is not
     in the seconds. The drafter's first guess is timed like all others.
@@ -264,8 +265,8 @@ class Generation(NamedTuple):
 
 
 def timed_generate(target, drafter, prompt_ids, max_new_tokens, stops=(), block_size=None,
-                   sampling=Sampling(), decoders=None, on_round=None):
-    """generate() as a whole. on_round(tokens so far, Round) is called after each piece."""
+                   sampling=Sampling(), decoders=None, on_piece=None):
+    """generate() as a whole. on_piece(tokens so far, Piece) is called after each piece."""
     tokens = []
     rounds = []
     seconds = 0.0
@@ -283,8 +284,8 @@ def timed_generate(target, drafter, prompt_ids, max_new_tokens, stops=(), block_
         if not is_prompt:
             rounds.append(result)
         tokens.extend(result.tokens)
-        if on_round is not None:
-            on_round(tokens, result)
+        if on_piece is not None:
+            on_piece(tokens, result)
 
 
 GREEN = "\033[32m"

@@ -8,11 +8,11 @@ removed unlikely tokens. At temperature 0 there is no noise and the rule is gree
 noise is Gumbel's, and the argmax is then a sample of softmax(logits / temperature): the Gumbel-max
 trick.
 
-The noise depends on nothing but the seed and the absolute position. It is the same whether a
-position is computed alone or in a block of sixteen rows, today or in a second run. Therefore the
-target has exactly one choice at each position, sampled or not, and verification only has to compare
-tokens: what is returned is what the target alone returns in forwards of the same shape, whatever
-the drafter guessed.
+The noise of a token depends on nothing but the seed, the absolute position and the token's id. It
+is the same whether a position is computed alone or in a block of sixteen rows, today or in a second
+run. Therefore the target has exactly one choice at each position, sampled or not, and verification
+only has to compare tokens: what is returned is what the target alone returns in forwards of the
+same shape, whatever the drafter guessed.
 """
 from dataclasses import dataclass
 

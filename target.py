@@ -78,37 +78,38 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, state_after=None):
     after `state_after` chunks (None: after all) in fp32 or wider. The last chunk is padded with
     tokens of beta = g = 0: the state after them has the same bits as before them.
 
-    How a chunk is computed. S is the state when it begins, log_decay_t = g_1 + .. + g_t, and W_t is
-    what token t writes ("written" above). What a token finds under its key is what S held, faded,
-    and what earlier tokens of the chunk wrote, faded since then. With k_t as a row vector:
+    How. Take one chunk, and S at its beginning. Token t finds under its key what S held, faded, and
+    what earlier tokens of the chunk wrote, faded since then. So it writes, with k_t as a row,
 
-        W_t = beta_t (v_t - exp(log_decay_t) k_t S
-                          - sum over s < t of exp(log_decay_t - log_decay_s) (k_t . k_s) W_s)
+        W_t = beta_t (v_t - fade_t k_t S - sum over s < t of decay_ts (k_t . k_s) W_s)
 
-    The sum goes to the left side. Now let q, k, v, W be matrices with a row for each token of the
-    chunk; diag(beta) the diagonal matrix of beta, diag(fade) that of exp(log_decay_t), the code's
-    decay_since_start; and decay the matrix of exp(log_decay_t - log_decay_s), its decay_between,
-    which multiplies entry by entry (*). Then all W_t solve one triangular system:
+    with two factors, and their names in the code:
 
-        (I + A) W = diag(beta) (v - diag(fade) k S)
-                A = diag(beta) (decay * k k^T)              below the diagonal
+        fade_t     exp(g_1 + .. + g_t)    fading from the chunk's beginning to t   decay_since_start
+        decay_ts   fade_t / fade_s        fading from s to t                       decay_between
 
-    Apart from S everything in it is known for all chunks at once. So it is solved in two parts:
+    This is a linear system for all W_t of the chunk. As matrices with a row for each token, where
+    [x] in front multiplies row t by x_t, and * multiplies entry by entry:
 
-        M = (I + A)^-1 diag(beta)
+        (I + A) W = [beta] (v - [fade] k S)
+                A = [beta] (decay * k k^T), below the diagonal only
+
+    S alone is not known beforehand. So W = U - Y S is prepared for all chunks in parallel,
+
+        M = (I + A)^-1 [beta]
         U = M v
-        Y = M diag(fade) k
+        Y = M [fade] k
+
+    and from chunk to chunk only two lines remain, where the keys in k_to_end are multiplied by the
+    fading from their token to the end of the chunk:
+
         W = U - Y S
-
-    Only W and the new S remain to be done from chunk to chunk. What a token wrote fades from then
-    to the end of the chunk, which is put into its key (k_to_end), and S fades over the whole chunk:
-
         S <- decay_of_chunk S + k_to_end^T W
 
-    The outputs follow for all chunks at once:
+    The outputs follow for all chunks in parallel:
 
-        o = D^-0.5 (diag(fade) q S + P W)
-        P = decay * q k^T                                   up to the diagonal
+        o = D^-0.5 ([fade] q S + P W)
+        P = decay * q k^T, up to the diagonal and with it
 
     Source: arXiv 2412.06464, section 3.3, which writes the inverse out (the WY form).
     """
@@ -128,8 +129,8 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, state_after=None):
     log_decay = to_chunks(g, chunk, dtype).cumsum(-1)
     N = log_decay.shape[1]
 
-    # exp(log_decay_t - log_decay_s) for s <= t, zero above. There the difference is positive and
-    # exp could overflow, so it is masked before exp, not after.
+    # fade_t / fade_s as exp of a difference, for s <= t, and zero above the diagonal. There exp
+    # could overflow, so the difference is masked before exp, not after.
     future = torch.ones(chunk, chunk, dtype=torch.bool, device=device).triu(1)
     decay_between = log_decay[..., :, None] - log_decay[..., None, :]
     decay_between = decay_between.masked_fill_(future, -torch.inf).exp_()    # (B Hv, N, C, C)
@@ -137,9 +138,9 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, state_after=None):
     decay_to_end = (log_decay[..., -1:] - log_decay).exp()
     decay_of_chunk = log_decay[..., -1:].exp()[..., None]                    # (B Hv, N, 1, 1)
 
-    # The solver is told that the diagonal is 1 and does not read it. So the diagonal of A, which
-    # the formula does not have, does no harm, and I need not be added. A diag() on the right
-    # multiplies columns.
+    # The solver takes the diagonal as 1 without reading it: that is the identity matrix in I + A,
+    # and the diagonal that A has here does no harm. [beta] and [fade] behind a matrix multiply its
+    # columns.
     A = (k @ k.mT).mul_(decay_between).mul_(beta[..., None])
     identity = torch.eye(chunk, dtype=dtype, device=device).expand_as(A)
     M = torch.linalg.solve_triangular(A, identity, upper=False, unitriangular=True)
@@ -230,58 +231,43 @@ def delta_step(q, k, v, g, beta, S):
 class DecodeState:
     """What decoding remembers of B sequences at one common position, for at most `length` tokens.
 
-    A forward of K rows, a block, never changes the committed sequence. commit(n) then makes its
-    first n rows part of it. No copy of S is kept for each token, and no second forward is needed.
+    A forward of a block of K tokens, an anchor and guesses, never changes the committed sequence.
+    commit(n) then makes the first n of them part of it, the same n in all B sequences. (A prompt
+    is committed as a whole.) No copy of S is kept for each token, and no second forward is needed.
 
     How can that be, as what is written into S cannot be undone? S is kept only at multiples of K
-    tokens. Beside it stand the inputs of the delta rule (q k v g beta) of the tokens since then,
-    the *tail*, in a buffer for two chunks of K tokens, the *window*. For K = 16 and position 37:
+    tokens. Beside it stand the inputs of the delta rule (q k v g beta) for the tokens since then,
+    the *tail*. They stand in a buffer for two chunks of K tokens, the *window*. A forward writes
+    its block behind the tail, and runs both chunks from S:
 
-                            |      first chunk      |      second chunk      |
-        S after 32 tokens   | 32 .. 36  | 37 .. 47  | 48 .. 52 |  53 .. 63   |
-                            |   tail    |        block         | old scratch |
+        position 37, K = 16         |      first chunk      |      second chunk      |
+        S after 32 tokens           | 32 .. 36  | 37 .. 47  | 48 .. 52 |  53 .. 63   |
+                                    |   tail    |        block         |   unused    |
 
-    A forward writes its block behind the tail and runs both chunks from S. So it has the output of
-    each row of the block, and on the way the state at the end of the first chunk, S_chunk_end.
+    The tail has less than K tokens, and tail and block together have K to 2 K - 1. So the block
+    always fills the first chunk and never leaves the second. The forward has the outputs of the
+    block then, and on the way S_chunk_end, the state at the end of the first chunk.
 
-    commit(n) moves the position to 37 + n, at most 53.
-      - Has it reached 48? Then all 16 tokens of the first chunk are committed, no other token went
-        into S_chunk_end, and it becomes S. The second chunk is copied over the first.
-      - Is it still below 48? Then S_chunk_end also holds guesses that were rejected. S stays as it
-        is, and the next forward computes S_chunk_end anew from S and the window.
+    commit(n) moves the position to 37 + n. There are two cases.
 
-        n = 5                       |      first chunk      |      second chunk      |
-        S after 32 tokens           | 32 .. 41  | 42 .. 47  | 48 .. 57 |  scratch    |
-                                    |   tail    |     next block       |             |
+    n = 5: the position is still below 48. S_chunk_end also holds guesses that were rejected, so it
+    is dropped. S stays, and the next block is written from the new position on.
 
-        n = 12                      |      first chunk      |      second chunk      |
-        S after 48 tokens           | 48 |     49 .. 63     | 64 |      scratch      |
-                                    |tail|       next block      |  (old copies too) |
+        position 42                 |      first chunk      |      second chunk      |
+        S after 32 tokens           | 32 .. 41  | 42 .. 47  | 48 .. 57 |             |
+                                    |   tail    |     next block       |   unused    |
 
-    The short convolution remembers its last inputs apart from this; they always move by n rows.
+    n = 12: the position has reached 48. All tokens of the first chunk are committed, no other one
+    went into S_chunk_end, and it becomes S. The second chunk is copied over the first.
 
-    Why does a rejected guess leave no trace? Places before the position hold committed tokens. The
-    K places from there on are written by the next block, before anything reads them; they always
-    reach the end of the first chunk. All later places may hold old guesses, but no row before them
-    can see them: the delta rule is causal, with a decay of exactly zero from later to earlier rows.
+        position 49                 |      first chunk      |      second chunk      |
+        S after 48 tokens           | 48 |     49 .. 63     | 64 |                   |
+                                    |tail|      next block       |      unused       |
 
-    Why do the bits not depend on how a sequence is cut into blocks? Every forward has the same
-    shapes. In them, and with the kernels used here, an entry of a product depends neither on its
-    row nor on the chunk that it stands in. Chunks begin at absolute multiples of K, and the second
-    chunk starts from S_chunk_end, which has the very bits of the S that is adopted later. So a
-    token meets the same sums in the same order, whichever of the two chunks it stands in.
-    docs/exactness.md has the whole argument. (The bulk of a prompt is read in longer chunks. That
-    is the same for whoever decodes after it.)
-
-    The price: the tail, up to K - 1 tokens, runs through the delta rule once more in each forward
-    (not through the projections), and each forward and each commit writes one S a layer.
-
-    block_size, K here, is three numbers in one: the rows of a decode forward, the length of the
-    drafter's block, and the length of the delta rule's chunks in decoding. The first two are equal
-    as a forward verifies one block. The third could differ, but with chunks as long as the block
-    two of them always hold tail and block. With block_size 1 there is no window, and delta_step
-    runs: the fastest way for the target alone, whose products have another shape and round
-    otherwise. (All B sequences share the position, and a commit adopts as many rows of each.)
+    So places before the position hold committed tokens, and the K places from there on are written
+    by the next block before anything reads them. Unused places may hold old guesses. No row before
+    them sees them: the delta rule is causal, with a decay of exactly zero from later to earlier
+    rows. The short convolution remembers its last inputs apart from this; they move by n rows.
 
     position     tokens committed; a tensor, so that a round has static shapes (for CUDA graphs)
     keys         and values of each full-attention layer; a mask hides rows past the position
@@ -289,6 +275,22 @@ class DecodeState:
     S_chunk_end  the same at the next multiple of K, as the last forward computed it
     window       q k v g beta of the 2 K tokens from S on, side by side in one tensor
     conv         inputs of the short convolution: the last tokens before `position`, then the block
+
+    Why the bits do not depend on how a sequence is cut into blocks. Every forward has the same
+    shapes. In them, and with the kernels used here, an entry of a product depends neither on its
+    row nor on the chunk that it stands in. Chunks begin at multiples of K, and the second one
+    starts from S_chunk_end, which has the very bits of the S that is adopted later. So a token
+    meets the same sums in the same order, whichever of the two chunks it stands in. The bulk of a
+    prompt is read in longer chunks, which is the same for whoever decodes after it.
+    docs/exactness.md has the whole argument.
+
+    Why block_size (K) is one number. A forward has as many rows as the drafter's block, as it
+    verifies one block. And with chunks as long as the block, two of them are enough. With
+    block_size 1 the window is not used, and delta_step runs: the fastest way for the target alone,
+    whose products have another shape and round otherwise.
+
+    The price: the tail runs through the delta rule once more in each forward (not through the
+    projections), and each forward and each commit writes one S a layer.
     """
 
     def __init__(self, target, batch, length, block_size=16):
@@ -337,8 +339,7 @@ class DecodeState:
     def reset(self):
         """Begin anew with an empty sequence.
 
-        Keys and values stay, as the mask hides them. The window is cleared: decays of zero hide its
-        rows, but zero times an infinity left by another prompt would be no number.
+        Keys and values stay, as the mask hides them.
         """
         self.empty = True
         self.position.zero_()
@@ -346,7 +347,7 @@ class DecodeState:
         self.window.zero_()
         self.conv.zero_()
 
-    def begin(self, T):
+    def begin_forward(self, T):
         """Set what the layers need to know of a forward of T tokens.
 
         K tokens are a block. Any other number is the bulk of a prompt, all of which will be
@@ -739,7 +740,7 @@ class Target(nn.Module):
             rotary_dim = int(self.config.head_dim * self.config.partial_rotary_factor)
             rotary = rotary_table(positions, rotary_dim, self.config.rope_theta)
         else:
-            state.begin(T)
+            state.begin_forward(T)
             rotary = state.rotary
             if self.compiled_layers and not state.is_bulk:
                 layers = self.compiled_layers
@@ -758,7 +759,7 @@ class Target(nn.Module):
         return features, hidden
 
     @property
-    def head(self):
+    def head_weight(self):
         """Weight (V, width) of the output head: the embedding's own where tied."""
         if self.config.tie_word_embeddings:
             return self.embed_tokens.weight
@@ -768,7 +769,7 @@ class Target(nn.Module):
         """Logits (..., V) of normed hidden states (..., width), the target's or a drafter's."""
         if self.packed_head is not None:
             return self.packed_head(hidden)
-        return F.linear(hidden, self.head)
+        return F.linear(hidden, self.head_weight)
 
     @torch.no_grad()
     def prefill(self, tokens, state, target_layer_ids=()):

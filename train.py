@@ -240,7 +240,7 @@ def block_forward(run, tokens, supervised, generator, trained_module=None):
     # the target's head and the loss, in one pass that also yields the gradient by hidden
     loss, _, correct, used_weights = block_loss(
         hidden,
-        target.head,
+        target.head_weight,
         labels,
         weights,
         config.logits_at_once,

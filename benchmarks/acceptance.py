@@ -13,7 +13,7 @@ from benchmarks.common import (accuracy_text, decode_in_turns, decoding_arms, lo
                                mean_round_length, sampling_of, setup_of, speed_text, summarize)
 from benchmarks.journal import Journal
 from benchmarks.machine import card, print_card, print_row
-from draft_decode import Round, generate, timed_generate
+from draft_decode import Piece, generate, timed_generate
 
 
 def run(config):
@@ -80,7 +80,7 @@ def median_prompt(rows):
 
 class TimedRound(NamedTuple):
     block: list       # token ids: the anchor and the guesses
-    result: Round
+    result: Piece
     seconds: float
 
 
@@ -90,7 +90,7 @@ def timed_rounds(config, workload, drafter, block_size, prompt_ids):
     decoders = {}
     started = 0.0
 
-    def on_round(tokens, result):
+    def on_piece(tokens, result):
         nonlocal started
         seconds = time.perf_counter() - started
         if len(tokens) > len(result.tokens):  # the first token is of the prefill, in no round
@@ -102,7 +102,7 @@ def timed_rounds(config, workload, drafter, block_size, prompt_ids):
     request = (workload.target, drafter, prompt_ids, config.max_new_tokens, workload.stops,
                block_size, sampling_of(config), decoders)
     list(itertools.islice(generate(*request), 4))  # the warm-up
-    timed_generate(*request, on_round)
+    timed_generate(*request, on_piece)
     return rounds
 
 

@@ -52,7 +52,7 @@ def bytes_read(target, drafter):
     """Bytes of weights that a step of the target alone reads, and a round of drafter and target.
     A round reads the head twice: for the guesses and for their verification."""
     step = weight_bytes(target)
-    return {"step": step, "round": step + weight_bytes(drafter) + target.head.nbytes}
+    return {"step": step, "round": step + weight_bytes(drafter) + target.head_weight.nbytes}
 
 
 def device_name(device):

@@ -23,7 +23,7 @@ def transformers_peer(target):
 
 def peer_weights(target):
     """The target's weights under transformers' names, in which a tied head stands twice."""
-    weights = {"lm_head.weight": target.head}
+    weights = {"lm_head.weight": target.head_weight}
     for name, weight in target.state_dict().items():
         if name != "lm_head.weight":
             weights["model." + name] = weight

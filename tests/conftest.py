@@ -60,8 +60,8 @@ def main(monkeypatch, capsys):
 
 
 @pytest.fixture
-def benchmark(monkeypatch, capsys, tmp_path):
-    """benchmark(*args) runs `python bench.py ARGS` with its reports in tmp_path. It returns the
+def run_bench(monkeypatch, capsys, tmp_path):
+    """run_bench(*args) runs `python bench.py ARGS` with its reports in tmp_path. It returns the
     last line printed, parsed. differs: whether it must end with the news that outputs differ."""
     def call(*args, differs=False):
         monkeypatch.chdir(ROOT)

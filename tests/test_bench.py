@@ -47,10 +47,10 @@ def lengths_of(rounds):
 # figures
 
 
-def test_bench_acceptance(benchmark, copies, tmp_path):
+def test_bench_acceptance(run_bench, copies, tmp_path):
     """Failure 15: a report whose figures do not follow from its rounds, or a pair that lost its
     acceptance."""
-    report = benchmark("acceptance", "--limit=4")
+    report = run_bench("acceptance", "--limit=4")
     rounds = read_jsonl(tmp_path / "acceptance.jsonl")
     lengths = lengths_of(rounds)
     assert report["command"] == "acceptance"
@@ -171,12 +171,12 @@ def test_bench_times_the_first_draft(monkeypatch):
     assert generation.seconds == 5.0 * 5
 
 
-def test_bench_speedup(benchmark, copies, tmp_path):
+def test_bench_speedup(run_bench, copies, tmp_path):
     """Failure 15: figures that contradict each other. tau of acceptance, of speedup and of the loop
     is one number."""
     args = ("--limit=2", "--max_new_tokens=16", "--repeats=2", "--hf")
-    report = benchmark("speedup", *args)
-    other = benchmark("acceptance", *args)
+    report = run_bench("speedup", *args)
+    other = run_bench("acceptance", *args)
     target, tokenizer = nano()
     lengths = []
     for question, _ in load_questions("nano", 2):
@@ -231,7 +231,7 @@ def without_clock(report):
 
 @pytest.mark.parametrize("command, generations", (("acceptance", 3 + 3), ("exactness", 2 + 4)))
 def test_bench_resume_after_an_interruption(
-        benchmark, copies, monkeypatch, tmp_path, command, generations):
+        run_bench, copies, monkeypatch, tmp_path, command, generations):
     """A torn line, prompts measured twice or not at all, or rows of another run taken for this
     one's.
 
@@ -239,7 +239,7 @@ def test_bench_resume_after_an_interruption(
     modes of the target alone and four drafters."""
     args = (command, "--limit=3", "--max_new_tokens=8", "--dtypes=float32", "--temperatures=1,")
     module = common if command == "acceptance" else exactness
-    whole = benchmark(*args)
+    whole = run_bench(*args)
     assert not list(tmp_path.glob("*.part.jsonl"))
 
     prompts_measured = []
@@ -255,7 +255,7 @@ def test_bench_resume_after_an_interruption(
     # interrupted within the second prompt
     monkeypatch.setattr(module, "timed_generate", until(generations + 1))
     with pytest.raises(SystemExit, match="interrupted: .*--resume"):
-        benchmark(*args)
+        run_bench(*args)
     part = tmp_path / f"{command}.part.jsonl"
     before = part.read_text()
     assert before.endswith("\n")
@@ -263,16 +263,16 @@ def test_bench_resume_after_an_interruption(
     part.write_text(before + before[:40])  # as a power cut leaves it
 
     with pytest.raises(SystemExit, match="made with count = 3, now it is 2"):
-        benchmark(command, "--limit=2", *args[2:], "--resume")
+        run_bench(command, "--limit=2", *args[2:], "--resume")
     prompts_measured.clear()
     monkeypatch.setattr(module, "timed_generate", until(1000))
-    report = benchmark(*args, "--resume")
+    report = run_bench(*args, "--resume")
     assert without_clock(report) == without_clock(whole)
     assert not part.exists()
     # acceptance warms up on the first prompt
     assert len(set(prompts_measured)) == (3 if command == "acceptance" else 2)
     with pytest.raises(SystemExit, match="curve cannot be resumed"):
-        benchmark("curve", "--resume")
+        run_bench("curve", "--resume")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -345,12 +345,12 @@ def test_bench_accuracy_without_math_verify(monkeypatch):
 # exactness
 
 
-def test_bench_exactness(benchmark, monkeypatch):
+def test_bench_exactness(run_bench, monkeypatch):
     """Failure 15: nobody compares outputs. Every arm is the target's own; a broken state is seen,
     and its margin."""
     args = ("exactness", "--limit=1", "--max_new_tokens=24", "--dtypes=float32",
             "--temperatures=0,1")
-    rows = benchmark(*args)["rows"]
+    rows = run_bench(*args)["rows"]
     expected = set()
     for drafter in ("trained", "random", "oracle", "wrong"):
         expected.add((drafter, 0, "transformers"))
@@ -372,7 +372,7 @@ def test_bench_exactness(benchmark, monkeypatch):
             self.conv.zero_()
 
     monkeypatch.setattr(DecodeState, "commit", forgetful_commit)
-    rows = benchmark(*args, differs=True)["rows"]
+    rows = run_bench(*args, differs=True)["rows"]
     for row in rows:
         if row["against"] == "transformers" and row["drafter"] != "trained":
             assert row["identical"] == 0, row
@@ -383,9 +383,9 @@ def test_bench_exactness(benchmark, monkeypatch):
 # curve
 
 
-def test_bench_curve(benchmark):
+def test_bench_curve(run_bench):
     """An oracle whose tau is not what was asked for; a table without the trained drafter."""
-    rows = benchmark("curve", "--limit=1", "--max_new_tokens=24")["rows"]
+    rows = run_bench("curve", "--limit=1", "--max_new_tokens=24")["rows"]
     taus = [row["tau"] for row in rows if row["drafter"] == "oracle"]
     assert taus[0] == 1
     assert taus[-1] == 16
@@ -417,13 +417,13 @@ def test_bench_oracle_has_the_tau_that_was_asked_for():
 # speed
 
 
-def test_bench_speed_compares_a_token_with_a_token(benchmark, copies, monkeypatch):
+def test_bench_speed_compares_a_token_with_a_token(run_bench, copies, monkeypatch):
     """The time of a round, which makes several tokens, set against one token of another program."""
     seconds = {"one row": [1.0], "block": [2.0], "round": [4.0], "peer, one token": [3.0],
                "peer, a block": [5.0], "peer, generate": [6.0]}
     monkeypatch.setattr(speed, "product_rate", lambda device, dtype: 1e9)
     monkeypatch.setattr(speed, "race", lambda arms: {name: seconds[name] for name in arms})
-    report = benchmark("speed", "--parts=decoding", "--assumed_tau=8", "--limit=1")
+    report = run_bench("speed", "--parts=decoding", "--assumed_tau=8", "--limit=1")
     step, block, whole_round, token = report["rows"]
     assert (step["seconds"], step["ratio"]) == (1.0, 3.0)
     assert (block["seconds"], block["ratio"]) == (2.0, 2.5)
@@ -433,13 +433,13 @@ def test_bench_speed_compares_a_token_with_a_token(benchmark, copies, monkeypatc
     assert token["floor_seconds"] == whole_round["floor_seconds"] / 8
     for flag, hint in (("--assumed_tau=0", "at least one token"), ("--parts=memory", "is none of")):
         with pytest.raises(SystemExit, match=hint):
-            benchmark("speed", flag)
+            run_bench("speed", flag)
 
 
-def test_bench_speed_of_training(benchmark, copies, monkeypatch):
+def test_bench_speed_of_training(run_bench, copies, monkeypatch):
     """A training row whose tokens, samples or operations are not those of its steps."""
     monkeypatch.setattr(speed, "product_rate", lambda device, dtype: 1e9)
-    row, = benchmark("speed", "--parts=training", "--limit=1")["rows"]
+    row, = run_bench("speed", "--parts=training", "--limit=1")["rows"]
     assert row["tokens_per_s"] == pytest.approx(512 * row["samples_per_s"])
     assert row["seconds"] > 0
     assert row["mfu"] is None

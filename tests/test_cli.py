@@ -17,7 +17,7 @@ from chat import tokenizer_fingerprint
 from data import conversations, regenerate
 from data.math500 import prepare as math500
 from data.rows import write_rows
-from draft_decode import Generation, Round, summary
+from draft_decode import Generation, Piece, summary
 from tests.common import NANO_TARGET, edit_json, nano_copy, put_nan, write_config, write_jsonl
 
 # ------------------------------------------------------------------------------------------------
@@ -39,7 +39,7 @@ def generation(tokens, lengths, seconds):
     rounds = []
     first = 1  # the prompt's own token is in no round
     for length in lengths:
-        rounds.append(Round(tokens[first:first + length], length - 1))
+        rounds.append(Piece(tokens[first:first + length], length - 1))
         first += length
     return Generation(tokens, rounds, seconds)
 

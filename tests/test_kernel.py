@@ -199,7 +199,7 @@ def test_state_after_blocks_equals_recurrence(cuts):
         accepted = first(rest(inputs, position), n)
         rejected = rest(garbage, n)
         block = [torch.cat(pair, 1) for pair in zip(accepted, rejected)]
-        state.begin(K)
+        state.begin_forward(K)
         o = state.layers[0].delta_rule(*block)
         state.commit(n)
         if n > 0:

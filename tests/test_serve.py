@@ -87,7 +87,7 @@ class BrokenServer(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_bench_serve(benchmark, monkeypatch, served, tmp_path):
+def test_bench_serve(run_bench, monkeypatch, served, tmp_path):
     """A server's failures averaged into its speed or accuracy, or counted for the other; an answer
     that is not the target's. Both arms are one real server, one of them behind a server that fails
     in every way there is."""
@@ -101,7 +101,7 @@ def test_bench_serve(benchmark, monkeypatch, served, tmp_path):
     monkeypatch.setattr(BrokenServer, "upstream", served)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), BrokenServer) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        report = benchmark(*args, f"--base_url=http://127.0.0.1:{server.server_port}/v1/")
+        report = run_bench(*args, f"--base_url=http://127.0.0.1:{server.server_port}/v1/")
         server.shutdown()
 
     # every failure is counted, with its reason, for the server that failed
@@ -125,7 +125,7 @@ def test_bench_serve(benchmark, monkeypatch, served, tmp_path):
     for url, hint in (("http://127.0.0.1:9/v1", "the speculative server .* does not answer"),
                       ("", "give --base_url")):
         with pytest.raises(SystemExit, match=hint):
-            benchmark(*args, f"--base_url={url}")
+            run_bench(*args, f"--base_url={url}")
 
 
 def check_figures(report, counted):
@@ -165,7 +165,7 @@ def speed(answers):
     return tokens / sum(answer["seconds"] for answer in answers)
 
 
-def test_bench_serve_resumes(benchmark, monkeypatch, served, tmp_path):
+def test_bench_serve_resumes(run_bench, monkeypatch, served, tmp_path):
     """Groups asked twice, or lost, after an interruption."""
     args = ["serve", f"--served_model={NANO_TARGET}", "--limit=3", "--max_new_tokens=8",
             f"--base_url={served}", f"--baseline_url={served}"]
@@ -183,12 +183,12 @@ def test_bench_serve_resumes(benchmark, monkeypatch, served, tmp_path):
     # two of warm-up, the first prompt, and half of the second
     monkeypatch.setattr(serve, "ask", until(2 + 3))
     with pytest.raises(SystemExit, match="interrupted"):
-        benchmark(*args)
+        run_bench(*args)
     assert len(read_jsonl(tmp_path / "serve.part.jsonl")) == 2
 
     questions_asked.clear()
     monkeypatch.setattr(serve, "ask", until(99))
-    report = benchmark(*args, "--resume")
+    report = run_bench(*args, "--resume")
     assert len(questions_asked) == 2 + 4
     assert report["pairs"] == report["prompts"] == 3
     assert report["agreement"]["value"] == 1

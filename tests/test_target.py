@@ -141,7 +141,7 @@ def test_random_targets_are_always_the_same(monkeypatch):
     monkeypatch.setitem(SIZES, "tiny", small_config("untied"))
     target = load_target("random:tiny")
     assert len(target.layers) == 8
-    assert torch.equal(target.head, load_target("random:tiny").head)
+    assert torch.equal(target.head_weight, load_target("random:tiny").head_weight)
     _, hidden = target(tokens_of(1, 9))
     assert target.logits(hidden).std() > 0
 

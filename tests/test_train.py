@@ -282,7 +282,7 @@ def test_step_has_the_loss_of_its_keys(small_run, seen, weighting):
         weights = (weights > 0).float()
         smoothing = 0.25
     expected, _, _, used = block_loss(
-        seen["hidden"], run.target.head, labels, weights, dpace_smoothing=smoothing)
+        seen["hidden"], run.target.head_weight, labels, weights, dpace_smoothing=smoothing)
     assert torch.equal(loss, expected)
     assert sums.loss == loss.item()
     assert sums.weight.item() == pytest.approx(used.sum().item())

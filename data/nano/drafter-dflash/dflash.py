@@ -81,9 +81,9 @@ class DFlashDraftModel(PreTrainedModel):
         return rotary_table(positions, self.config.head_dim, theta)
 
     # Decoding: one block a sequence. A cache holds the keys and values of each layer, by position.
-    # The context writes those of committed positions, for good. A block writes its own behind them,
-    # from the anchor's position on. They serve this one forward: then the context of the positions
-    # that were committed, and behind it the next block, are written over them.
+    # append_context() writes those of committed positions, which stay. decode_block() writes those
+    # of its block behind them, for this one forward: the next append_context() starts at the same
+    # position and writes over them.
 
     def new_cache(self, batch, length):
         """Keys and values of `length` positions, (layers, 2, B, Hkv, length, D)."""
@@ -471,12 +471,11 @@ def sample_anchors(supervised, count, generator):
     supervised (B, T) marks the tokens of responses. An anchor and the token after it are both
     supervised, and the anchors of a sequence differ. They ascend, as far as they are real. If a
     sequence has fewer candidates than `count`, fillers that are not real stand at the end, with
-    position 0: shapes never vary. For one T and count the generator alone decides.
+    position 0: shapes never vary. No random number is drawn but from the generator.
     """
     T = supervised.shape[1]
     allowed = supervised[:, :-1] & supervised[:, 1:]
-    # These are T - 1 columns; topk wants `count` of them at least. With T of them otherwise, what
-    # is drawn depends on T alone. None of the new ones is allowed.
+    # These are T - 1 columns; topk wants `count` of them at least. None of the new ones is allowed.
     columns = max(T, count)
     allowed = F.pad(allowed, (0, columns - (T - 1)))
     # each candidate gets a random number of 0 .. 1; those with the largest ones are the anchors
@@ -532,17 +531,18 @@ def dpace_weights(q, inside, smoothing):
 #
 # A sequence with 512 anchors has 512 x 15 guesses, and their logits over 248,320 tokens would be
 # 3.8 GB in bf16. But the head is frozen: its own gradient is not wanted, only the gradient by the
-# hidden states. Let h (guesses, width) be these, z = h head^T the logits, onehot the labels as rows
-# of zeros and a one, and loss = sum of weight_i nll_i. Then
+# drafter's output. Call this output h (guesses, width), the logits z = h head^T, the labels as rows
+# of zeros and a one onehot, and let loss = sum of weight_i nll_i. Then
 #
 #     d loss / d z = weight (softmax(z) - onehot)              (weights scale rows)
 #     d loss / d h = (d loss / d z) head
 #
 # which is known as soon as the logits are. So the guesses go through the head in chunks. Each chunk
-# yields its part of the loss and of d loss / d h at once, and then its logits are dropped. All that
-# is kept until the backward pass is d loss / d h, as large as h (31 MB for two such sequences, in
-# bf16). The backward pass only multiplies it by the scalar that comes in. No logits are computed
-# twice. Slots without weight have some label, but their gradient is 0.
+# yields its part of the loss and of d loss / d h at once, and then its logits are dropped. Memory:
+# the logits of one chunk in fp32, 1.0 GB for 1,024 guesses; and until the backward pass the
+# gradient d loss / d h, as large as h, 31 MB for two such sequences in bf16. The backward pass only
+# multiplies it by the scalar that comes in. Slots without weight have some label, but their
+# gradient is 0.
 
 
 def block_loss(
@@ -634,8 +634,8 @@ def head_chunk(hidden, head, labels, weights, dpace_smoothing, wants_grad):
     then the gradient by the logits. If hidden is bf16, so are the products with the head, before
     and after: z is then a widened copy of the logits, and is rounded again at the end.
     """
-    # The logits. hidden is flattened: it is not contiguous, since row 0 was cut out of each block,
-    # and for such a tensor a CPU takes a batched product that is three times as slow.
+    # The logits. hidden is flat here, as for three axes a CPU takes a batched product that is three
+    # times as slow.
     flat = hidden.flatten(0, 1)
     z = to_fp32(F.linear(flat, head))
     z = z.view(*labels.shape, -1)                                            # (N, K-1, V)
@@ -643,7 +643,8 @@ def head_chunk(hidden, head, labels, weights, dpace_smoothing, wants_grad):
     correct = guess[..., 0] == labels
     label_logit = z.gather(-1, labels[..., None]) - largest
 
-    # nll = log(sum of exp) - logit of the label; z now holds the exponentials
+    # nll = log(sum of exp(z)) - z of the label. The largest logit is taken off both, so that exp
+    # cannot overflow. z now holds the exponentials.
     z.sub_(largest).exp_()
     total = z.sum(-1, keepdim=True)
     nll = total.log() - label_logit
