@@ -14,7 +14,8 @@ Every token returned is the target's choice, so the drafter decides how many tok
 and never which. Does the target alone choose the same? To the bit, if it runs forwards of the same
 shape: K rows, of which it uses the first. Then the kernels are the same, and with those used here a
 row's bits do not depend on its place nor on the other rows. The target alone is faster with
-forwards of one row; then both agree up to rounding. docs/exactness.md has the whole argument.
+forwards of one row. Then the logits agree up to rounding, and a close choice may turn over.
+docs/exactness.md has the whole argument.
 """
 import itertools
 import sys

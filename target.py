@@ -248,7 +248,7 @@ class DecodeState:
     always fills the first chunk and never leaves the second. The forward has the outputs of the
     block then, and on the way S_chunk_end, the state at the end of the first chunk.
 
-    commit(n) moves the position to 37 + n. There are two cases.
+    commit(n) moves the position to 37 + n, past one multiple of K at most. There are two cases.
 
     n = 5: the position is still below 48. S_chunk_end also holds guesses that were rejected, so it
     is dropped. S stays, and the next block is written from the new position on.
@@ -286,8 +286,8 @@ class DecodeState:
 
     Why block_size (K) is one number. A forward has as many rows as the drafter's block, as it
     verifies one block. And with chunks as long as the block, two of them are enough. With
-    block_size 1 the window is not used, and delta_step runs: the fastest way for the target alone,
-    whose products have another shape and round otherwise.
+    block_size 1 the window is not used, and delta_step runs: the fastest way for the target alone.
+    Its products have another shape and round otherwise, so a close choice may turn over.
 
     The price: the tail runs through the delta rule once more in each forward (not through the
     projections), and each forward and each commit writes one S a layer.
