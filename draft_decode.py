@@ -28,8 +28,8 @@ import torch
 from chat import chat_prompt, load_tokenizer, stop_ids
 from checkpoint import load_drafter, load_target
 from configurator import configure
+from decode_state import DecodeState
 from sampling import Sampling, choose, gumbel_noise
-from target import DecodeState
 
 prompt = ""                                 # the question
 target = "data/nano/target"                 # folder or hub id of the target
@@ -55,7 +55,8 @@ color = sys.stdout.isatty()                 # accepted guesses green, the target
 class Decoder:
     """Decodes one sequence of at most `length` tokens, round by round.
 
-    drafter None: the target alone. block_size: K, the rows of every forward of the target.
+    drafter         None: the target alone
+    forward_rows    K, the rows of every forward of the target: with a drafter, its block size
 
     A round has static shapes and keeps its positions in tensors. So on CUDA it is captured as a
     graph, which all later rounds replay, also those of later prompts. A round waits for the device
@@ -63,19 +64,19 @@ class Decoder:
     written in place.
     """
 
-    def __init__(self, target, drafter, length, block_size, sampling):
+    def __init__(self, target, drafter, length, forward_rows, sampling):
         self.target = target
         self.drafter = drafter
         self.sampling = sampling
-        self.state = DecodeState(target, 1, length, block_size)
+        self.state = DecodeState(target, 1, length, forward_rows)
         self.layer_ids = ()                 # the target's layers that give the features
         if drafter is not None:
             self.layer_ids = drafter.target_layer_ids
             self.cache = drafter.new_cache(1, length)
         device = target.embed_tokens.weight.device
-        self.block = torch.zeros(1, block_size, dtype=torch.long, device=device)
+        self.block = torch.zeros(1, forward_rows, dtype=torch.long, device=device)
         self.anchor = torch.zeros(1, dtype=torch.long, device=device)
-        self.offsets = torch.arange(1, block_size + 1, device=device)
+        self.offsets = torch.arange(1, forward_rows + 1, device=device)
         self.graph = None
         self.is_warm = False
 
@@ -83,8 +84,8 @@ class Decoder:
         """One round. Returns [guesses accepted, the target's choice after each of the K rows]."""
         target, drafter, state = self.target, self.drafter, self.state
         sampling = self.sampling
-        # Noise for the K positions after the anchor, which itself stands at state.position. The
-        # target's rows 0 .. K-1 choose the tokens of these positions.
+        # Noise for the K positions after the anchor, which itself stands at state.position: row k
+        # of the target chooses the token at position + k + 1.
         noise = self.noise_at(state.position + self.offsets)                 # (K, V) or None
 
         # 1. draft: guesses for the K - 1 positions after the anchor. Without a drafter these rows
@@ -105,9 +106,11 @@ class Decoder:
             accepted = count_accepted(self.block[:, 1:], choices)
         self.anchor.copy_(choices.gather(1, accepted[:, None])[:, 0])
 
-        # 4. commit the old anchor and the accepted guesses. The new anchor goes through the target
-        #    in the next round. The drafter comes first, since commit moves the position; what it
-        #    appends of rejected guesses is overwritten in the next round.
+        # 4. commit the old anchor and the accepted guesses, so many rows from row 0 on. The new
+        #    anchor goes through the target in the next round. The drafter's context grows by the
+        #    features of the same rows. It is given those of all K rows, as shapes must not vary;
+        #    what it gets of rejected rows is overwritten in the next round. This comes before
+        #    commit, since commit moves the position.
         if drafter is not None:
             drafter.append_context(features, self.cache, state.position)
         state.commit(accepted[0] + 1)
@@ -119,10 +122,11 @@ class Decoder:
             self.anchor, self.target, self.cache, self.state.position)
         if noise is None or self.sampling.draft_temperature == 0:
             return logits.argmax(-1)
-        # the last of the K positions is that after the last guess: only the target chooses there
+        # K - 1 guesses for the first K - 1 positions; at the last one only the target chooses
         return choose(logits, self.sampling, self.sampling.draft_temperature, noise[:-1])
 
     def noise_at(self, positions):
+        """(positions, V), or None where tokens are chosen greedily."""
         if self.sampling.temperature == 0:
             return None
         return gumbel_noise(self.sampling.seed, positions, self.target.config.vocab_size)
@@ -177,7 +181,7 @@ class Piece:
 
 
 @torch.inference_mode()
-def generate(target, drafter, prompt_ids, max_new_tokens, stops=(), block_size=None,
+def generate(target, drafter, prompt_ids, max_new_tokens, stops=(), forward_rows=None,
              sampling=Sampling(), decoders=None):
     """Yields the answer in Pieces: first the one token that the prompt's forward chose, which has
     no guess in it, then a piece for each round.
@@ -186,7 +190,7 @@ def generate(target, drafter, prompt_ids, max_new_tokens, stops=(), block_size=N
     drafter         a DFlashDraftModel or whatever has its block_size, target_layer_ids, new_cache,
                     append_context and draft_logits; None: the target alone
     stops           token ids that end the answer
-    block_size      rows of a forward; None: the drafter's block size, 16 without a drafter. 1 is
+    forward_rows    rows of a forward; None: the drafter's block size, 16 without a drafter. 1 is
                     the fastest way for the target alone. Its products have another shape and round
                     otherwise, so it is equal up to rounding only, not to the bit.
     decoders        a dict that keeps Decoders, and with them their graphs, for later calls with the
@@ -195,22 +199,22 @@ def generate(target, drafter, prompt_ids, max_new_tokens, stops=(), block_size=N
     Ends after a stop id, after max_new_tokens, or at the target's context limit. What a round
     returns past the end is dropped.
     """
-    if block_size is None:
-        block_size = drafter.block_size if drafter is not None else 16
+    if forward_rows is None:
+        forward_rows = drafter.block_size if drafter is not None else 16
     # The buffer holds prompt, answer and one block. A mode of one row leaves room for 16 as well,
     # so that all modes end at the same token.
-    block_room = max(block_size, 16)
-    context_length = target.config.max_position_embeddings
-    limit = min(max_new_tokens, context_length - len(prompt_ids) - block_room)
+    block_room = max(forward_rows, 16)
+    longest = target.config.max_position_embeddings
+    limit = min(max_new_tokens, longest - len(prompt_ids) - block_room)
     check_request(prompt_ids, max_new_tokens, limit, target.config)
     length = round_up_to_power_of_two(len(prompt_ids) + limit + block_room)
-    length = min(max(256, length), context_length)
+    length = min(max(256, length), longest)
 
     if decoders is None:
         decoders = {}
-    key = (drafter, length, block_size, sampling)
+    key = (drafter, length, forward_rows, sampling)
     if key not in decoders:
-        decoders[key] = Decoder(target, drafter, length, block_size, sampling)
+        decoders[key] = Decoder(target, drafter, length, forward_rows, sampling)
     decoder = decoders[key]
 
     tokens = [decoder.prefill(prompt_ids)]
@@ -265,14 +269,14 @@ class Generation(NamedTuple):
     seconds: float
 
 
-def timed_generate(target, drafter, prompt_ids, max_new_tokens, stops=(), block_size=None,
+def timed_generate(target, drafter, prompt_ids, max_new_tokens, stops=(), forward_rows=None,
                    sampling=Sampling(), decoders=None, on_piece=None):
     """generate() as a whole. on_piece(tokens so far, Piece) is called after each piece."""
     tokens = []
     rounds = []
     seconds = 0.0
     generation = generate(
-        target, drafter, prompt_ids, max_new_tokens, stops, block_size, sampling, decoders)
+        target, drafter, prompt_ids, max_new_tokens, stops, forward_rows, sampling, decoders)
     while True:
         began = time.perf_counter()
         result = next(generation, None)
@@ -374,9 +378,9 @@ def decode(config):
 
     if config.compare:
         # a few rounds of both that are timed, so that neither pays for the first use of a kernel
-        for guesser, block_size in ((drafter, None), (None, 1)):
-            rounds = generate(target, guesser, *request, block_size, sampling, decoders)
-            list(itertools.islice(rounds, 4))
+        for guesser, forward_rows in ((drafter, None), (None, 1)):
+            pieces = generate(target, guesser, *request, forward_rows, sampling, decoders)
+            list(itertools.islice(pieces, 4))
 
     printer = Printer(tokenizer, config.color)
     ours = timed_generate(target, drafter, *request, None, sampling, decoders, printer)

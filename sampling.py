@@ -77,9 +77,9 @@ def mask_unlikely(scores, top_k, top_p):
         scores = scores.masked_fill(scores < smallest_kept, -torch.inf)
     if top_p < 1:
         ordered, token_ids = scores.sort(descending=True, stable=True)
-        # Whether a token is left out must not depend on the last bit of a sum of floats, which may
-        # be another one if more rows are summed at once. Sums of integers are exact, so
-        # probabilities are counted in units of 2^-52.
+        # A sum of floats depends on its order, and cumsum may take another one if it gets more
+        # rows at once. A sum of integers is exact in any order. So probabilities are counted in
+        # units of 2^-52.
         probabilities = ordered.double().softmax(-1)
         units = (probabilities * 2.0 ** 52).long()
         units_before = units.cumsum(-1) - units

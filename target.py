@@ -2,25 +2,17 @@
 The target: the text model of Qwen3.5, a hybrid of Gated DeltaNet and gated attention layers.
 
     target = load_target("Qwen/Qwen3.5-0.8B")               # from checkpoint.py; frozen
-
-    # training, scoring: whole sequences
-    features, hidden = target(tokens, target_layer_ids=(3, 7, 11))
+    features, hidden = target(tokens, target_layer_ids=(3, 7, 11))     # whole sequences
     logits = target.logits(hidden)
 
-    # decoding: the prompt once, then forwards that propose K tokens, of which commit adopts n
-    state = DecodeState(target, batch=1, length=512, block_size=16)
-    features, logits = target.prefill(prompt, state, target_layer_ids=(3, 7, 11))
-    features, hidden = target(block, state, target_layer_ids=(3, 7, 11))
-    state.commit(n)
-
-Three of four layers have no key-value cache but one matrix S a head, into which each token is
-written in a way that cannot be undone. The file goes from there: the recurrence, its fast form, the
-state that decoding keeps and how a rejected guess leaves no trace in it, and then the layers and
-the model.
+Three of four layers have no key-value cache but one matrix S a head. The file begins with the rule
+by which a token changes S: its definition, then its fast form for many tokens. The layers and the
+model follow. What decoding keeps of a sequence, and how it forgets a rejected guess, is in
+decode_state.py.
 
 Shapes: B batch, T tokens, C tokens of a chunk, N chunks, K rows of a decode forward, H heads of
 queries and keys, Hv heads of values, D and Dv their widths, V vocabulary; `width` is that of the
-residual stream. A row is one token's place in a forward.
+residual stream.
 """
 from dataclasses import dataclass
 
@@ -39,10 +31,10 @@ from projections import JoinedProjections
 def recurrent_gated_delta_rule(q, k, v, g, beta, S):
     """The definition, one token after another. Tests compare the fast forms below with it.
 
-    A head keeps a matrix S (D, Dv), which maps a key to the value stored under it. Each token
-    first fades the matrix, by exp(g) <= 1. Then it looks up what is stored under its key, and moves
-    that by a share beta towards its value. Its output is what S now holds under its query, times
-    D^-0.5.
+    A head keeps a matrix S (D, Dv), which maps a key to the value stored under it: reading is the
+    product k S. Each token first fades the matrix, by exp(g) <= 1. Then it reads what is stored
+    under its key, and moves that by a share beta towards its value. Its output is what S now holds
+    under its query, times D^-0.5.
 
     q, k (B, T, H, D)    of unit length
     v (B, T, Hv, Dv)     Hv a multiple of H: that many value heads share a key head
@@ -78,38 +70,39 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, state_after=None):
     after `state_after` chunks (None: after all) in fp32 or wider. The last chunk is padded with
     tokens of beta = g = 0: the state after them has the same bits as before them.
 
-    How. Take one chunk, and S at its beginning. Token t finds under its key what S held, faded, and
-    what earlier tokens of the chunk wrote, faded since then. So it writes, with k_t as a row,
+    How. Let S be the state before a chunk, and let token t write W_t: it adds k_t^T W_t to the
+    state, with k_t and W_t as rows. First a chunk of two tokens. By the definition
+
+        W_1 = beta_1 (v_1 - exp(g_1) k_1 S)
+        W_2 = beta_2 (v_2 - exp(g_1 + g_2) k_2 S - exp(g_2) (k_2 . k_1) W_1)
+
+    since token 2 finds S faded twice, and what token 1 wrote faded once. In general token t finds
+    S times fade_t, and what token s < t wrote times decay_ts:
+
+        fade_t   = exp(g_1 + .. + g_t)
+        decay_ts = exp(g_s+1 + .. + g_t) = fade_t / fade_s
 
         W_t = beta_t (v_t - fade_t k_t S - sum over s < t of decay_ts (k_t . k_s) W_s)
 
-    with two factors, and their names in the code:
+    These are linear equations for all W_t of the chunk. Take each of W, k, v as a matrix with a row
+    for each token. [x] in front of a matrix multiplies its row t by x_t, and * multiplies entry by
+    entry. With the sum on the left side the equations are
 
-        fade_t     exp(g_1 + .. + g_t)    fading from the chunk's beginning to t   decay_since_start
-        decay_ts   fade_t / fade_s        fading from s to t                       decay_between
+        (I + A) W = [beta] (v - [fade] k S)      A = [beta] (decay * k k^T), below the diagonal only
 
-    This is a linear system for all W_t of the chunk. As matrices with a row for each token, where
-    [x] in front multiplies row t by x_t, and * multiplies entry by entry:
+    For two tokens A has one entry, beta_2 decay_21 (k_2 . k_1), at row 2 and column 1. Solved:
 
-        (I + A) W = [beta] (v - [fade] k S)
-                A = [beta] (decay * k k^T), below the diagonal only
+        W = U - Y S        U = M v        Y = M [fade] k        M = (I + A)^-1 [beta]
 
-    S alone is not known beforehand. So W = U - Y S is prepared for all chunks in parallel,
+    U and Y do not depend on S, so they are computed for all chunks in parallel. What remains from
+    chunk to chunk is W, and the state after the chunk of C tokens:
 
-        M = (I + A)^-1 [beta]
-        U = M v
-        Y = M [fade] k
+        S <- fade_C S + sum over s of decay_Cs k_s^T W_s
 
-    and from chunk to chunk only two lines remain, where the keys in k_to_end are multiplied by the
-    fading from their token to the end of the chunk:
+    With all W known, the outputs follow for all chunks in parallel. Query t finds S, and what
+    tokens s <= t wrote:
 
-        W = U - Y S
-        S <- decay_of_chunk S + k_to_end^T W
-
-    The outputs follow for all chunks in parallel:
-
-        o = D^-0.5 ([fade] q S + P W)
-        P = decay * q k^T, up to the diagonal and with it
+        o = D^-0.5 ([fade] q S + P W)            P = decay * q k^T, up to the diagonal and with it
 
     Source: arXiv 2412.06464, section 3.3, which writes the inverse out (the WY form).
     """
@@ -126,28 +119,27 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, state_after=None):
     k = to_chunks(k, chunk, dtype)
     v = to_chunks(v, chunk, dtype)                                           # (B Hv, N, C, Dv)
     beta = to_chunks(beta, chunk, dtype)                                     # (B Hv, N, C)
-    log_decay = to_chunks(g, chunk, dtype).cumsum(-1)
-    N = log_decay.shape[1]
+    log_fade = to_chunks(g, chunk, dtype).cumsum(-1)
+    N = log_fade.shape[1]
 
-    # fade_t / fade_s as exp of a difference, for s <= t, and zero above the diagonal. There exp
-    # could overflow, so the difference is masked before exp, not after.
+    # decay is zero above the diagonal. There fade_t / fade_s is above 1, and exp could overflow: so
+    # its argument is masked before exp, not the result after it.
     future = torch.ones(chunk, chunk, dtype=torch.bool, device=device).triu(1)
-    decay_between = log_decay[..., :, None] - log_decay[..., None, :]
-    decay_between = decay_between.masked_fill_(future, -torch.inf).exp_()    # (B Hv, N, C, C)
-    decay_since_start = log_decay.exp()                                      # (B Hv, N, C)
-    decay_to_end = (log_decay[..., -1:] - log_decay).exp()
-    decay_of_chunk = log_decay[..., -1:].exp()[..., None]                    # (B Hv, N, 1, 1)
+    decay = log_fade[..., :, None] - log_fade[..., None, :]
+    decay = decay.masked_fill_(future, -torch.inf).exp_()                    # (B Hv, N, C, C)
+    fade = log_fade.exp()                                                    # (B Hv, N, C)
+    fade_of_chunk = log_fade[..., -1:].exp()[..., None]                      # (B Hv, N, 1, 1)
+    decay_to_end = (log_fade[..., -1:] - log_fade).exp()                     # (B Hv, N, C)
 
-    # The solver takes the diagonal as 1 without reading it: that is the identity matrix in I + A,
-    # and the diagonal that A has here does no harm. [beta] and [fade] behind a matrix multiply its
-    # columns.
-    A = (k @ k.mT).mul_(decay_between).mul_(beta[..., None])
+    # The solver reads nothing on and above the diagonal of A, and takes the diagonal as 1. So it
+    # solves with I + A. [beta] and [fade] behind a matrix multiply its columns.
+    A = (k @ k.mT).mul_(decay).mul_(beta[..., None])
     identity = torch.eye(chunk, dtype=dtype, device=device).expand_as(A)
     M = torch.linalg.solve_triangular(A, identity, upper=False, unitriangular=True)
     M = M * beta[..., None, :]
     U = M @ v
-    Y = (M * decay_since_start[..., None, :]) @ k
-    P = (q @ k.mT).mul_(decay_between)
+    Y = (M * fade[..., None, :]) @ k
+    P = (q @ k.mT).mul_(decay)
     k_to_end = k * decay_to_end[..., None]
     k_to_end_T = k_to_end.mT                                                 # (B Hv, N, D, C)
 
@@ -162,24 +154,24 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, state_after=None):
     U = U.unbind(1)
     Y = Y.unbind(1)
     k_to_end_T = k_to_end_T.unbind(1)
-    decay_of_chunk = decay_of_chunk.unbind(1)
+    fade_of_chunk = fade_of_chunk.unbind(1)
     states = []  # states[i] is the state after i chunks, with which chunk i begins
     writes = []
     for i in range(N):
         states.append(S)
-        W = torch.baddbmm(U[i], Y[i], S, alpha=-1)
+        W = torch.baddbmm(U[i], Y[i], S, alpha=-1)                           # U - Y S
         writes.append(W)
         # decoding wants the state after the first of two chunks, and need not pay for the last one
         is_needed = i + 1 < N or state_after == N
         if is_needed:
-            S = torch.baddbmm(S * decay_of_chunk[i], k_to_end_T[i], W)
+            S = torch.baddbmm(S * fade_of_chunk[i], k_to_end_T[i], W)
     kept_state = S if state_after == N else states[state_after]
 
     # the outputs of all chunks at once
     scale = D ** -0.5
     states = torch.stack(states, 1)                                          # (B Hv, N, D, Dv)
     writes = torch.stack(writes, 1)                                          # (B Hv, N, C, Dv)
-    o = (q @ states).mul_(decay_since_start[..., None] * scale)              # (B Hv, N, C, Dv)
+    o = (q @ states).mul_(fade[..., None] * scale)                           # (B Hv, N, C, Dv)
     o = o.flatten(0, 1)
     o = o.baddbmm_(P.flatten(0, 1), writes.flatten(0, 1), alpha=scale)       # (B Hv N, C, Dv)
     o = o.unflatten(0, (-1, N)).flatten(1, 2)                                # (B Hv, N C, Dv)
@@ -223,240 +215,6 @@ def delta_step(q, k, v, g, beta, S):
     S = torch.baddbmm(S, k.mT, written)
     o = q @ S * q.shape[-1] ** -0.5
     return o.view(B, 1, Hv, Dv), S.unflatten(0, (B, Hv))
-
-# --------------------------------------------------------------------------------------------------
-# the decode state: a forward proposes, commit(n) adopts
-
-
-class DecodeState:
-    """What decoding remembers of B sequences at one common position, for at most `length` tokens.
-
-    A forward of a block of K tokens, an anchor and guesses, never changes the committed sequence.
-    commit(n) then makes the first n of them part of it, the same n in all B sequences. (A prompt
-    is committed as a whole.) No copy of S is kept for each token, and no second forward is needed.
-
-    How can that be, as what is written into S cannot be undone? S is kept only at multiples of K
-    tokens. Beside it stand the inputs of the delta rule (q k v g beta) for the tokens since then,
-    the *tail*. They stand in a buffer for two chunks of K tokens, the *window*. A forward writes
-    its block behind the tail, and runs both chunks from S:
-
-        position 37, K = 16         |      first chunk      |      second chunk      |
-        S after 32 tokens           | 32 .. 36  | 37 .. 47  | 48 .. 52 |  53 .. 63   |
-                                    |   tail    |        block         |   unused    |
-
-    The tail has less than K tokens, and tail and block together have K to 2 K - 1. So the block
-    always fills the first chunk and never leaves the second. The forward has the outputs of the
-    block then, and on the way S_chunk_end, the state at the end of the first chunk.
-
-    commit(n) moves the position to 37 + n, past one multiple of K at most. There are two cases.
-
-    n = 5: the position is still below 48. S_chunk_end also holds guesses that were rejected, so it
-    is dropped. S stays, and the next block is written from the new position on.
-
-        position 42                 |      first chunk      |      second chunk      |
-        S after 32 tokens           | 32 .. 41  | 42 .. 47  | 48 .. 57 |             |
-                                    |   tail    |     next block       |   unused    |
-
-    n = 12: the position has reached 48. All tokens of the first chunk are committed, no other one
-    went into S_chunk_end, and it becomes S. The second chunk is copied over the first.
-
-        position 49                 |      first chunk      |      second chunk      |
-        S after 48 tokens           | 48 |     49 .. 63     | 64 |                   |
-                                    |tail|      next block       |      unused       |
-
-    So places before the position hold committed tokens, and the K places from there on are written
-    by the next block before anything reads them. Unused places may hold old guesses. No row before
-    them sees them: the delta rule is causal, with a decay of exactly zero from later to earlier
-    rows. The short convolution remembers its last inputs apart from this; they move by n rows.
-
-    position     tokens committed; a tensor, so that a round has static shapes (for CUDA graphs)
-    keys         and values of each full-attention layer; a mask hides rows past the position
-    S            of each linear layer, after `position` rounded down to a multiple of K
-    S_chunk_end  the same at the next multiple of K, as the last forward computed it
-    window       q k v g beta of the 2 K tokens from S on, side by side in one tensor
-    conv         inputs of the short convolution: the last tokens before `position`, then the block
-
-    Why the bits do not depend on how a sequence is cut into blocks. Every forward has the same
-    shapes. In them, and with the kernels used here, an entry of a product depends neither on its
-    row nor on the chunk that it stands in. Chunks begin at multiples of K, and the second one
-    starts from S_chunk_end, which has the very bits of the S that is adopted later. So a token
-    meets the same sums in the same order, whichever of the two chunks it stands in. The bulk of a
-    prompt is read in longer chunks, which is the same for whoever decodes after it.
-    docs/exactness.md has the whole argument.
-
-    Why block_size (K) is one number. A forward has as many rows as the drafter's block, as it
-    verifies one block. And with chunks as long as the block, two of them are enough. With
-    block_size 1 the window is not used, and delta_step runs: the fastest way for the target alone.
-    Its products have another shape and round otherwise, so a close choice may turn over.
-
-    The price: the tail runs through the delta rule once more in each forward (not through the
-    projections), and each forward and each commit writes one S a layer.
-    """
-
-    def __init__(self, target, batch, length, block_size=16):
-        config = target.config
-        max_length = config.max_position_embeddings
-        assert length <= max_length, (length, max_length)
-        self.block_size = block_size
-        self.length = length
-        weight = target.embed_tokens.weight  # for dtype and device
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        full_layers = config.layer_types.count("full_attention")
-        linear_layers = len(config.layer_types) - full_layers
-        window_rows = 1 if block_size == 1 else 2 * block_size
-        conv_rows = config.linear_conv_kernel_dim - 1 + block_size
-
-        self.position = torch.zeros((), dtype=torch.long, device=weight.device)
-        kv_shape = (full_layers, batch, config.num_key_value_heads, length, config.head_dim)
-        self.keys = weight.new_zeros(kv_shape)
-        self.values = weight.new_zeros(kv_shape)
-        S_shape = (linear_layers, batch, config.linear_num_value_heads,
-                   config.linear_key_head_dim, config.linear_value_head_dim)
-        self.S = weight.new_zeros(S_shape, dtype=dtype)
-        self.S_chunk_end = weight.new_zeros(S_shape, dtype=dtype)
-        window_shape = (linear_layers, batch, window_rows, sum(delta_rule_widths(config)))
-        self.window = weight.new_zeros(window_shape, dtype=dtype)
-        self.conv = weight.new_zeros(linear_layers, batch, conv_rows, conv_channels(config))
-
-        # constants of all forwards
-        self.all_positions = torch.arange(length, device=weight.device)      # 0 .. length - 1
-        rotary_dim = int(config.head_dim * config.partial_rotary_factor)
-        self.cos, self.sin = rotary_table(self.all_positions, rotary_dim, config.rope_theta)
-
-        # each layer's part, as views of these tensors
-        self.layers = []
-        next_linear = 0
-        next_full = 0
-        for kind in config.layer_types:
-            if kind == "linear_attention":
-                self.layers.append(LinearLayerState(self, next_linear, config))
-                next_linear += 1
-            else:
-                self.layers.append(FullLayerState(self, next_full))
-                next_full += 1
-        self.reset()
-
-    def reset(self):
-        """Begin anew with an empty sequence.
-
-        Keys and values stay, as the mask hides them.
-        """
-        self.empty = True
-        self.position.zero_()
-        self.S.zero_()
-        self.window.zero_()
-        self.conv.zero_()
-
-    def begin_forward(self, T):
-        """Set what the layers need to know of a forward of T tokens.
-
-        K tokens are a block. Any other number is the bulk of a prompt, all of which will be
-        adopted. (A bulk of exactly K tokens is read as a block, and is the same up to rounding.)
-        """
-        self.is_bulk = T != self.block_size
-        assert self.empty or not self.is_bulk, \
-            f"{T} tokens for a state that takes {self.block_size} rows after its prompt"
-        steps = self.all_positions[:T]
-        self.positions = self.position + steps
-        self.window_places = self.position % self.block_size + steps
-        self.rotary = (self.cos.index_select(0, self.positions),
-                       self.sin.index_select(0, self.positions))
-        self.mask = None
-        if not self.is_bulk:
-            self.mask = self.all_positions <= self.positions[:, None]        # (K, length)
-
-    def commit(self, n):
-        """Adopt the first n rows, an int or a tensor of 0 .. K, of the last forward.
-
-        After the forward of a prompt's bulk n is all of its rows. Everything is written in place:
-        a CUDA graph of a round holds the addresses of these tensors.
-        """
-        self.empty = False
-        if not self.is_bulk:
-            K = self.block_size
-            # Does the first chunk of the window hold committed tokens only?
-            chunk_is_complete = self.position % K + n >= K
-            torch.where(chunk_is_complete, self.S_chunk_end, self.S, out=self.S)
-            if K > 1:
-                first_chunk = self.window[:, :, :K]
-                second_chunk = self.window[:, :, K:]
-                self.window[:, :, :K] = torch.where(chunk_is_complete, second_chunk, first_chunk)
-            # the convolution's memory, its first few rows, moves by n rows
-            past_rows = self.conv.shape[2] - K
-            moved = n + self.all_positions[:past_rows]
-            self.conv[:, :, :past_rows] = self.conv.index_select(2, moved)
-        self.position += n
-
-
-class LinearLayerState:
-    """A linear layer's part of a DecodeState, as views of its tensors."""
-
-    def __init__(self, state, index, config):
-        self.state = state
-        self.conv = state.conv[index]
-        self.window = state.window[index]
-        self.S = state.S[index]
-        self.S_chunk_end = state.S_chunk_end[index]
-        self.widths = delta_rule_widths(config)
-
-    def convolution_input(self, qkv):
-        """qkv (B, T, channels) with the few tokens before it that the convolution looks at."""
-        past_rows = self.conv.shape[1] - self.state.block_size
-        if self.state.is_bulk:
-            qkv = F.pad(qkv, (0, 0, past_rows, 0))  # before a prompt there is nothing: zeros
-            self.conv[:, :past_rows] = qkv[:, -past_rows:]
-            return qkv
-        self.conv[:, past_rows:] = qkv
-        return self.conv
-
-    def delta_rule(self, q, k, v, g, beta):
-        """Outputs (B, T, Hv, Dv) of the rows, given the committed tokens; fills S_chunk_end."""
-        state = self.state
-        if state.is_bulk:
-            o, S = gated_delta_rule(q, k, v, g, beta)
-            self.S.copy_(S)  # the rows of a prompt are all adopted
-        elif state.block_size == 1:
-            o, S = delta_step(q, k, v, g, beta, self.S)
-            self.S_chunk_end.copy_(S)
-        else:
-            # write the block behind the tail
-            inputs = [x.to(self.S.dtype).flatten(2) for x in (q, k, v, g, beta)]
-            self.window.index_copy_(1, state.window_places, torch.cat(inputs, -1))
-            # run the two chunks of the window, and keep the outputs of the block
-            window_q, window_k, window_v, window_g, window_beta = self.window.split(self.widths, -1)
-            o, S = gated_delta_rule(
-                window_q.unflatten(-1, q.shape[2:]),
-                window_k.unflatten(-1, k.shape[2:]),
-                window_v.unflatten(-1, v.shape[2:]),
-                window_g,
-                window_beta,
-                self.S,
-                chunk=state.block_size,
-                state_after=1)
-            self.S_chunk_end.copy_(S)
-            o = o.index_select(1, state.window_places)
-        return o.to(v.dtype)
-
-
-class FullLayerState:
-    """A full-attention layer's part of a DecodeState, as views of its tensors."""
-
-    def __init__(self, state, index):
-        self.state = state
-        self.keys = state.keys[index]
-        self.values = state.values[index]
-
-    def append(self, k, v):
-        """Write k, v (B, Hkv, T, D) behind the committed ones.
-
-        Returns the keys and values to attend to, and the mask of what each row sees: the whole
-        buffer and (K, length). For a prompt's bulk: its own k and v, and None for a causal mask.
-        """
-        self.keys.index_copy_(2, self.state.positions, k)
-        self.values.index_copy_(2, self.state.positions, v)
-        if self.state.is_bulk:
-            return k, v, None
-        return self.keys, self.values, self.state.mask
 
 # --------------------------------------------------------------------------------------------------
 # layers; parameter names are those of the public checkpoint
@@ -742,7 +500,7 @@ class Target(nn.Module):
         else:
             state.begin_forward(T)
             rotary = state.rotary
-            if self.compiled_layers and not state.is_bulk:
+            if self.compiled_layers and state.is_block:
                 layers = self.compiled_layers
         if features_only:
             layers = layers[:max(target_layer_ids) + 1]
@@ -783,7 +541,7 @@ class Target(nn.Module):
         through the same code as all that follows it.
         """
         n = tokens.shape[1]
-        K = state.block_size
+        K = state.forward_rows
         assert state.empty and 1 <= n <= state.length - K, (state.empty, n, state.length, K)
         bulk = (n - 1) // K * K
         rest = n - bulk

@@ -34,7 +34,7 @@ from benchmarks import pictures
 from chat import load_tokenizer, stop_ids, tokenizer_fingerprint
 from checkpoint import drafter_config, load_drafter, load_target, newest_checkpoint
 from configurator import configure
-from data.rows import Rows
+from data.samples import Samples
 from draft_decode import timed_generate
 from flops import mfu, training_operations
 from model import DFlashDraftModel, block_labels, block_loss, head_chunk, sample_anchors
@@ -89,7 +89,7 @@ decode_prompts = 64                         # held-out prompts really decoded at
 decode_tokens = 512                         # new tokens of each at most
 # the machine
 device = "cuda" if torch.cuda.is_available() else "cpu"  # cpu or cuda
-dtype = "float32" if device == "cpu" else "bfloat16"     # of products; weights, moments are fp32
+dtype = "float32" if device == "cpu" else "bfloat16"     # of products; what is trained is fp32
 attention = "flex" if device == "cuda" else "grouped"    # grouped suits CPUs, both run on GPUs
 compile = False                             # torch.compile both models; minutes at the start
 parallel = "ddp"                            # or fsdp, which also shards the frozen target
@@ -279,7 +279,8 @@ def train_step(run):
     """
     config = run.config
 
-    # gradients add up over the micro-batches of this process
+    # Gradients add up over the micro-batches of this process. Each micro-batch of the run has a
+    # number; the processes take them in turn.
     sums = None
     for micro in range(config.accumulation):
         is_last = micro == config.accumulation - 1
@@ -296,7 +297,7 @@ def train_step(run):
     # From sums to means by weight. If all samples of a step were cut before their answer, its
     # weight is 0, and the clamp leaves a loss and gradients of 0.
     weight = sums.weight.clamp(min=1e-9)
-    # What processes exchange is the mean of their gradients. Times their number it is the sum.
+    # DDP and FSDP average the gradients of the processes. Times their number that is the sum.
     for parameter in run.drafter.parameters():
         parameter.grad *= (world_size() / weight).to(parameter.dtype)
     grad_norm = torch.nn.utils.clip_grad_norm_(run.drafter.parameters(), config.grad_clip)
@@ -378,12 +379,15 @@ def estimate(run, samples):
     anchors stand at random places, while those of decoding stand where a guess has just failed. At
     the end of a response it reads lower, as slots past it count for nothing.
     Every process makes the same estimate. Batches are as large as in training and gradients are on:
-    compiled code would be compiled anew for another shape or mode.
+    compiled code would be compiled anew for another shape or mode. So samples that fill no batch
+    are left out, unless there are no others.
     """
     batch_size = run.config.batch_size
     count = min(run.config.eval_samples, len(samples))
+    full_batches = max(1, count // batch_size)
     sums = None
-    for first in range(0, max(1, count - batch_size + 1), batch_size):
+    for number in range(full_batches):
+        first = number * batch_size
         last = min(first + batch_size, count)
         tokens, supervised = pad([samples[i] for i in range(first, last)], run.config)
         generator = torch.Generator().manual_seed(first)
@@ -542,13 +546,13 @@ def setup(config):
     checkpoint = checkpoint_to_go_on_from(config)
     tokenizer = load_tokenizer(config.target)
 
-    # the target, and samples that were made with its tokenizer and template (in data/: rows)
+    # the target, and samples that were made with its tokenizer and template
     target = load_target(config.target, config.device, config.dtype)
     ensure_data(config)
     vocab_size = target.config.vocab_size
     fingerprint = tokenizer_fingerprint(config.target)
-    samples = Rows(config.data, "train", vocab_size, fingerprint)
-    held_out = Rows(config.data, "val", vocab_size, fingerprint)
+    samples = Samples(config.data, "train", vocab_size, fingerprint)
+    held_out = Samples(config.data, "val", vocab_size, fingerprint)
 
     # The mask is the first id that the tokenizer leaves free: embeddings have some rows to spare.
     mask_token_id = config.mask_token_id
@@ -638,7 +642,7 @@ def check_config(config):
     if config.attention == "flex" and config.device == "cpu":
         raise ValueError("attention = 'flex' has no backward on CPUs: use grouped")
     for key in ("keep_checkpoints", "batch_size", "accumulation", "num_anchors", "length_multiple",
-                "patience"):
+                "patience", "eval_samples"):
         value = getattr(config, key)
         if value < 1:
             raise ValueError(f"{key} = {value}: use 1 or more")

@@ -84,7 +84,7 @@ class TimedRound(NamedTuple):
     seconds: float
 
 
-def timed_rounds(config, workload, drafter, block_size, prompt_ids):
+def timed_rounds(config, workload, drafter, forward_rows, prompt_ids):
     """The TimedRounds of one answer, in a single run after a warm-up."""
     rounds = []
     decoders = {}
@@ -100,7 +100,7 @@ def timed_rounds(config, workload, drafter, block_size, prompt_ids):
         started = time.perf_counter()
 
     request = (workload.target, drafter, prompt_ids, config.max_new_tokens, workload.stops,
-               block_size, sampling_of(config), decoders)
+               forward_rows, sampling_of(config), decoders)
     list(itertools.islice(generate(*request), 4))  # the warm-up
     timed_generate(*request, on_piece)
     return rounds

@@ -91,10 +91,10 @@ def decoding_arms(config, workload, repeats=1):
     sampling = sampling_of(config)
     decoders = {}
 
-    def arm(drafter, block_size, repeats):
+    def arm(drafter, forward_rows, repeats):
         def decode(prompt_ids):
             return timed_generate(workload.target, drafter, prompt_ids, config.max_new_tokens,
-                                  workload.stops, block_size, sampling, decoders)
+                                  workload.stops, forward_rows, sampling, decoders)
         return Arm(decode, repeats)
 
     return {"speculative": arm(workload.drafter, block_size, repeats),

@@ -21,7 +21,7 @@ from benchmarks.peer import peer_answer, transformers_peer
 from benchmarks.timing import progress
 from draft_decode import first_difference, timed_generate
 from sampling import Sampling, gumbel_noise, perturbed_scores
-from target import DecodeState
+from decode_state import DecodeState
 
 
 def run(config):
@@ -94,9 +94,9 @@ class Comparison:
         self.block_size = workload.drafter.block_size
         self.decoders = {}
 
-    def decode(self, drafter, prompt_ids, block_size):
+    def decode(self, drafter, prompt_ids, forward_rows):
         return timed_generate(self.workload.target, drafter, prompt_ids,
-                              self.config.max_new_tokens, self.workload.stops, block_size,
+                              self.config.max_new_tokens, self.workload.stops, forward_rows,
                               self.sampling, self.decoders)
 
     def measure(self, prompt_ids):

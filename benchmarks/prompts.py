@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from chat import chat_prompt
 from data.nano.problems import boxed, problems
 from data.questions import SUFFIX
-from data.rows import read_source
+from data.samples import read_source
 
 
 @dataclass

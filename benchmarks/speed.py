@@ -21,10 +21,11 @@ from benchmarks.machine import bytes_read, copy_bandwidth, device_name, product_
 from benchmarks.peer import transformers_peer
 from benchmarks.timing import clock, race, seconds_of
 from configurator import configure
+from decode_state import DecodeState
 from draft_decode import Decoder
 from flops import mfu
 from sampling import Sampling
-from target import DecodeState, gated_delta_rule
+from target import gated_delta_rule
 
 PARTS = ("decoding", "prefill", "kernel", "training")
 

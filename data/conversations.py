@@ -26,7 +26,7 @@ sys.path.insert(0, ROOT)  # the project's modules, from whatever folder this is 
 from chat import chat_prompt, load_tokenizer, tokenizer_fingerprint
 from checkpoint import read_target_config
 from configurator import configure
-from data.rows import read_source, split_writers
+from data.samples import read_source, split_writers
 
 source = ""             # hub id, file or folder of JSON lines or parquet
 target = ""             # whose tokenizer and chat template to use: folder or hub id

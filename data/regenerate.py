@@ -36,7 +36,7 @@ from chat import chat_prompt, load_tokenizer, stop_ids
 from checkpoint import load_drafter, load_target
 from configurator import configure
 from data.conversations import UnusableRow, read_conversation
-from data.rows import read_source
+from data.samples import read_source
 from draft_decode import timed_generate
 from sampling import Sampling
 
@@ -222,10 +222,10 @@ def make_decoder(config):
     tokenizer = load_tokenizer(config.target)
     stops = stop_ids(tokenizer)
     drafter = None
-    block_size = 1  # without a drafter one row a step, the target's fastest mode
+    forward_rows = 1  # without a drafter one row a step, the target's fastest mode
     if config.drafter:
         drafter = load_drafter(config.drafter, target.config, config.device, config.dtype)
-        block_size = None  # the drafter's own
+        forward_rows = None  # the drafter's own
     # A decoder made for one prompt serves the next one of that length too, with the same sampling.
     # Sampled prompts have noise of their own, so nothing could be shared.
     decoders = {} if config.temperature == 0 else None
@@ -237,7 +237,7 @@ def make_decoder(config):
             seed = zlib.crc32(str(prompt).encode())
             sampling = Sampling(config.temperature, seed=seed)
             tokens = timed_generate(
-                target, drafter, prompt, config.max_new_tokens, stops, block_size, sampling,
+                target, drafter, prompt, config.max_new_tokens, stops, forward_rows, sampling,
                 decoders=decoders).tokens
         except ValueError as error:
             return Answer(None, f"refused: {error}")

@@ -29,7 +29,7 @@ import bench
 import train
 from chat import tokenizer_fingerprint
 from configurator import configure
-from data.rows import write_rows
+from data.samples import write_samples
 from tests.common import NANO_TARGET, ROOT
 
 
@@ -88,7 +88,7 @@ def small_run(tmp_path):
         rows.append((tokens, supervised))
     folder = str(tmp_path / "data")
     meta = {"vocab_size": 512, "tokenizer": tokenizer_fingerprint(NANO_TARGET)}
-    write_rows(folder, {"train": rows, "val": rows[:3]}, meta)
+    write_samples(folder, {"train": rows, "val": rows[:3]}, meta)
 
     config = configure(vars(train), [])
     config.target = NANO_TARGET

@@ -21,7 +21,7 @@ from benchmarks.timing import in_turn
 from chat import chat_prompt, stop_ids
 from configurator import configure
 from draft_decode import generate, timed_generate
-from target import DecodeState
+from decode_state import DecodeState
 from tests.common import (K, ROOT, Oracle, all_tokens, nano, read_jsonl, reference, shipped,
                           small_target)
 

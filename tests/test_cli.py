@@ -16,7 +16,7 @@ import train
 from chat import tokenizer_fingerprint
 from data import conversations, regenerate
 from data.math500 import prepare as math500
-from data.rows import write_rows
+from data.samples import write_samples
 from draft_decode import Generation, Piece, summary
 from tests.common import NANO_TARGET, edit_json, nano_copy, put_nan, write_config, write_jsonl
 
@@ -325,7 +325,7 @@ def training_fails(main, tmp_path):
 def write_good_rows(folder, vocab_size=512):
     rows = [([1, 2, 3], [0, 1, 1])] * 4
     meta = {"vocab_size": vocab_size, "tokenizer": tokenizer_fingerprint(NANO_TARGET)}
-    write_rows(str(folder), {"train": rows, "val": rows}, meta)
+    write_samples(str(folder), {"train": rows, "val": rows}, meta)
 
 
 def test_broken_rows_of_another_vocabulary(training_fails, tmp_path):

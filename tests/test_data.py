@@ -26,7 +26,7 @@ from data.math500 import prepare as math500
 from data.nano import make_tokenizer, pretrain
 from data.nano import prepare as nano_prepare
 from data.nano.problems import boxed, problem, problems, split_of
-from data.rows import Rows, write_rows
+from data.samples import Samples, write_samples
 from draft_decode import generate
 from tests.common import (
     NANO, NANO_DRAFTER, NANO_TARGET, all_tokens, nano, nano_copy, perturb, publish, questions,
@@ -52,8 +52,8 @@ def test_rows_round_trip(tmp_path):
     unsupervised = ([5], [0])
     last = ([65_536], [1])
     splits = {"train": [first, unsupervised, last], "val": []}
-    meta = write_rows(folder, splits, {"vocab_size": 248_320})
-    assert as_lists(Rows(folder, "train", 248_320)) == [first, last]
+    meta = write_samples(folder, splits, {"vocab_size": 248_320})
+    assert as_lists(Samples(folder, "train", 248_320)) == [first, last]
     assert meta["splits"]["train"] == {"rows": 2, "dropped": 1, "tokens": 4, "supervised": 3}
 
 
@@ -65,27 +65,27 @@ def test_rows_round_trip(tmp_path):
 def test_rows_of_another_target_are_refused(tmp_path, split, vocab_size, hint):
     """Rows of another vocabulary, or none at all, that train without a word."""
     splits = {"train": [([1, 2], [0, 1])], "val": []}
-    write_rows(str(tmp_path), splits, {"vocab_size": 248_320})
+    write_samples(str(tmp_path), splits, {"vocab_size": 248_320})
     with pytest.raises(ValueError, match=hint + ".*run python.*data/conversations.py"):
-        Rows(str(tmp_path), split, vocab_size)
+        Samples(str(tmp_path), split, vocab_size)
 
 
 def test_rows_of_another_size_are_refused(tmp_path):
     """Files that an interrupted or a second run left behind, read as if they were whole."""
     folder = str(tmp_path)
-    write_rows(folder, {"train": [([1, 2, 3, 4], [0, 1, 1, 1])]}, {"vocab_size": 512})
+    write_samples(folder, {"train": [([1, 2, 3, 4], [0, 1, 1, 1])]}, {"vocab_size": 512})
     with open(tmp_path / "train.tokens.bin", "ab") as f:
         f.write(b"1234")
     with pytest.raises(ValueError, match="5 tokens, meta.json says 4"):
-        Rows(folder, "train", 512)
+        Samples(folder, "train", 512)
     # meta.json is written last, so without it the folder counts as unfinished
     (tmp_path / "meta.json").unlink()
     with pytest.raises(ValueError, match="no meta.json.*data/conversations.py"):
-        Rows(folder, "train", 512)
+        Samples(folder, "train", 512)
     # a folder with a script of its own is made by that
     (tmp_path / "prepare.py").touch()
     with pytest.raises(ValueError, match=f"run python {folder}/prepare.py"):
-        Rows(folder, "train", 512)
+        Samples(folder, "train", 512)
 
 
 def test_rows_outside_the_vocabulary_are_refused(tmp_path):
@@ -93,7 +93,7 @@ def test_rows_outside_the_vocabulary_are_refused(tmp_path):
     rows = [([1, 2], [0, 1]), ([3, 600], [0, 1])]
     hint = r"row 1 has token ids 3..600, outside the vocabulary of 512"
     with pytest.raises(ValueError, match=hint):
-        write_rows(str(tmp_path), {"train": rows}, {"vocab_size": 512})
+        write_samples(str(tmp_path), {"train": rows}, {"vocab_size": 512})
     assert not (tmp_path / "meta.json").exists()
 
 # ------------------------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ def test_prepared_rows_begin_with_chat_prompt():
         assert row["question"] == question
         assert tokenizer.encode(row["answer"] + "<|im_end|>") == reply
         # the target alone, one row a step
-        alone = generate(target, None, prompt, 160, stop_ids(tokenizer), block_size=1)
+        alone = generate(target, None, prompt, 160, stop_ids(tokenizer), forward_rows=1)
         assert reply == all_tokens(alone)
         # the target's own training rows
         (token_ids, prompt_length), = pretrain.encode(tokenizer, [(question, "34.")])
@@ -253,7 +253,7 @@ def make_rows(main, tmp_path):
 
 def read_split(folder, split):
     fingerprint = tokenizer_fingerprint(NANO_TARGET)
-    return as_lists(Rows(str(folder), split, 512, fingerprint))
+    return as_lists(Samples(str(folder), split, 512, fingerprint))
 
 
 def read_both(folder):
@@ -413,7 +413,7 @@ def test_prepare_with_a_template_like_the_real_one(make_rows, tmp_path):
     tokenizer = load_tokenizer(str(target))
     written = {}
     for split in ("train", "val"):
-        for tokens, mask in as_lists(Rows(str(folder), split, 512)):
+        for tokens, mask in as_lists(Samples(str(folder), split, 512)):
             written[tokenizer.decode(tokens)] = masked_text(tokens, mask)
     whole = (
         "<|im_start|>user\n1<|im_end|>\n<|im_start|>assistant\n2<|im_end|>\n"

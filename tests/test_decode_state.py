@@ -13,18 +13,18 @@ import cpu
 from checkpoint import drafter_config
 from model import DFlashDraftModel
 from projections import JoinedProjections
-from target import DecodeState
+from decode_state import DecodeState
 from tests.common import (K, LAYER_IDS, V, apart, nano, random_normal, small_target, tiny_target,
                           tokens_of)
 
 
 @torch.no_grad()
-def decode(target, x, prompt_length, cuts, block_size=K):
+def decode(target, x, prompt_length, cuts, forward_rows=K):
     """Logits and features of x from the prompt's last token on. Blocks of so many tokens as `cuts`
     says are committed; the rows after them hold garbage, as rejected guesses do."""
     generator = torch.Generator().manual_seed(len(cuts))
     B, T = x.shape
-    state = DecodeState(target, B, T + block_size, block_size)
+    state = DecodeState(target, B, T + forward_rows, forward_rows)
     features, logits = target.prefill(x[:, :prompt_length], state, LAYER_IDS)
     all_features = [features]
     all_logits = [logits[:, None]]
@@ -33,7 +33,7 @@ def decode(target, x, prompt_length, cuts, block_size=K):
         n = min(n, T - position)
         if n == 0:
             break
-        block = torch.randint(0, V, (B, block_size), generator=generator)
+        block = torch.randint(0, V, (B, forward_rows), generator=generator)
         block[:, :n] = x[:, position:position + n]
         features, hidden = target(block, state, LAYER_IDS)
         state.commit(n)
@@ -79,7 +79,7 @@ def test_cuts_do_not_change_a_bit(name, prompt_length, T):
         logits = target.logits(hidden)[:, prompt_length - 1:]
         assert apart(one_by_one, logits) < 1e-4
         assert apart(features_one_by_one, features) < 1e-4
-        logits, _ = decode(target, x, prompt_length, [1] * T, block_size=1)
+        logits, _ = decode(target, x, prompt_length, [1] * T, forward_rows=1)
         assert apart(logits, one_by_one) < 1e-4
 
 

@@ -40,7 +40,7 @@ def decode_by_all(question_number):
     """{drafter: the tokens of each round}, of the target alone and of four drafters."""
     target, tokenizer = nano()
     prompt = chat_prompt(tokenizer, questions()[question_number])
-    rounds = {"alone": list(generate(target, None, prompt, 64, block_size=K))}
+    rounds = {"alone": list(generate(target, None, prompt, 64, forward_rows=K))}
     answer = all_tokens(rounds["alone"])
     drafters = {
         "random": untrained(),
@@ -78,7 +78,7 @@ def test_generate_is_identical_for_every_drafter(first):
 
 def sampled(drafter, prompt, sampling):
     target, _ = nano()
-    return all_tokens(generate(target, drafter, prompt, 40, block_size=K, sampling=sampling))
+    return all_tokens(generate(target, drafter, prompt, 40, forward_rows=K, sampling=sampling))
 
 
 @pytest.mark.parametrize("temperature", (0.7, 1.0, 3.0))

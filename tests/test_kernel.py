@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from target import DecodeState, delta_step, gated_delta_rule, recurrent_gated_delta_rule
+from decode_state import DecodeState
+from target import delta_step, gated_delta_rule, recurrent_gated_delta_rule
 from tests.common import K, apart, random_normal, small_target
 
 

@@ -14,7 +14,7 @@ sys.path.insert(0, ROOT)  # the project's modules, from whatever folder this is 
 from checkpoint import write_whole
 from configurator import configure
 from data.questions import SUFFIX
-from data.rows import read_source
+from data.samples import read_source
 
 source = "HuggingFaceH4/MATH-500"                           # hub id, file of JSON lines or parquet
 out = os.path.join(ROOT, "data", "math500", "test.jsonl")   # where the prompts go

@@ -21,8 +21,8 @@ from chat import chat_prompt, load_tokenizer, tokenizer_fingerprint
 from checkpoint import load_target, read_target_config
 from configurator import configure
 from data.nano.problems import problems
-from data.rows import write_rows
-from target import DecodeState
+from data.samples import write_samples
+from decode_state import DecodeState
 
 target = os.path.join(ROOT, "data", "nano", "target")               # whose answers to write
 out_dir = os.path.join(ROOT, "data", "nano")                        # where the rows go
@@ -58,7 +58,7 @@ def main(argv=None):
         reply = tokenizer.encode(row["answer"] + tokenizer.eos_token)
         mask = [0] * len(prompt) + [1] * len(reply)
         splits[row["split"]].append((prompt + reply, mask))
-    meta = write_rows(config.out_dir, splits, {
+    meta = write_samples(config.out_dir, splits, {
         "vocab_size": target_config.vocab_size,
         "tokenizer": tokenizer_fingerprint(config.target),
     })
@@ -125,7 +125,7 @@ def answer_batch(target, prompts, max_new_tokens, stop_id):
     """Greedy answers, lists of token ids, to prompts of one length."""
     tokens = torch.tensor(prompts, device=target.embed_tokens.weight.device)  # (B, T)
     B, T = tokens.shape
-    state = DecodeState(target, B, T + max_new_tokens, block_size=1)
+    state = DecodeState(target, B, T + max_new_tokens, forward_rows=1)
     _, logits = target.prefill(tokens, state)
     next_token = logits.argmax(-1)  # (B,)
     steps = [next_token]

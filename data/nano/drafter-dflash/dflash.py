@@ -6,14 +6,14 @@ DFlash (Chen, Liang, Liu, arXiv 2602.06036) guesses a block of K tokens in one f
 K - 1 masks. All that the drafter knows of the past are the *features*: hidden states which the
 target computed anyway, at a few of its layers (`target_layer_ids`), concatenated. `fc` mixes them,
 and every layer of the drafter sees the result as keys and values: its *context*. The context ends
-before the anchor, since the anchor itself has not been through the target yet. Row k of the block
-guesses the token at position n + k, not the one after. Row 0 is the anchor and guesses nothing.
+before the anchor, since the anchor itself has not been through the target yet. The block
+has K *slots*. Slot k guesses the token at position n + k, not the one after. Slot 0 is the anchor
+and guesses nothing.
 
 The drafter has no embedding and no head of its own. It uses those of the target, which are frozen.
 
 Shapes: B batch, T tokens of a sequence, A anchors in a sequence, K block size, H heads, Hkv
-key-value heads, D head width, V vocabulary; `width` is that of the residual stream. A row is one
-place of a block.
+key-value heads, D head width, V vocabulary; `width` is that of the residual stream.
 
 A copy of this file ships in every checkpoint as dflash.py, so that
 AutoModel.from_pretrained(folder, trust_remote_code=True) loads it anywhere. It needs torch and
@@ -71,7 +71,7 @@ class DFlashDraftModel(PreTrainedModel):
         """What every layer sees of the past, (B, T, width).
 
         features (B, T, len(target_layer_ids) * width). hidden_norm norms it once for all layers:
-        their own input_layernorm is for the rows of the block only.
+        their own input_layernorm is for the slots of the block only.
         """
         return self.hidden_norm(self.fc(features))
 
@@ -95,8 +95,9 @@ class DFlashDraftModel(PreTrainedModel):
     def append_context(self, features, cache, position):
         """Write the keys and values of features (B, T, ...) into the cache, from `position` on.
 
-        position is an int or a tensor. Of a verified block all K rows may be given: those behind
-        the accepted ones are overwritten by the next block before anything sees them.
+        position is an int or a tensor. Of a verified block the features of all K slots may
+        be given: those of rejected guesses are overwritten by the next block before anything sees
+        them.
         """
         T = features.shape[1]
         positions = position + torch.arange(T, device=features.device)
@@ -104,14 +105,14 @@ class DFlashDraftModel(PreTrainedModel):
         rotary = self.rotary(positions)
         for layer, (keys, values) in zip(self.layers, cache):  # views, written in place
             k, v = layer.self_attn.keys_values(context, rotary)
-            write_rows(keys, positions, k)
-            write_rows(values, positions, v)
+            write_at(keys, positions, k)
+            write_at(values, positions, v)
 
     def draft_logits(self, anchor, target, cache, position):
         """Logits (B, K-1, V) of the guesses for the tokens after the anchors (B,) at `position`."""
         embedded = self.embed_block(anchor, target.embed_tokens.weight)
         hidden = self.decode_block(embedded, cache, position)
-        return target.logits(hidden[:, 1:])  # row 0, the anchor, guesses nothing
+        return target.logits(hidden[:, 1:])  # slot 0, the anchor, guesses nothing
 
     def decode_block(self, embedded, cache, position):
         """Hidden states (B, K, width) of one embedded block whose anchor stands at `position`.
@@ -132,7 +133,7 @@ class DFlashDraftModel(PreTrainedModel):
         self.append_context = torch.compile(self.append_context)
 
     # Training: many blocks of each sequence at once, which cannot see one another. The context is
-    # apart from the rows of the blocks: a layer computes its keys and values once for all blocks.
+    # apart from the blocks: a layer computes its keys and values once for all blocks.
 
     def forward(self, features, blocks, anchors, use_flex=False):
         """Hidden states (B, A, K, width), which the target's head turns into guesses.
@@ -158,8 +159,8 @@ class DFlashDraftModel(PreTrainedModel):
             visible = block_visibility(anchors, T, K, attention_window)
             visibilities[attention_window] = visible
             if use_flex:
-                rows = A * K
-                block_mask = create_block_mask(visible, B, None, rows, T + rows, device)
+                queries = A * K
+                block_mask = create_block_mask(visible, B, None, queries, T + queries, device)
                 visibilities[attention_window] = block_mask
 
         x = blocks
@@ -176,23 +177,28 @@ def block_visibility(anchors, T, K, attention_window=None):
     """The definition of what a block sees. Both forms of training's attention use it as their mask.
 
     Returns visible(batch, head, query, key) over integer tensors that broadcast, which is also the
-    form that flex_attention asks for. Queries are the rows of A blocks, numbered 0 .. A K - 1. Keys
-    are the T tokens of the sequence and, after them, the rows of the blocks: T .. T + A K - 1.
+    form that flex_attention asks for. Queries are the slots of all A blocks, numbered 0 .. A K - 1.
+    Keys are the T tokens of the sequence and, after them, the slots again: T .. T + A K - 1.
 
-    A row sees the context strictly before its anchor, and the K rows of its own block in both
-    directions. It never sees another block. A layer with an attention_window is different: there a
-    row sees the last attention_window positions up to its own, itself included, and none after it.
+    A slot sees the context strictly before its anchor, and all K slots of its own block, those
+    after it too. It never sees another block.
+
+    Some published drafters have sliding layers. There a slot sees, of all this, only the last
+    attention_window positions up to its own: itself included, and none after it.
     """
     def visible(batch, head, query, key):
         anchor = anchors[batch, query // K]
-        before_anchor = key < anchor  # an anchor is less than T, so this is never a row of a block
+        before_anchor = key < anchor  # an anchor is less than T, so this is never a slot of a block
+        block_of_query = query // K
         block_of_key = (key - T) // K
-        in_own_block = (key >= T) & (block_of_key == query // K)
+        in_own_block = (key >= T) & (block_of_key == block_of_query)
         seen = before_anchor | in_own_block
         if attention_window is not None:
+            # By position in the sequence. For keys of other blocks it is wrong, but those are not
+            # in `seen` anyway.
             query_position = anchor + query % K
-            block_key_position = anchor + (key - T) % K
-            key_position = torch.where(key < T, key, block_key_position)
+            key_position_in_own_block = anchor + (key - T) % K
+            key_position = torch.where(key < T, key, key_position_in_own_block)
             not_later = key_position <= query_position
             not_too_old = key_position > query_position - attention_window
             seen = seen & not_later & not_too_old
@@ -216,7 +222,7 @@ def attention_by_anchor_groups(
         group_size=8):
     """Training's attention for CPUs. Returns (B, H, A K, D).
 
-    q (B, H, A K, D) are the rows of the blocks; context_k, context_v (B, Hkv, T, D) the context;
+    q (B, H, A K, D) are the slots of the blocks; context_k, context_v (B, Hkv, T, D) the context;
     block_k, block_v (B, Hkv, A K, D) the blocks' own; visible comes from block_visibility().
 
     Anchors are taken in groups of neighbours. A group needs its own blocks, and the context before
@@ -228,29 +234,29 @@ def attention_by_anchor_groups(
     heads_per_key = q.shape[1] // block_k.shape[1]
     device = q.device
     batch = torch.arange(B, device=device)[:, None, None]
-    all_rows = torch.arange(A * K, device=device)
+    all_slots = torch.arange(A * K, device=device)
 
     outputs = []
     for first in range(0, A, group_size):
-        # the rows of the blocks of this group, and how much context they can see
+        # the slots of the blocks of this group, and how many tokens of context they can see
         own = slice(first * K, (first + group_size) * K)
-        context_length = int(anchors[:, first:first + group_size].max())
-        seen_k = context_k[:, :, :context_length]
-        seen_v = context_v[:, :, :context_length]
+        seen_tokens = int(anchors[:, first:first + group_size].max())
+        seen_k = context_k[:, :, :seen_tokens]
+        seen_v = context_v[:, :, :seen_tokens]
         keys = torch.cat((seen_k, block_k[:, :, own]), 2)
         values = torch.cat((seen_v, block_v[:, :, own]), 2)
 
         # queries and keys by the numbers that block_visibility() gives them, for the mask
-        query_numbers = all_rows[own]
-        context_numbers = torch.arange(context_length, device=device)
+        query_numbers = all_slots[own]
+        context_numbers = torch.arange(seen_tokens, device=device)
         key_numbers = torch.cat((context_numbers, T + query_numbers))
         mask = visible(batch, 0, query_numbers[:, None], key_numbers)
 
-        # The query heads that share a key head are stacked, head after head, and so is the mask:
-        # then no key is copied for them.
+        # Several query heads share a key head. Their queries are put behind one another, as if they
+        # were more queries of one head, and the mask is repeated for them. So no key is copied.
         stacked = q[:, :, own].unflatten(1, (-1, heads_per_key))
-        stacked = stacked.flatten(2, 3)                      # (B, Hkv, heads_per_key * rows, D)
-        mask = mask[:, None].repeat(1, 1, heads_per_key, 1)  # (B, 1, heads_per_key * rows, keys)
+        stacked = stacked.flatten(2, 3)                     # (B, Hkv, heads_per_key * queries, D)
+        mask = mask[:, None].repeat(1, 1, heads_per_key, 1)  # (B, 1, heads_per_key * queries, keys)
         o = F.scaled_dot_product_attention(stacked, keys, values, mask)
         o = o.unflatten(2, (heads_per_key, -1))
         outputs.append(o.flatten(1, 2))
@@ -284,7 +290,7 @@ class Layer(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention from the rows of a block to [context | the block itself]."""
+    """Grouped-query attention from the slots of a block to [context | the block itself]."""
 
     def __init__(self, config, kind):
         super().__init__()
@@ -309,13 +315,13 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
     def queries(self, x, rotary):
-        """q (..., H, D) of normed rows x (..., width)."""
+        """q (..., H, D) of normed slots x (..., width)."""
         q = self.q_proj(x)
         q = q.unflatten(-1, (self.heads, self.head_dim))
         return rotate(self.q_norm(q), rotary)
 
     def keys_values(self, x, rotary):
-        """k and v (..., Hkv, D) of x (..., width): of the context, or of a block's normed rows."""
+        """k and v (..., Hkv, D) of x (..., width): of the context, or of normed slots."""
         heads = (self.kv_heads, self.head_dim)
         k = self.k_proj(x).unflatten(-1, heads)
         v = self.v_proj(x).unflatten(-1, heads)
@@ -352,11 +358,11 @@ class Attention(nn.Module):
         all positions before the block; the block's own are written behind it.
         """
         k, v = self.keys_values(x, rotary)
-        write_rows(keys, positions, k)
-        write_rows(values, positions, v)
+        write_at(keys, positions, k)
+        write_at(values, positions, v)
 
-        # What block_visibility() says, for one block: all up to the block's last row, and in a
-        # sliding layer only the last positions up to the row's own.
+        # What block_visibility() says, for one block: all up to the block's last slot, and in a
+        # sliding layer only the last positions up to the slot's own.
         key_position = torch.arange(keys.shape[2], device=x.device)
         query_position = positions[:, None]
         mask = key_position <= positions[-1]
@@ -407,10 +413,10 @@ def to_fp32(x):
     return x.to(dtype)
 
 
-def write_rows(buffer, positions, rows):
-    """Write rows (B, T, Hkv, D) into a buffer (B, Hkv, length, D) at positions (T,)."""
-    rows = rows.transpose(1, 2).to(buffer.dtype)
-    buffer.index_copy_(2, positions, rows)
+def write_at(buffer, positions, x):
+    """Write x (B, T, Hkv, D) into a buffer (B, Hkv, length, D) at positions (T,)."""
+    x = x.transpose(1, 2).to(buffer.dtype)
+    buffer.index_copy_(2, positions, x)
 
 
 def rotary_table(positions, dim, theta):
@@ -444,15 +450,15 @@ def rotate(x, rotary):
 
 
 def masked_attention(q, k, v, mask):
-    """Attention (B, H, K, D) of a few rows to a whole buffer; a mask says what each row sees.
+    """Attention (B, H, K, D) of a few queries to a whole buffer; a mask says what each one sees.
 
-    q (B, H, K, D); k, v (B, Hkv, length, D); mask (K, length), true where a row sees a key. Keys
+    q (B, H, K, D); k, v (B, Hkv, length, D); mask (K, length), true where a query sees a key. Keys
     that it does not see weigh exactly zero. The softmax is in fp32. It is written out as two
-    products because for so few rows library kernels take several times as long on a GPU.
+    products because for so few queries library kernels take several times as long on a GPU.
     """
     B, H, K, D = q.shape
     Hkv = k.shape[1]
-    # the query heads of a key head stand as rows, so no key is copied for them
+    # the query heads of a key head stand as more queries, so no key is copied for them
     stacked = q.reshape(B, Hkv, -1, D)                                       # (B, Hkv, H/Hkv K, D)
     scores = to_fp32(stacked @ k.mT) * D ** -0.5
     scores = scores.unflatten(2, (-1, K))                           # (B, Hkv, H/Hkv, K, length)
@@ -475,10 +481,11 @@ def sample_anchors(supervised, count, generator):
     """
     T = supervised.shape[1]
     allowed = supervised[:, :-1] & supervised[:, 1:]
-    # These are T - 1 columns; topk wants `count` of them at least. None of the new ones is allowed.
+    # topk below needs at least `count` columns: the missing ones are added as not allowed
     columns = max(T, count)
     allowed = F.pad(allowed, (0, columns - (T - 1)))
-    # each candidate gets a random number of 0 .. 1; those with the largest ones are the anchors
+    # each candidate gets a random number of 0 .. 1, and all else gets -1: the candidates with the
+    # largest numbers are the anchors
     random_numbers = torch.rand(allowed.shape, generator=generator).to(supervised.device)
     random_numbers = random_numbers.masked_fill(~allowed, -1.0)
     largest, positions = random_numbers.topk(count, dim=1)
@@ -531,18 +538,18 @@ def dpace_weights(q, inside, smoothing):
 #
 # A sequence with 512 anchors has 512 x 15 guesses, and their logits over 248,320 tokens would be
 # 3.8 GB in bf16. But the head is frozen: its own gradient is not wanted, only the gradient by the
-# drafter's output. Call this output h (guesses, width), the logits z = h head^T, the labels as rows
-# of zeros and a one onehot, and let loss = sum of weight_i nll_i. Then
+# drafter's output. Call this output h (guesses, width) and the logits z = h head^T. A row of onehot
+# has a one at the label and zeros else. With loss = sum over guesses of weight nll,
 #
 #     d loss / d z = weight (softmax(z) - onehot)              (weights scale rows)
 #     d loss / d h = (d loss / d z) head
 #
 # which is known as soon as the logits are. So the guesses go through the head in chunks. Each chunk
 # yields its part of the loss and of d loss / d h at once, and then its logits are dropped. Memory:
-# the logits of one chunk in fp32, 1.0 GB for 1,024 guesses; and until the backward pass the
-# gradient d loss / d h, as large as h, 31 MB for two such sequences in bf16. The backward pass only
-# multiplies it by the scalar that comes in. Slots without weight have some label, but their
-# gradient is 0.
+# the logits of one chunk, for 1,024 guesses 1.0 GB in fp32 and half of that for a copy in bf16; and
+# until the backward pass the gradient d loss / d h, as large as h, 31 MB for two such sequences in
+# bf16. The backward pass only multiplies it by the scalar that comes in. Slots without weight have
+# some label, but their gradient is 0.
 
 
 def block_loss(
@@ -571,7 +578,7 @@ def block_loss(
     """
     if chunk_function is None:
         chunk_function = head_chunk
-    guess_hidden = hidden[:, :, 1:]  # row 0 is the anchor: no loss, it never meets the head
+    guess_hidden = hidden[:, :, 1:]  # slot 0 is the anchor: no loss, it never meets the head
     loss, nll, correct, used_weights = FrozenHeadLoss.apply(
         guess_hidden.flatten(0, 1),
         head,

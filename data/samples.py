@@ -1,12 +1,13 @@
 """
-Rows on disk: written by the scripts in data/, read by train.py. A folder holds, for each split,
+Samples on disk: written by the scripts in data/, read by train.py. A sample is what one row of a
+data set became: token ids, and which of them are supervised. A folder holds, for each split,
 
-    SPLIT.tokens.bin   uint32, all rows one after another (uint16 would wrap at 65,536 ids)
+    SPLIT.tokens.bin   uint32, all samples one after another (uint16 would wrap at 65,536 ids)
     SPLIT.mask.bin     uint8, 1 where a token is supervised: the answer and its closing <|im_end|>
-    SPLIT.offsets.bin  uint64, where each row begins, and the end of the last
+    SPLIT.offsets.bin  uint64, where each sample begins, and the end of the last
 
-and meta.json, which is written last: a folder without it was not finished. Rows go to disk as they
-come, so no data set has to fit into memory.
+and meta.json, which is written last: a folder without it was not finished. Samples go to disk as
+they come, so no data set has to fit into memory.
 
 Below that, read_source reads the rows of public data sets.
 """
@@ -21,8 +22,8 @@ import numpy as np
 FORMAT = 1  # of the folder, in meta.json
 
 
-class Rows:
-    """The rows of one split: len(rows), and rows[i] -> (tokens, mask) as int64 arrays.
+class Samples:
+    """The samples of one split: len(samples), and samples[i] -> (tokens, mask) as int64 arrays.
 
     vocab_size and tokenizer (tokenizer_fingerprint, or None for any) are the target's. Raises
     ValueError, which says what to run, when the folder is not finished or was made for another
@@ -101,9 +102,9 @@ class SplitWriter:
         self.supervised = 0
 
     def add(self, tokens, mask):
-        """Append a row of token ids and 0/1 flags.
+        """Append a sample of token ids and 0/1 flags.
 
-        A row without a supervised token is dropped and counted.
+        One without a supervised token is dropped and counted.
         """
         tokens = np.asarray(tokens)
         mask = np.asarray(mask, np.uint8)
@@ -160,7 +161,7 @@ def split_writers(folder, splits, meta):
     os.replace(path + ".tmp", path)
 
 
-def write_rows(folder, splits, meta):
+def write_samples(folder, splits, meta):
     """Write {split: iterable of (tokens, mask)}. Returns the content of meta.json."""
     meta = dict(meta)
     with split_writers(folder, splits, meta) as writers:

@@ -1,0 +1,241 @@
+"""
+What decoding remembers of a sequence. A forward proposes tokens, commit(n) adopts the first n.
+
+    state = DecodeState(target, batch=1, length=512, forward_rows=16)
+    features, logits = target.prefill(prompt, state, target_layer_ids=(3, 7, 11))
+    features, hidden = target(block, state, target_layer_ids=(3, 7, 11))    # 16 rows
+    state.commit(n)
+
+A row is one token's place in a forward. For a key-value cache it is easy to forget rejected
+guesses: they are overwritten. The matrix S of a linear layer is the hard part, as what a token
+wrote into it cannot be taken out again. This file keeps S where no guess has been yet, and beside
+it what the next few tokens write.
+
+Shapes: B batch, K rows of a forward, H heads of queries and keys, Hv heads of values, D and Dv
+their widths.
+"""
+import torch
+import torch.nn.functional as F
+
+from model import rotary_table
+from target import conv_channels, delta_rule_widths, delta_step, gated_delta_rule
+
+
+class DecodeState:
+    """What decoding remembers of B sequences at one common position, for at most `length` tokens.
+
+    A forward of a block of K rows, an anchor and guesses, never changes the committed sequence.
+    commit(n) then makes the first n of them part of it, the same n in all B sequences. (A prompt
+    is committed as a whole.) No copy of S is kept for each token, and no second forward is needed.
+
+    How can that be, as what is written into S cannot be undone? S is kept only at multiples of K
+    tokens. Beside it stand the inputs of the delta rule (q k v g beta) for the tokens since then,
+    the *tail*. They stand in a buffer for two chunks of K tokens, the *window*. A forward writes
+    its block behind the tail, and runs both chunks from S:
+
+        position 37, K = 16         |      first chunk      |      second chunk      |
+        S after 32 tokens           | 32 .. 36  | 37 .. 47  | 48 .. 52 |  53 .. 63   |
+                                    |   tail    |        block         |   unused    |
+
+    The tail has less than K tokens, and tail and block together have K to 2 K - 1. So the block
+    always fills the first chunk and never leaves the second. The forward has the outputs of the
+    block then, and on the way S_chunk_end, the state at the end of the first chunk.
+
+    commit(n) moves the position to 37 + n, past one multiple of K at most. There are two cases.
+
+    n = 5: the position is still below 48. S_chunk_end also holds guesses that were rejected, so it
+    is dropped. S stays, and the next block is written from the new position on.
+
+        position 42                 |      first chunk      |      second chunk      |
+        S after 32 tokens           | 32 .. 41  | 42 .. 47  | 48 .. 57 |             |
+                                    |   tail    |     next block       |   unused    |
+
+    n = 12: the position has reached 48. All tokens of the first chunk are committed, no other one
+    went into S_chunk_end, and it becomes S. The second chunk is copied over the first.
+
+        position 49                 |      first chunk      |      second chunk      |
+        S after 48 tokens           | 48 |     49 .. 63     | 64 |                   |
+                                    |tail|      next block       |      unused       |
+
+    So places before the position hold committed tokens, and the K places from there on are written
+    by the next block before anything reads them. Unused places may hold old guesses, which no row
+    before them sees: the delta rule is causal.
+
+    position     tokens committed; a tensor, so that a round has static shapes (for CUDA graphs)
+    keys         and values of each full-attention layer; a mask hides rows past the position
+    S            of each linear layer, after `position` rounded down to a multiple of K
+    S_chunk_end  the same at the next multiple of K, as the last forward computed it
+    window       q k v g beta of the 2 K tokens from S on, side by side in one tensor
+    conv         inputs of the short convolution: the last tokens before `position`, then the block
+
+    forward_rows (K) is one number for three things: rows of a forward, tokens of a chunk, and the
+    drafter's block, as a forward verifies one block. With forward_rows 1 the window is not used,
+    and delta_step runs: the fastest way for the target alone.
+
+    Bits do not depend on how a sequence was cut into blocks: docs/exactness.md says why.
+    """
+
+    def __init__(self, target, batch, length, forward_rows=16):
+        config = target.config
+        max_length = config.max_position_embeddings
+        assert length <= max_length, (length, max_length)
+        self.forward_rows = forward_rows
+        self.length = length
+        weight = target.embed_tokens.weight  # for dtype and device
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        full_layers = config.layer_types.count("full_attention")
+        linear_layers = len(config.layer_types) - full_layers
+        window_rows = 1 if forward_rows == 1 else 2 * forward_rows
+        conv_rows = config.linear_conv_kernel_dim - 1 + forward_rows
+
+        self.position = torch.zeros((), dtype=torch.long, device=weight.device)
+        kv_shape = (full_layers, batch, config.num_key_value_heads, length, config.head_dim)
+        self.keys = weight.new_zeros(kv_shape)
+        self.values = weight.new_zeros(kv_shape)
+        S_shape = (linear_layers, batch, config.linear_num_value_heads,
+                   config.linear_key_head_dim, config.linear_value_head_dim)
+        self.S = weight.new_zeros(S_shape, dtype=dtype)
+        self.S_chunk_end = weight.new_zeros(S_shape, dtype=dtype)
+        window_shape = (linear_layers, batch, window_rows, sum(delta_rule_widths(config)))
+        self.window = weight.new_zeros(window_shape, dtype=dtype)
+        self.conv = weight.new_zeros(linear_layers, batch, conv_rows, conv_channels(config))
+
+        # constants of all forwards
+        self.all_positions = torch.arange(length, device=weight.device)      # 0 .. length - 1
+        rotary_dim = int(config.head_dim * config.partial_rotary_factor)
+        self.cos, self.sin = rotary_table(self.all_positions, rotary_dim, config.rope_theta)
+
+        # each layer's part, as views of these tensors
+        self.layers = []
+        next_linear = 0
+        next_full = 0
+        for kind in config.layer_types:
+            if kind == "linear_attention":
+                self.layers.append(LinearLayerState(self, next_linear, config))
+                next_linear += 1
+            else:
+                self.layers.append(FullLayerState(self, next_full))
+                next_full += 1
+        self.reset()
+
+    def reset(self):
+        """Begin anew with an empty sequence.
+
+        Keys and values stay, as the mask hides them.
+        """
+        self.empty = True
+        self.position.zero_()
+        self.S.zero_()
+        self.window.zero_()
+        self.conv.zero_()
+
+    def begin_forward(self, T):
+        """Set what the layers need to know of a forward of T tokens.
+
+        K tokens are a block. Any other number is the bulk of a prompt, all of which will be
+        adopted. (A bulk of exactly K tokens is read as a block, and is the same up to rounding.)
+        """
+        self.is_block = T == self.forward_rows
+        assert self.empty or self.is_block, \
+            f"{T} tokens for a state that takes {self.forward_rows} rows after its prompt"
+        offsets = self.all_positions[:T]
+        self.positions = self.position + offsets
+        self.window_places = self.position % self.forward_rows + offsets
+        self.rotary = (self.cos.index_select(0, self.positions),
+                       self.sin.index_select(0, self.positions))
+        self.mask = None
+        if self.is_block:
+            self.mask = self.all_positions <= self.positions[:, None]        # (K, length)
+
+    def commit(self, n):
+        """Adopt the first n rows, an int or a tensor of 0 .. K, of the last forward.
+
+        After the forward of a prompt's bulk n is all of its rows. Everything is written in place:
+        a CUDA graph of a round holds the addresses of these tensors.
+        """
+        self.empty = False
+        if self.is_block:
+            K = self.forward_rows
+            # Does the first chunk of the window hold committed tokens only?
+            chunk_is_complete = self.position % K + n >= K
+            torch.where(chunk_is_complete, self.S_chunk_end, self.S, out=self.S)
+            if K > 1:
+                first_chunk = self.window[:, :, :K]
+                second_chunk = self.window[:, :, K:]
+                self.window[:, :, :K] = torch.where(chunk_is_complete, second_chunk, first_chunk)
+            # the convolution's memory, its first few rows, moves by n rows
+            past_rows = self.conv.shape[2] - K
+            moved = n + self.all_positions[:past_rows]
+            self.conv[:, :, :past_rows] = self.conv.index_select(2, moved)
+        self.position += n
+
+
+class LinearLayerState:
+    """A linear layer's part of a DecodeState, as views of its tensors."""
+
+    def __init__(self, state, index, config):
+        self.state = state
+        self.conv = state.conv[index]
+        self.window = state.window[index]
+        self.S = state.S[index]
+        self.S_chunk_end = state.S_chunk_end[index]
+        self.widths = delta_rule_widths(config)
+
+    def convolution_input(self, qkv):
+        """qkv (B, T, channels) with the few tokens before it that the convolution looks at."""
+        past_rows = self.conv.shape[1] - self.state.forward_rows
+        if not self.state.is_block:
+            qkv = F.pad(qkv, (0, 0, past_rows, 0))  # before a prompt there is nothing: zeros
+            self.conv[:, :past_rows] = qkv[:, -past_rows:]
+            return qkv
+        self.conv[:, past_rows:] = qkv
+        return self.conv
+
+    def delta_rule(self, q, k, v, g, beta):
+        """Outputs (B, T, Hv, Dv) of the rows, given the committed tokens; fills S_chunk_end."""
+        state = self.state
+        if not state.is_block:
+            o, S = gated_delta_rule(q, k, v, g, beta)
+            self.S.copy_(S)  # the rows of a prompt are all adopted
+        elif state.forward_rows == 1:
+            o, S = delta_step(q, k, v, g, beta, self.S)
+            self.S_chunk_end.copy_(S)
+        else:
+            # write the block behind the tail
+            inputs = [x.to(self.S.dtype).flatten(2) for x in (q, k, v, g, beta)]
+            self.window.index_copy_(1, state.window_places, torch.cat(inputs, -1))
+            # run the two chunks of the window, and keep the outputs of the block
+            window_q, window_k, window_v, window_g, window_beta = self.window.split(self.widths, -1)
+            o, S = gated_delta_rule(
+                window_q.unflatten(-1, q.shape[2:]),
+                window_k.unflatten(-1, k.shape[2:]),
+                window_v.unflatten(-1, v.shape[2:]),
+                window_g,
+                window_beta,
+                self.S,
+                chunk=state.forward_rows,
+                state_after=1)
+            self.S_chunk_end.copy_(S)
+            o = o.index_select(1, state.window_places)
+        return o.to(v.dtype)
+
+
+class FullLayerState:
+    """A full-attention layer's part of a DecodeState, as views of its tensors."""
+
+    def __init__(self, state, index):
+        self.state = state
+        self.keys = state.keys[index]
+        self.values = state.values[index]
+
+    def append(self, k, v):
+        """Write k, v (B, Hkv, T, D) behind the committed ones.
+
+        Returns the keys and values to attend to, and the mask of what each row sees: the whole
+        buffer and (K, length). For a prompt's bulk: its own k and v, and None for a causal mask.
+        """
+        self.keys.index_copy_(2, self.state.positions, k)
+        self.values.index_copy_(2, self.state.positions, v)
+        if not self.state.is_block:
+            return k, v, None
+        return self.keys, self.values, self.state.mask
