@@ -260,7 +260,7 @@ class GatedDeltaNet(JoinedProjections):
         else:
             o = layer_state.delta_rule(q, k, v, g, beta)
 
-        # the outputs of the heads, normed and gated
+        # the outputs of the heads, normed and gated, and mixed
         z = z.unflatten(-1, (self.value_heads, -1))
         return self.out_proj(self.norm(o, z).flatten(-2))
 
@@ -444,18 +444,25 @@ class TargetConfig:
         if unknown or len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(f"layer_types has {len(self.layer_types)} entries for "
                              f"{self.num_hidden_layers} layers; unknown kinds: {sorted(unknown)}")
+        # several query heads share a key head, and in linear layers several value heads do
         for many, few in (("linear_num_value_heads", "linear_num_key_heads"),
                           ("num_attention_heads", "num_key_value_heads")):
-            if getattr(self, many) % getattr(self, few):
-                raise ValueError(f"{many} = {getattr(self, many)} is no multiple of "
-                                 f"{few} = {getattr(self, few)}")
+            number_of_many = getattr(self, many)
+            number_of_few = getattr(self, few)
+            if number_of_many % number_of_few:
+                raise ValueError(f"{many} = {number_of_many} is no multiple of "
+                                 f"{few} = {number_of_few}")
 
 
 def delta_rule_widths(c):
     """Numbers a token in q, k, v, g and beta of a linear layer."""
-    key_width = c.linear_num_key_heads * c.linear_key_head_dim
-    value_width = c.linear_num_value_heads * c.linear_value_head_dim
-    return key_width, key_width, value_width, c.linear_num_value_heads, c.linear_num_value_heads
+    value_heads = c.linear_num_value_heads
+    q = c.linear_num_key_heads * c.linear_key_head_dim
+    k = q
+    v = value_heads * c.linear_value_head_dim
+    g = value_heads
+    beta = value_heads
+    return q, k, v, g, beta
 
 
 def conv_channels(c):

@@ -351,6 +351,7 @@ def is_unusual(grad_norm, run):
 
 
 def describe_skipped_step(run, grad_norm):
+    """The line with which a run ends: the norm, what is usual, and the samples of the step."""
     config = run.config
     batches = config.accumulation * world_size()
     numbers = []
@@ -460,10 +461,12 @@ def stop_signals():
 
 
 def any_rank_received(received, device):
+    """Whether a signal reached any process; the same answer in all of them."""
     return bool(sum_over_ranks(torch.tensor(len(received), device=device)))
 
 
 def how_to_go_on(run, folder):
+    """The command that goes on: this run's own, with --resume."""
     words = [word for word in sys.argv[1:] if word != "--resume"]
     arguments = " ".join([*words, "--resume"])
     command = "python" if world_size() == 1 else "torchrun ..., as before,"
@@ -471,11 +474,14 @@ def how_to_go_on(run, folder):
 
 
 class SpeedMeter:
-    """Tokens and operations a second since this process began its loop, and the time left."""
+    """Tokens and operations a second since this process began its loop, and the time left.
+
+    Estimates and checkpoints are in the time: it is what the run really does.
+    """
 
     def __init__(self, run):
         self.run = run
-        self.first_step = run.step
+        self.first_step = run.step  # above 0 in a resumed run
         self.began = time.time()
         self.tokens = 0
         self.operations = 0
@@ -495,6 +501,7 @@ class SpeedMeter:
 
 
 def log_training(log, run, entry):
+    """A step's entry, into log.jsonl and as a line on the screen."""
     write_entry(log, run, "train", entry)
     line = (f"step {run.step}/{run.total_steps} | loss {entry['loss']:.4f} | "
             f"tau {entry['tau']:.2f} | norm {entry['grad_norm']:.2f} | lr {entry['lr']:.1e} | "
@@ -506,10 +513,11 @@ def log_training(log, run, entry):
     print(f"{line}{entry['minutes_left']:.1f} min left", flush=True)
 
 
-SHOWN_SLOTS = (1, 2, 4, 8, 15)
+SHOWN_SLOTS = (1, 2, 4, 8, 15)  # of the K - 1, on the screen and in the picture
 
 
 def log_held_out(log, run, entry):
+    """An estimate's entry, into log.jsonl and as a line on the screen."""
     write_entry(log, run, "val", entry)
     shares = entry["accepted_up_to_slot"]
     shown = " ".join(f"{k}:{shares[k - 1]:.2f}" for k in SHOWN_SLOTS if k <= len(shares))
@@ -530,6 +538,7 @@ def write_entry(log, run, kind, entry):
 
 
 def draw_log(out_dir):
+    """training.png, from log.jsonl: so it also shows what was before a resume."""
     with open(os.path.join(out_dir, "log.jsonl")) as f:
         entries = [json.loads(line) for line in f]
     pictures.training(os.path.join(out_dir, "training.png"), entries, SHOWN_SLOTS)
@@ -602,6 +611,10 @@ def new_run(config, target, drafter, samples):
 
 
 def compile_layers(target, drafter):
+    """Compile each layer by itself: all of a kind share the code, and little of it is compiled.
+
+    With static shapes, as these are faster; pad() makes few of them.
+    """
     torch._dynamo.config.recompile_limit = 64  # lengths of samples x kinds of layer
     for layer in (*target.layers, *drafter.layers):
         layer.compile(dynamic=False)
@@ -714,7 +727,7 @@ def train(config):
         name = os.path.basename(os.path.normpath(config.out_dir))
         wandb.init(project=config.wandb_project, name=name, config=vars(config))
 
-    # do it
+    # do it; compiling first, or the first step of each length would take a minute
     if config.compile:
         warm_up(run)
     folder = loop(run, held_out)
