@@ -29,6 +29,7 @@ import torch
 from benchmarks import acceptance, curve, exactness, figures, serve, speed, speedup
 from checkpoint import write_whole
 from configurator import configure
+from console import survive_closed_output
 
 # what is measured
 target = "data/nano/target"             # folder of the target, or random:0.8b and the like
@@ -84,6 +85,7 @@ def main(argv=None):
     if command not in COMMANDS:
         sys.exit(f"usage: python bench.py {'|'.join(COMMANDS)} [config.py] [--key=value]; "
                  "--help lists the keys")
+    survive_closed_output()
     config = configure(globals(), words[1:])
     try:
         if config.resume and command not in RESUMABLE:

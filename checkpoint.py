@@ -289,7 +289,7 @@ def save_drafter(drafter, folder, card, extra=None):
     try:
         shutil.rmtree(part, ignore_errors=True)
         os.makedirs(part)
-        save_file(tensors, os.path.join(part, "model.safetensors"), metadata={"format": "pt"})
+        save_weights(tensors, os.path.join(part, "model.safetensors"))
         for name, value in (extra or {}).items():
             torch.save(value, os.path.join(part, name))
         shutil.copyfile(model.__file__, os.path.join(part, "dflash.py"))
@@ -514,6 +514,17 @@ def step_folders(folder):
         return []
     names = [name for name in os.listdir(folder) if name.startswith("step-")]
     return sorted(name for name in names if not name.endswith(".part"))
+
+
+def save_weights(tensors, path):
+    """Write a safetensors file that others may read as far as the umask lets them.
+
+    safetensors makes files for the owner alone, and an engine often runs as another user.
+    """
+    save_file(tensors, path, metadata={"format": "pt"})
+    umask = os.umask(0)  # it can only be read by setting it
+    os.umask(umask)
+    os.chmod(path, 0o666 & ~umask)
 
 
 def write_whole(path, text):

@@ -72,7 +72,11 @@ class DecodeState:
     drafter's block, as a forward verifies one block. With forward_rows 1 the window is not used,
     and delta_step runs: the fastest way for the target alone.
 
-    Bits do not depend on how a sequence was cut into blocks: docs/exactness.md says why.
+    Bits do not depend on how a sequence was cut into blocks. All forwards have one shape. Chunks
+    begin at multiples of K, so a token always has the same place in its chunk, and the same tokens
+    before it. If it stands in the second chunk, that starts from S_chunk_end, which has the very
+    bits of the S that is adopted later. What stands behind it is multiplied by exact zeros. The
+    bulk of a prompt is read by the same forwards in all modes. docs/exactness.md has it in full.
     """
 
     def __init__(self, target, batch, length, forward_rows=16):
@@ -85,7 +89,7 @@ class DecodeState:
         dtype = torch.promote_types(weight.dtype, torch.float32)
         full_layers = config.layer_types.count("full_attention")
         linear_layers = len(config.layer_types) - full_layers
-        window_rows = 1 if forward_rows == 1 else 2 * forward_rows
+        window_rows = 0 if forward_rows == 1 else 2 * forward_rows
         conv_rows = config.linear_conv_kernel_dim - 1 + forward_rows
 
         self.position = torch.zeros((), dtype=torch.long, device=weight.device)
@@ -133,14 +137,15 @@ class DecodeState:
         """Set what the layers need to know of a forward of T tokens.
 
         K tokens are a block. Any other number is the bulk of a prompt, all of which will be
-        adopted. (A bulk of exactly K tokens is read as a block, and is the same up to rounding.)
+        adopted. (A bulk of exactly K tokens is read as a block, in all modes.)
         """
         self.is_block = T == self.forward_rows
         assert self.empty or self.is_block, \
             f"{T} tokens for a state that takes {self.forward_rows} rows after its prompt"
         offsets = self.all_positions[:T]
-        self.positions = self.position + offsets
-        self.window_places = self.position % self.forward_rows + offsets
+        self.positions = self.position + offsets                             # in the sequence
+        tail = self.position % self.forward_rows
+        self.window_places = tail + offsets                                  # in the window
         self.rotary = (self.cos.index_select(0, self.positions),
                        self.sin.index_select(0, self.positions))
         self.mask = None
@@ -195,7 +200,7 @@ class LinearLayerState:
         """Outputs (B, T, Hv, Dv) of the rows, given the committed tokens; fills S_chunk_end."""
         state = self.state
         if not state.is_block:
-            o, S = gated_delta_rule(q, k, v, g, beta)
+            o, S = gated_delta_rule(q, k, v, g, beta)  # in chunks of its own, longer ones
             self.S.copy_(S)  # the rows of a prompt are all adopted
         elif state.forward_rows == 1:
             o, S = delta_step(q, k, v, g, beta, self.S)

@@ -17,6 +17,7 @@ row's bits do not depend on its place nor on the other rows. The target alone is
 forwards of one row. Then the logits agree up to rounding, and a close choice may turn over.
 docs/exactness.md has the whole argument.
 """
+import contextlib
 import itertools
 import sys
 import time
@@ -24,10 +25,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 
 from chat import chat_prompt, load_tokenizer, stop_ids
 from checkpoint import load_drafter, load_target
 from configurator import configure
+from console import survive_closed_output
 from decode_state import DecodeState
 from sampling import Sampling, choose, gumbel_noise
 
@@ -76,7 +79,7 @@ class Decoder:
         device = target.embed_tokens.weight.device
         self.block = torch.zeros(1, forward_rows, dtype=torch.long, device=device)
         self.anchor = torch.zeros(1, dtype=torch.long, device=device)
-        self.offsets = torch.arange(1, forward_rows + 1, device=device)
+        self.offsets = torch.arange(forward_rows, device=device)
         self.graph = None
         self.is_warm = False
 
@@ -84,9 +87,9 @@ class Decoder:
         """One round. Returns [guesses accepted, the target's choice after each of the K rows]."""
         target, drafter, state = self.target, self.drafter, self.state
         sampling = self.sampling
-        # Noise for the K positions after the anchor, which itself stands at state.position: row k
-        # of the target chooses the token at position + k + 1.
-        noise = self.noise_at(state.position + self.offsets)                 # (K, V) or None
+        # The anchor stands at state.position. Row k of the target chooses the token at position
+        # + 1 + k, so noise is wanted for these K positions.
+        noise = self.noise_at(state.position + 1 + self.offsets)             # (K, V) or None
 
         # 1. draft: guesses for the K - 1 positions after the anchor. Without a drafter these rows
         #    stay token 0 for ever; they are there for the shape only.
@@ -106,10 +109,11 @@ class Decoder:
             accepted = count_accepted(self.block[:, 1:], choices)
         self.anchor.copy_(choices.gather(1, accepted[:, None])[:, 0])
 
-        # 4. commit the old anchor and the accepted guesses, so many rows from row 0 on. The new
-        #    anchor goes through the target in the next round. The drafter's context grows by the
-        #    features of the same rows. It is given those of all K rows, as shapes must not vary;
-        #    what it gets of rejected rows is overwritten in the next round. This comes before
+        # 4. commit the old anchor and the accepted guesses: accepted + 1 rows, from row 0 on. The
+        #    new anchor goes through the target in the next round. The drafter's context grows by
+        #    the features of the same rows. Shapes must not vary, so it is given those of all K
+        #    rows. What it gets of rejected rows stands behind the new position: the drafter sees
+        #    only what is before its anchor, and the next round writes over it. This comes before
         #    commit, since commit moves the position.
         if drafter is not None:
             drafter.append_context(features, self.cache, state.position)
@@ -144,19 +148,19 @@ class Decoder:
 
     def next_round(self):
         """Run a round; returns its tokens as a list, and how many of them were guesses."""
-        # The first round runs as it is: that compiles and warms up.
+        # Without a GPU a round just runs. On CUDA so does the first, which compiles and warms up.
         if not self.is_warm or not self.anchor.is_cuda:
-            self.result = self.run_round()
+            self.outcome = self.run_round()
             self.is_warm = True
-        # On CUDA the second is captured, which records its kernels without running them, and then
-        # replayed; all later ones are only replayed.
+        # The second round on CUDA is captured: that records its kernels and runs none of them.
+        # Then it is replayed, as all later ones are. A replay fills the same tensors.
         else:
             if self.graph is None:
                 self.graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(self.graph):
-                    self.result = self.run_round()
+                    self.outcome = self.run_round()
             self.graph.replay()
-        accepted, *choices = self.result.tolist()  # the one wait for the device
+        accepted, *choices = self.outcome.tolist()  # the one wait for the device
         # guesses that were accepted are the target's choices, so these hold all tokens
         return choices[:accepted + 1], accepted
 
@@ -201,12 +205,13 @@ def generate(target, drafter, prompt_ids, max_new_tokens, stops=(), forward_rows
     """
     if forward_rows is None:
         forward_rows = drafter.block_size if drafter is not None else 16
-    # The buffer holds prompt, answer and one block. A mode of one row leaves room for 16 as well,
-    # so that all modes end at the same token.
+    # How many tokens may be returned: prompt, answer and one block have to fit into the target's
+    # context. A mode of one row leaves room for 16 as well, so that all modes end at one token.
     block_room = max(forward_rows, 16)
     longest = target.config.max_position_embeddings
     limit = min(max_new_tokens, longest - len(prompt_ids) - block_room)
     check_request(prompt_ids, max_new_tokens, limit, target.config)
+    # The buffer's length. There are few different ones, so that prompts share buffers and graphs.
     length = round_up_to_power_of_two(len(prompt_ids) + limit + block_room)
     length = min(max(256, length), longest)
 
@@ -235,7 +240,7 @@ def generate(target, drafter, prompt_ids, max_new_tokens, stops=(), forward_rows
 
 
 def round_up_to_power_of_two(n):
-    """Few different lengths, so that prompts share buffers, graphs and compiled kernels."""
+    """The smallest power of two that is n or more."""
     return 1 << (n - 1).bit_length()
 
 
@@ -279,18 +284,18 @@ def timed_generate(target, drafter, prompt_ids, max_new_tokens, stops=(), forwar
         target, drafter, prompt_ids, max_new_tokens, stops, forward_rows, sampling, decoders)
     while True:
         began = time.perf_counter()
-        result = next(generation, None)
+        piece = next(generation, None)
         elapsed = time.perf_counter() - began
         is_prompt = not tokens
         if not is_prompt:
             seconds += elapsed
-        if result is None:
+        if piece is None:
             return Generation(tokens, rounds, seconds)
         if not is_prompt:
-            rounds.append(result)
-        tokens.extend(result.tokens)
+            rounds.append(piece)
+        tokens.extend(piece.tokens)
         if on_piece is not None:
-            on_piece(tokens, result)
+            on_piece(tokens, piece)
 
 
 GREEN = "\033[32m"
@@ -306,9 +311,9 @@ class Printer:
         self.color = color
         self.printed = ""
 
-    def __call__(self, tokens, result):
-        first = len(tokens) - len(result.tokens)
-        self.print_up_to(tokens[:first + result.accepted], GREEN)
+    def __call__(self, tokens, piece):
+        first = len(tokens) - len(piece.tokens)
+        self.print_up_to(tokens[:first + piece.accepted], GREEN)
         self.print_up_to(tokens, BLUE)
 
     def print_up_to(self, tokens, paint):
@@ -342,7 +347,7 @@ def summary(ours, same_shape, one_row):
     same_shape: in forwards of as many rows, so it must be identical. one_row: one row a step, the
     speed to beat.
     """
-    in_rounds = sum(len(result.tokens) for result in ours.rounds)
+    in_rounds = sum(len(piece.tokens) for piece in ours.rounds)
     tau = in_rounds / max(1, len(ours.rounds))
     speed = tokens_per_second(ours)
     line = (f"{len(ours.tokens)} tokens | {len(ours.rounds)} rounds | tau {tau:.2f} | "
@@ -361,6 +366,8 @@ def decode(config):
     """Load the pair, stream the answer, compare it; returns the summary."""
     if not config.prompt.strip():
         raise ValueError("the prompt is empty: give one, e.g. --prompt=\"What is 7 * 34?\"")
+    if not is_unicode(config.prompt):
+        raise ValueError("the prompt is no valid UTF-8: give text in that encoding")
     sampling = Sampling(config.temperature, config.top_k, config.top_p, config.seed,
                         config.draft_temperature)
     tokenizer = load_tokenizer(config.target)  # before the weights, as it fails sooner
@@ -387,14 +394,38 @@ def decode(config):
     print("\n")
     if not config.compare:
         return summary(ours, None, None)
-    print("now the target alone, for comparison ...", flush=True)
+    # the target alone, which is slower
+    print("now the target alone, for comparison; Ctrl-C leaves it out", flush=True)
     K = drafter.block_size
-    same_shape = timed_generate(target, None, *request, K, sampling)  # its time is not used
-    one_row = timed_generate(target, None, *request, 1, sampling, decoders)
+    try:
+        with bar("same forwards", ours) as show:
+            # its time is not used, so it need not share the graphs of `decoders`
+            same_shape = timed_generate(target, None, *request, K, sampling, on_piece=show)
+        with bar("one row a step", ours) as show:
+            one_row = timed_generate(target, None, *request, 1, sampling, decoders, show)
+    except KeyboardInterrupt:
+        return summary(ours, None, None)
     return summary(ours, same_shape, one_row)
 
 
+@contextlib.contextmanager
+def bar(name, expected):
+    """Yields an on_piece that draws a progress bar, if somebody looks at a terminal."""
+    with tqdm(total=len(expected.tokens), desc=name, unit="token", disable=None) as progress:
+        yield lambda tokens, piece: progress.update(len(piece.tokens))
+
+
+def is_unicode(text):
+    """Whether a command-line argument was valid UTF-8. Python marks bytes that were not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def main(argv=None):
+    survive_closed_output()
     config = configure(globals(), argv)
     try:
         line = decode(config)

@@ -53,7 +53,8 @@ class Sampling:
 def choose(logits, sampling, temperature, noise):
     """Token ids (...) from logits (..., V).
 
-    temperature is the target's or the drafter's; noise (..., V) is not used at temperature 0.
+    temperature: the target's or the drafter's, of the two that `sampling` has. noise (..., V): not
+    used at temperature 0.
     """
     scores = perturbed_scores(logits, sampling, temperature, noise)
     return scores.argmax(-1)
@@ -99,7 +100,7 @@ def gumbel_noise(seed, positions, vocab_size):
     """
     seeds = torch.full_like(positions, seed)
     position_keys = mix_bits(mix_bits(seeds) + positions)
-    # token id i adds i times 2^64 divided by the golden ratio, as a signed integer
+    # token id i adds i times 2^64 divided by the golden ratio (negative: see mix_bits)
     token_ids = torch.arange(vocab_size, device=positions.device)
     token_offsets = token_ids * -0x61c8864680b583eb
     bits = mix_bits(position_keys[:, None] + token_offsets)

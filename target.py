@@ -20,9 +20,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from cpu import rowwise
+from cpu import rowwise  # applies a function; on CPUs so that a row's bits do not depend on others
 from model import masked_attention, rotary_table, rotate, to_fp32
-from projections import JoinedProjections
+from projections import JoinedProjections  # a module that may join its products into one
 
 # --------------------------------------------------------------------------------------------------
 # the gated delta rule (Yang, Kautz, Hatamizadeh, arXiv 2412.06464)
@@ -70,8 +70,8 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, state_after=None):
     after `state_after` chunks (None: after all) in fp32 or wider. The last chunk is padded with
     tokens of beta = g = 0: the state after them has the same bits as before them.
 
-    How. Let S be the state before a chunk, and let token t write W_t: it adds k_t^T W_t to the
-    state, with k_t and W_t as rows. First a chunk of two tokens. By the definition
+    How. All vectors are rows. Let S be the state before a chunk, and let token t write W_t: it adds
+    k_t^T W_t to the state. First a chunk of two tokens. By the definition
 
         W_1 = beta_1 (v_1 - exp(g_1) k_1 S)
         W_2 = beta_2 (v_2 - exp(g_1 + g_2) k_2 S - exp(g_2) (k_2 . k_1) W_1)
@@ -85,8 +85,9 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, state_after=None):
         W_t = beta_t (v_t - fade_t k_t S - sum over s < t of decay_ts (k_t . k_s) W_s)
 
     These are linear equations for all W_t of the chunk. Take each of W, k, v as a matrix with a row
-    for each token. [x] in front of a matrix multiplies its row t by x_t, and * multiplies entry by
-    entry. With the sum on the left side the equations are
+    for each token. [x] is the diagonal matrix of the x_t. In front of a matrix it multiplies
+    row t by x_t, behind it column t. The sign * multiplies entry by entry. With the sum on the left
+    side the equations are
 
         (I + A) W = [beta] (v - [fade] k S)      A = [beta] (decay * k k^T), below the diagonal only
 
@@ -131,15 +132,15 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, state_after=None):
     fade_of_chunk = log_fade[..., -1:].exp()[..., None]                      # (B Hv, N, 1, 1)
     decay_to_end = (log_fade[..., -1:] - log_fade).exp()                     # (B Hv, N, C)
 
-    # The solver reads nothing on and above the diagonal of A, and takes the diagonal as 1. So it
-    # solves with I + A. [beta] and [fade] behind a matrix multiply its columns.
-    A = (k @ k.mT).mul_(decay).mul_(beta[..., None])
+    # A is needed below the diagonal only. The solver reads nothing else, and takes the diagonal as
+    # 1: so it solves with I + A.
+    A = (k @ k.mT).mul_(decay).mul_(beta[..., None])                        # [beta] (decay * k k^T)
     identity = torch.eye(chunk, dtype=dtype, device=device).expand_as(A)
     M = torch.linalg.solve_triangular(A, identity, upper=False, unitriangular=True)
-    M = M * beta[..., None, :]
+    M = M * beta[..., None, :]                                               # (I + A)^-1 [beta]
     U = M @ v
-    Y = (M * fade[..., None, :]) @ k
-    P = (q @ k.mT).mul_(decay)
+    Y = (M * fade[..., None, :]) @ k                                         # M [fade] k
+    P = (q @ k.mT).mul_(decay)                                               # decay * q k^T
     k_to_end = k * decay_to_end[..., None]
     k_to_end_T = k_to_end.mT                                                 # (B Hv, N, D, C)
 
@@ -161,23 +162,21 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, state_after=None):
         states.append(S)
         W = torch.baddbmm(U[i], Y[i], S, alpha=-1)                           # U - Y S
         writes.append(W)
-        # decoding wants the state after the first of two chunks, and need not pay for the last one
-        is_needed = i + 1 < N or state_after == N
-        if is_needed:
+        # The state after the last chunk costs a product. Decoding, which wants that after the
+        # first of two chunks, does without it.
+        is_last = i == N - 1
+        if not is_last or state_after == N:
             S = torch.baddbmm(S * fade_of_chunk[i], k_to_end_T[i], W)
-    kept_state = S if state_after == N else states[state_after]
+    S_after = S if state_after == N else states[state_after]
 
-    # the outputs of all chunks at once
+    # the outputs of all chunks at once: D^-0.5 ([fade] q S + P W)
     scale = D ** -0.5
     states = torch.stack(states, 1)                                          # (B Hv, N, D, Dv)
-    writes = torch.stack(writes, 1)                                          # (B Hv, N, C, Dv)
-    o = (q @ states).mul_(fade[..., None] * scale)                           # (B Hv, N, C, Dv)
-    o = o.flatten(0, 1)
-    o = o.baddbmm_(P.flatten(0, 1), writes.flatten(0, 1), alpha=scale)       # (B Hv N, C, Dv)
-    o = o.unflatten(0, (-1, N)).flatten(1, 2)                                # (B Hv, N C, Dv)
-    o = o[:, :T].unflatten(0, (B, Hv)).transpose(1, 2)                       # (B, T, Hv, Dv)
-    o = o.to(output_dtype)
-    return o, kept_state.unflatten(0, (B, Hv))
+    writes = torch.stack(writes, 1).flatten(0, 1)                            # (B Hv N, C, Dv)
+    o = (q @ states).mul_(fade[..., None] * scale).flatten(0, 1)             # (B Hv N, C, Dv)
+    o = o.baddbmm_(P.flatten(0, 1), writes, alpha=scale)
+    o = from_chunks(o, B, N, T).to(output_dtype)                             # (B, T, Hv, Dv)
+    return o, S_after.unflatten(0, (B, Hv))
 
 
 def to_chunks(x, chunk, dtype):
@@ -189,6 +188,12 @@ def to_chunks(x, chunk, dtype):
         x = F.pad(x, after_T)
     x = x.contiguous().flatten(0, 1)
     return x.unflatten(1, (-1, chunk))
+
+
+def from_chunks(x, B, N, T):
+    """(B H N, C, ...) -> (B, T, H, ...), without the tokens that padded the last chunk."""
+    x = x.unflatten(0, (B, -1, N)).flatten(2, 3)                             # (B, H, N C, ...)
+    return x[:, :, :T].transpose(1, 2)
 
 
 def repeat_heads(q, k, value_heads):
@@ -237,8 +242,8 @@ class GatedDeltaNet(JoinedProjections):
         self.in_proj_a = linear(config.hidden_size, self.value_heads)
         self.conv1d = nn.Conv1d(
             channels, channels, config.linear_conv_kernel_dim, groups=channels, bias=False)
-        A = torch.empty(self.value_heads).uniform_(0.01, 16)
-        self.A_log = nn.Parameter(A.log())
+        fading_rate = torch.empty(self.value_heads).uniform_(0.01, 16)
+        self.A_log = nn.Parameter(fading_rate.log())
         self.dt_bias = nn.Parameter(torch.ones(self.value_heads))
         self.norm = GatedRMSNorm(config.linear_value_head_dim, config.rms_norm_eps)
         self.out_proj = linear(self.value_width, config.hidden_size)
@@ -246,7 +251,7 @@ class GatedDeltaNet(JoinedProjections):
     def forward(self, x, layer_state, rotary):
         """x (B, T, width). Positions act through the recurrence, so rotary is not used."""
         qkv, z, b, a = self.project(x)
-        q, k, v = self.convolve(qkv, layer_state)
+        q, k, v = self.convolve_and_split(qkv, layer_state)
 
         # the share of what is stored under its key that a token replaces, and the log of S's fading
         beta = b.sigmoid()
@@ -264,7 +269,7 @@ class GatedDeltaNet(JoinedProjections):
         z = z.unflatten(-1, (self.value_heads, -1))
         return self.out_proj(self.norm(o, z).flatten(-2))
 
-    def convolve(self, qkv, layer_state):
+    def convolve_and_split(self, qkv, layer_state):
         """q, k (B, T, H, D) of unit length and v (B, T, Hv, Dv): convolution, SiLU, heads."""
         T = qkv.shape[1]
         conv_width = self.conv1d.weight.shape[-1]
@@ -397,10 +402,11 @@ class GatedRMSNorm(nn.Module):
 def unit_length(x):
     """x / sqrt(|x|^2 + 1e-6) over the last axis, in fp32.
 
-    Then a token cannot blow S up: what it does to S, looking up and replacing a share beta of what
-    is stored under k, is S <- (I - beta k k^T) S + .., a contraction for |k| = 1.
+    With |k| = 1 a token cannot blow S up. It takes away a share beta of what is stored under k,
+    S <- S - beta k^T (k S), and of no other direction.
     """
     D = x.shape[-1]
+    # rms(x) is |x| / sqrt(D)
     return F.rms_norm(to_fp32(x), (D,), None, 1e-6 / D) * D ** -0.5
 
 
@@ -510,6 +516,9 @@ class Target(nn.Module):
             if self.compiled_layers and state.is_block:
                 layers = self.compiled_layers
         if features_only:
+            if not target_layer_ids:
+                raise ValueError("features_only without target_layer_ids: name the layers whose "
+                                 "outputs are wanted")
             layers = layers[:max(target_layer_ids) + 1]
 
         x = self.embed_tokens(tokens)
@@ -543,9 +552,9 @@ class Target(nn.Module):
         Returns their features (B, n, ...), and the logits (B, V) of the last token.
 
         The bulk, a multiple of K tokens, goes through at once. At least one token is left for a
-        block, whose last adopted row gives the logits. It is padded to K rows, of which the first
-        `rest` are adopted. So the state starts on the grid of chunks, and the end of a prompt goes
-        through the same code as all that follows it.
+        block: so a prompt of K tokens has no bulk. The block is padded to K rows, the first `rest`
+        of which are adopted, and the last of these gives the logits. So chunks begin at multiples
+        of K, and the end of a prompt goes through the same code as all that follows it.
         """
         n = tokens.shape[1]
         K = state.forward_rows

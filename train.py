@@ -14,14 +14,10 @@ writes; nodes share the file system that out_dir is on.
 The defaults below are the recipe of the published drafter for Qwen3.5-0.8B, "Phase 1.2" of the
 project la-draftery. A file in config/ holds what another run changes.
 """
-import contextlib
-import json
 import math
 import os
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -30,17 +26,19 @@ import numpy as np
 import torch
 import torch._inductor.config
 
-from benchmarks import pictures
 from chat import load_tokenizer, stop_ids, tokenizer_fingerprint
 from checkpoint import drafter_config, load_drafter, load_target, newest_checkpoint
 from configurator import configure
+from console import survive_closed_output
 from data.samples import Samples
 from draft_decode import timed_generate
-from flops import mfu, training_operations
+from flops import training_operations
+from interruption import any_rank_received, stop_signals
 from model import DFlashDraftModel, block_labels, block_loss, head_chunk, sample_anchors
 from parallel import (distribute, gather_full, gradient_exchange, join_processes, leave_processes,
                       rank, sum_over_ranks, wait_for_all, world_size)
-from training_state import load_moments, load_training_state, open_log, save_checkpoint
+from training_log import TrainingLog
+from training_state import load_moments, load_training_state, save_checkpoint
 
 # what
 target = "Qwen/Qwen3.5-0.8B"                # folder or hub id of the frozen target
@@ -98,7 +96,7 @@ parallel = "ddp"                            # or fsdp, which also shards the fro
 # a batch
 
 
-class Batches:
+class MicroBatches:
     """Micro-batches (tokens, supervised), numbered 0, 1, 2, .. over the whole run.
 
     For given settings, number n depends on the seed and n alone. So no loader has a state to save,
@@ -109,7 +107,7 @@ class Batches:
         self.samples = samples
         self.config = config
         self.lengths = np.array([len(tokens) for tokens, _ in samples])
-        self.epoch = None       # whose order is held
+        self.epoch = None       # the epoch that self.order belongs to
         self.order = None
 
     def __len__(self):
@@ -130,9 +128,9 @@ class Batches:
     def shuffled(self, epoch):
         """The samples of all micro-batches of an epoch, (micro-batches, batch_size).
 
-        Samples are shuffled, then sorted by length within windows of sort_window batches, so that
-        little of a batch is padding. Finally the batches are shuffled: a run that saw short
-        samples first would learn another distribution than that of the data.
+        Samples are shuffled, then sorted by length within windows of sort_window micro-batches, so
+        that little of a micro-batch is padding. Finally the micro-batches are shuffled: a run that
+        saw short samples first would learn another distribution than that of the data.
         """
         random = np.random.default_rng((self.config.seed, epoch))
         batch_size = self.config.batch_size
@@ -147,7 +145,8 @@ class Batches:
 
 def pad(samples, config):
     """(tokens, supervised), both (B, T), on the device. Padding is last, so no token sees it."""
-    # the longest sample, cut at max_length, up to the next of few lengths
+    # The longest sample, cut at max_length, then rounded up: T takes few different values. (It may
+    # be more than max_length, where this is no multiple.)
     longest = max(len(tokens) for tokens, _ in samples)
     T = min(config.max_length, longest)
     T = math.ceil(T / config.length_multiple) * config.length_multiple
@@ -187,16 +186,16 @@ class Run:
     config: SimpleNamespace
     target: torch.nn.Module
     drafter: DFlashDraftModel
-    wrapped_drafter: torch.nn.Module    # by DDP under torchrun; else the drafter itself
+    wrapped_drafter: torch.nn.Module    # by DDP; the drafter itself under FSDP or alone
     optimizer: torch.optim.Optimizer
-    batches: Batches
+    micro_batches: MicroBatches
     total_steps: int
     step: int = 0
     guard: GradientGuard = field(default_factory=GradientGuard)
 
 
-class StepSums(NamedTuple):
-    """Sums over a micro-batch, in fp64. They add over micro-batches and processes."""
+class BlockSums(NamedTuple):
+    """Sums over the blocks of a micro-batch, in fp64. Added up they are those of a whole step."""
     loss: torch.Tensor
     weight: torch.Tensor
     blocks: torch.Tensor
@@ -206,8 +205,11 @@ class StepSums(NamedTuple):
     reached: torch.Tensor           # (K-1,) blocks whose response is long enough for this slot
 
 
+compiled_head_chunk = torch.compile(head_chunk, dynamic=False)  # compiled when first called
+
+
 def block_forward(run, tokens, supervised, generator, trained_module=None):
-    """The loss of a micro-batch, summed over its blocks, and its StepSums.
+    """The loss of a micro-batch, summed over its blocks, and its BlockSums.
 
     trained_module: what wraps the drafter to exchange gradients; None: the drafter itself, as for
     an estimate, which has no backward.
@@ -226,7 +228,7 @@ def block_forward(run, tokens, supervised, generator, trained_module=None):
     gamma = config.gamma
     dpace_smoothing = None
     if config.weighting == "dpace":
-        gamma = math.inf  # no decay: weights are 1 or 0, and D-PACE finds its own
+        gamma = math.inf  # exp(-k / inf) = 1: weights say 1 or 0, and D-PACE finds its own
         dpace_smoothing = config.dpace_smoothing
     labels, weights = block_labels(tokens, supervised, anchors, real, drafter.block_size, gamma)
     inside = weights > 0  # slots that count
@@ -250,7 +252,7 @@ def block_forward(run, tokens, supervised, generator, trained_module=None):
     # what the step and its log are made of
     right_up_to = (correct & inside).long().cumprod(-1)
     operations = training_operations(drafter, *tokens.shape, config.num_anchors, target)
-    sums = StepSums(
+    sums = BlockSums(
         loss=loss.detach().double(),
         weight=used_weights.sum().double(),
         blocks=real.sum().double(),
@@ -261,18 +263,15 @@ def block_forward(run, tokens, supervised, generator, trained_module=None):
     return loss, sums
 
 
-compiled_head_chunk = torch.compile(head_chunk, dynamic=False)  # compiled when first called
-
-
 def add_sums(a, b):
-    """The sum of two StepSums, or b where a is None."""
+    """The sums of both together; a may be None."""
     if a is None:
         return b
-    return StepSums(*[x + y for x, y in zip(a, b)])
+    return BlockSums(*[x + y for x, y in zip(a, b)])
 
 
 def train_step(run):
-    """One optimizer step. Returns what is logged of it, and its StepSums.
+    """One optimizer step. Returns what is logged of it, and its BlockSums.
 
     Loss, gradients and weights are summed over micro-batches and processes and divided once. So it
     does not matter (but for rounding) how samples were split, nor that some have longer answers.
@@ -286,13 +285,13 @@ def train_step(run):
         is_last = micro == config.accumulation - 1
         number = (run.step * config.accumulation + micro) * world_size() + rank()
         generator = anchor_generator(config.seed, number)
-        tokens, supervised = run.batches[number]
+        tokens, supervised = run.micro_batches[number]
         with gradient_exchange(run.wrapped_drafter, is_last):
             loss, micro_sums = block_forward(
                 run, tokens, supervised, generator, run.wrapped_drafter)
             loss.backward()
         sums = add_sums(sums, micro_sums)
-    sums = StepSums(*[sum_over_ranks(x) for x in sums])
+    sums = BlockSums(*[sum_over_ranks(x) for x in sums])
 
     # From sums to means by weight. If all samples of a step were cut before their answer, its
     # weight is 0, and the clamp leaves a loss and gradients of 0.
@@ -306,9 +305,10 @@ def train_step(run):
     # the step itself, unless the gradient is broken
     is_skipped = is_unusual(grad_norm, run)
     run.guard.record(grad_norm, is_skipped)
+    lr = learning_rate(run.step, run.total_steps, config)
     if not is_skipped:
         for group in run.optimizer.param_groups:
-            group["lr"] = learning_rate(run.step, run.total_steps, config)
+            group["lr"] = lr
         run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     if run.guard.skipped_in_a_row == config.patience:
@@ -317,7 +317,7 @@ def train_step(run):
 
     # what the log says of this step
     tau, accepted_up_to_slot = acceptance(sums)
-    entry = {"loss": (sums.loss / weight).item(), "grad_norm": grad_norm, "tau": tau,
+    entry = {"lr": lr, "loss": (sums.loss / weight).item(), "grad_norm": grad_norm, "tau": tau,
              "accepted_up_to_slot": accepted_up_to_slot, "skipped": run.guard.skipped}
     return entry, sums
 
@@ -353,10 +353,10 @@ def is_unusual(grad_norm, run):
 def describe_skipped_step(run, grad_norm):
     """The line with which a run ends: the norm, what is usual, and the samples of the step."""
     config = run.config
-    batches = config.accumulation * world_size()
+    micro_batches = config.accumulation * world_size()
     numbers = []
-    for number in range(run.step * batches, (run.step + 1) * batches):
-        numbers.extend(run.batches.sample_numbers(number).tolist())
+    for number in range(run.step * micro_batches, (run.step + 1) * micro_batches):
+        numbers.extend(run.micro_batches.sample_numbers(number).tolist())
     return (f"the gradient of step {run.step + 1} has norm {grad_norm:.3g}, usual is "
             f"{run.guard.usual_norm:.3g}, and it is the {config.patience}th in a row: look at "
             f"samples {numbers} of {config.data} (split train), or lower lr")
@@ -410,16 +410,14 @@ def loop(run, held_out):
     """
     config = run.config
     os.makedirs(config.out_dir, exist_ok=True)
-    log = open_log(config.out_dir, run.step)
     folder = newest_checkpoint(config.out_dir)  # what is returned if no step is left to do
-    meter = SpeedMeter(run)
+    log = TrainingLog(run)
     is_stopped = False
     with stop_signals() as received:
         try:
             while run.step < run.total_steps and not is_stopped:
-                lr = learning_rate(run.step, run.total_steps, config)  # for the log
                 entry, sums = train_step(run)
-                meter.add(sums)
+                log.count(sums)
                 # processes hear of a signal at different times, so they agree on it
                 is_stopped = any_rank_received(received, config.device)
                 is_end = run.step == run.total_steps
@@ -427,42 +425,16 @@ def loop(run, held_out):
                 # a line of the log, an estimate on held-out samples, a checkpoint: each in its own
                 # rhythm, and at the end
                 if run.step % config.log_every == 0 or is_end:
-                    log_training(log, run, {"lr": lr, **entry, **meter.read()})
+                    log.training(run, entry)
                 if run.step % config.eval_every == 0 or is_end:
-                    log_held_out(log, run, estimate(run, held_out))
+                    log.held_out(run, estimate(run, held_out))
                 if run.step % config.save_every == 0 or is_end or is_stopped:
                     folder = save_checkpoint(run)
         finally:
-            # also after an error: the picture shows how it came about
-            log.close()
-            if rank() == 0:
-                draw_log(config.out_dir)
+            log.close()  # also after an error: its picture shows how that came about
     if is_stopped and run.step < run.total_steps:
         raise SystemExit(how_to_go_on(run, folder) if rank() == 0 else 1)
     return folder
-
-
-@contextlib.contextmanager
-def stop_signals():
-    """SIGTERM and Ctrl-C are collected in the list that this yields, instead of ending the run."""
-    received = []
-
-    def receive(number, frame):
-        received.append(number)
-
-    previous = {}
-    for number in (signal.SIGTERM, signal.SIGINT):
-        previous[number] = signal.signal(number, receive)
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def any_rank_received(received, device):
-    """Whether a signal reached any process; the same answer in all of them."""
-    return bool(sum_over_ranks(torch.tensor(len(received), device=device)))
 
 
 def how_to_go_on(run, folder):
@@ -471,77 +443,6 @@ def how_to_go_on(run, folder):
     arguments = " ".join([*words, "--resume"])
     command = "python" if world_size() == 1 else "torchrun ..., as before,"
     return f"stopped at step {run.step}, saved {folder}; to go on: {command} train.py {arguments}"
-
-
-class SpeedMeter:
-    """Tokens and operations a second since this process began its loop, and the time left.
-
-    Estimates and checkpoints are in the time: it is what the run really does.
-    """
-
-    def __init__(self, run):
-        self.run = run
-        self.first_step = run.step  # above 0 in a resumed run
-        self.began = time.time()
-        self.tokens = 0
-        self.operations = 0
-
-    def add(self, sums):
-        self.tokens += sums.tokens.item()
-        self.operations += sums.operations.item()
-
-    def read(self):
-        seconds = time.time() - self.began
-        config = self.run.config
-        steps_left = self.run.total_steps - self.run.step
-        steps_done = self.run.step - self.first_step
-        return {"tokens_per_s": self.tokens / seconds,
-                "mfu": mfu(self.operations / seconds, config.device, config.dtype),
-                "minutes_left": steps_left * seconds / steps_done / 60}
-
-
-def log_training(log, run, entry):
-    """A step's entry, into log.jsonl and as a line on the screen."""
-    write_entry(log, run, "train", entry)
-    line = (f"step {run.step}/{run.total_steps} | loss {entry['loss']:.4f} | "
-            f"tau {entry['tau']:.2f} | norm {entry['grad_norm']:.2f} | lr {entry['lr']:.1e} | "
-            f"{entry['tokens_per_s']:,.0f} tokens/s | ")
-    if entry["mfu"]:
-        line += f"{entry['mfu']:.1%} MFU | "
-    if entry["skipped"]:
-        line += f"{entry['skipped']} skipped | "
-    print(f"{line}{entry['minutes_left']:.1f} min left", flush=True)
-
-
-SHOWN_SLOTS = (1, 2, 4, 8, 15)  # of the K - 1, on the screen and in the picture
-
-
-def log_held_out(log, run, entry):
-    """An estimate's entry, into log.jsonl and as a line on the screen."""
-    write_entry(log, run, "val", entry)
-    shares = entry["accepted_up_to_slot"]
-    shown = " ".join(f"{k}:{shares[k - 1]:.2f}" for k in SHOWN_SLOTS if k <= len(shares))
-    print(f"step {run.step}/{run.total_steps} | held out: loss {entry['loss']:.4f} | "
-          f"tau {entry['tau']:.2f} | accepted up to slot {shown}", flush=True)
-
-
-def write_entry(log, run, kind, entry):
-    """One line of log.jsonl, and Weights & Biases if wanted."""
-    log.write(json.dumps({"kind": kind, "step": run.step, **entry}) + "\n")
-    if run.config.wandb_project and rank() == 0:
-        import wandb
-        numbers = {}
-        for key, value in entry.items():
-            if key != "accepted_up_to_slot":
-                numbers[f"{kind}/{key}"] = value
-        wandb.log(numbers, step=run.step)
-
-
-def draw_log(out_dir):
-    """training.png, from log.jsonl: so it also shows what was before a resume."""
-    with open(os.path.join(out_dir, "log.jsonl")) as f:
-        entries = [json.loads(line) for line in f]
-    pictures.training(os.path.join(out_dir, "training.png"), entries, SHOWN_SLOTS)
 
 # --------------------------------------------------------------------------------------------------
 # setting up
@@ -602,12 +503,12 @@ def new_run(config, target, drafter, samples):
     if config.compile:
         compile_layers(target, drafter)
     wrapped_drafter = distribute(target, drafter, config.parallel, config.device)
-    batches = Batches(samples, config)
+    micro_batches = MicroBatches(samples, config)
     optimizer = torch.optim.AdamW(
         drafter.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
-    batches_of_a_step = config.accumulation * world_size()
-    total_steps = int(config.epochs * len(batches)) // batches_of_a_step
-    return Run(config, target, drafter, wrapped_drafter, optimizer, batches, total_steps)
+    micro_batches_of_a_step = config.accumulation * world_size()
+    total_steps = int(config.epochs * len(micro_batches)) // micro_batches_of_a_step
+    return Run(config, target, drafter, wrapped_drafter, optimizer, micro_batches, total_steps)
 
 
 def compile_layers(target, drafter):
@@ -719,9 +620,10 @@ def train(config):
     # say what will be done
     drafter_size = sum(p.numel() for p in run.drafter.parameters())
     target_size = sum(p.numel() for p in run.target.parameters())
+    samples = len(run.micro_batches.samples)
     print(f"{drafter_size:,} parameters to train for a target of {target_size:,} | "
-          f"{len(run.batches.samples):,} samples, {run.total_steps:,} steps on {world_size()} x "
-          f"{config.device}", flush=True)
+          f"{samples:,} samples, {run.total_steps:,} steps on {world_size()} x {config.device}",
+          flush=True)
     if config.wandb_project and rank() == 0:
         import wandb
         name = os.path.basename(os.path.normpath(config.out_dir))
@@ -749,6 +651,7 @@ def train(config):
 def main(argv=None):
     if int(os.environ.get("RANK", 0)) > 0:
         sys.stdout = open(os.devnull, "w")  # process 0 speaks; errors go to stderr everywhere
+    survive_closed_output()
     config = configure(globals(), argv)
     try:
         train(config)

@@ -7,7 +7,6 @@ run, AdamW's moments, the step, and the configuration. Its layout is SpecForge's
 SpecForge can be gone on from too.
 """
 import argparse
-import json
 import os
 import shutil
 from typing import NamedTuple
@@ -91,24 +90,6 @@ def prune_checkpoints(out_dir, keep):
     for name in os.listdir(out_dir):
         if name.startswith("step-") and name.endswith(".part"):
             shutil.rmtree(os.path.join(out_dir, name))
-
-
-def open_log(out_dir, step):
-    """out_dir/log.jsonl for appending, without what an interrupted run wrote after `step`."""
-    if rank() != 0:
-        return open(os.devnull, "a")
-    path = os.path.join(out_dir, "log.jsonl")
-    if os.path.isfile(path):
-        kept = []
-        with open(path) as f:
-            for line in f:
-                is_whole = line.endswith("\n")  # a crash may tear the last one
-                if is_whole and json.loads(line)["step"] <= step:
-                    kept.append(line)
-        with open(path + ".tmp", "w") as f:
-            f.writelines(kept)
-        os.replace(path + ".tmp", path)
-    return open(path, "a", buffering=1)
 
 # --------------------------------------------------------------------------------------------------
 # reading

@@ -298,7 +298,7 @@ def training_row(config, target, rate, name, lengths, keys):
     operations = 0
     for _ in range(2 if small else 8):
         for micro in range(train_config.accumulation):
-            numbers = run.batches.sample_numbers(run.step * train_config.accumulation + micro)
+            numbers = run.micro_batches.sample_numbers(run.step * train_config.accumulation + micro)
             rows += len(numbers)
             tokens += sum(lengths[number] for number in numbers)
         start = clock()

@@ -85,10 +85,10 @@ def test_batches_are_a_function_of_seed_and_number(small_run):
     """Failures 12 and 14: batches that depend on the order of calls, repeat or miss rows, or have
     any length."""
     config, rows = small_run
-    batches = train.Batches(rows, config)
+    batches = train.MicroBatches(rows, config)
     in_order = [batches[n] for n in range(20)]
     for n in (13, 2, 19, 2):
-        tokens, supervised = train.Batches(rows, config)[n]
+        tokens, supervised = train.MicroBatches(rows, config)[n]
         assert torch.equal(tokens, in_order[n][0])
         assert torch.equal(supervised, in_order[n][1])
     for tokens, supervised in in_order:
@@ -100,7 +100,7 @@ def test_batches_are_a_function_of_seed_and_number(small_run):
         epochs.append(np.concatenate(numbers).tolist())
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(20))
     assert epochs[0] != epochs[1]
-    other = train.Batches(rows, changed(config, seed=1))
+    other = train.MicroBatches(rows, changed(config, seed=1))
     assert other.sample_numbers(0).tolist() != batches.sample_numbers(0).tolist()
 
     for n in range(10):
@@ -145,7 +145,7 @@ def test_batches_hold_rows_alike_in_length(small_run):
     r = np.random.default_rng(0)
     lengths = (r.gamma(2.0, 600, 2003) + 50).astype(int).clip(max=3072)
     rows = [(np.zeros(length), np.ones(length)) for length in lengths]
-    batches = train.Batches(rows, config)
+    batches = train.MicroBatches(rows, config)
     assert len(batches) == 500
     longest = [lengths[batches.sample_numbers(n)].max() for n in range(1000)]
     first_epoch = longest[:500]
@@ -201,7 +201,7 @@ def test_step_does_not_depend_on_the_split(small_run, weighting):
     assert split["loss"] == pytest.approx(whole["loss"], rel=1e-5)
     assert split["tau"] == whole["tau"]
     # else a mean of means would pass
-    batches = train.Batches(rows, split_config)
+    batches = train.MicroBatches(rows, split_config)
     counts = {int(batches[n][1].sum()) for n in range(4)}
     assert len(counts) > 1
 
@@ -273,7 +273,7 @@ def test_step_has_the_loss_of_its_keys(small_run, seen, weighting):
     config.gamma = 3.0
     config.dpace_smoothing = 0.25
     run = small_training_run(config, rows)
-    tokens, supervised = run.batches[0]
+    tokens, supervised = run.micro_batches[0]
     loss, sums = train.block_forward(run, tokens, supervised, torch.Generator())
 
     labels, weights = block_labels(tokens, supervised, seen["anchors"], seen["real"], K, gamma=3.0)
@@ -393,16 +393,16 @@ def test_estimate_is_the_same_every_time(small_run):
     config.num_anchors = 4
     config.eval_samples = 5  # two batches of two
     run = small_training_run(config, rows)
-    estimate = train.estimate(run, run.batches.samples)
+    estimate = train.estimate(run, run.micro_batches.samples)
     torch.manual_seed(7)
-    assert train.estimate(run, run.batches.samples) == estimate
-    assert train.estimate(run, run.batches.samples[:4]) == estimate
-    assert train.estimate(run, run.batches.samples[2:]) != estimate
+    assert train.estimate(run, run.micro_batches.samples) == estimate
+    assert train.estimate(run, run.micro_batches.samples[:4]) == estimate
+    assert train.estimate(run, run.micro_batches.samples[2:]) != estimate
 
     loss = 0
     weight = 0
     for first in (0, 2):
-        tokens, supervised = train.pad(run.batches.samples[first:first + 2], config)
+        tokens, supervised = train.pad(run.micro_batches.samples[first:first + 2], config)
         generator = torch.Generator().manual_seed(first)
         _, sums = train.block_forward(run, tokens, supervised, generator)
         loss += sums.loss.item()
@@ -492,7 +492,7 @@ def test_strange_gradients_end_the_run(small_run, monkeypatch, tmp_path):
     config.eval_every = 99
     faulty = factors_by_step({0: math.nan, 1: math.nan}, train.block_forward)
     monkeypatch.setattr(train, "block_forward", faulty)
-    batches = train.Batches(rows, config)
+    batches = train.MicroBatches(rows, config)
     looked_at = batches.sample_numbers(2).tolist() + batches.sample_numbers(3).tolist()
     hint = f"step 2 has norm nan.* 2th? in a row.*{re.escape(str(looked_at))}"
     with pytest.raises(ValueError, match=hint):

@@ -17,12 +17,12 @@ import time
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".."))
 sys.path.insert(0, ROOT)  # the project's modules, from whatever folder this is run
 from chat import load_tokenizer
-from checkpoint import FP32_WEIGHTS, parse_dtype, parse_target_config, write_whole
+from checkpoint import (FP32_WEIGHTS, parse_dtype, parse_target_config, save_weights,
+                        write_whole)
 from configurator import configure
 from data.nano.problems import problems
 from target import Target
@@ -241,7 +241,7 @@ def save_target(target, config):
         weights["model." + name] = weight.contiguous()
     os.makedirs(config.out_dir, exist_ok=True)
     path = os.path.join(config.out_dir, "model.safetensors")
-    save_file(weights, path + ".tmp", metadata={"format": "pt"})
+    save_weights(weights, path + ".tmp")
     os.replace(path + ".tmp", path)
     config_json = json.dumps(public_config(config), indent=2)
     write_whole(os.path.join(config.out_dir, "config.json"), config_json)

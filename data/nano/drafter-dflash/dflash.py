@@ -459,7 +459,7 @@ def masked_attention(q, k, v, mask):
     B, H, K, D = q.shape
     Hkv = k.shape[1]
     # the query heads of a key head stand as more queries, so no key is copied for them
-    stacked = q.reshape(B, Hkv, -1, D)                                       # (B, Hkv, H/Hkv K, D)
+    stacked = q.reshape(B, Hkv, -1, D)                              # (B, Hkv, H/Hkv * K, D)
     scores = to_fp32(stacked @ k.mT) * D ** -0.5
     scores = scores.unflatten(2, (-1, K))                           # (B, Hkv, H/Hkv, K, length)
     scores = scores.masked_fill(~mask, -torch.inf)
@@ -489,7 +489,8 @@ def sample_anchors(supervised, count, generator):
     random_numbers = torch.rand(allowed.shape, generator=generator).to(supervised.device)
     random_numbers = random_numbers.masked_fill(~allowed, -1.0)
     largest, positions = random_numbers.topk(count, dim=1)
-    positions = torch.where(largest >= 0, positions, T)  # T marks the fillers
+    # fillers get the position T, so that they are sorted to the end, and then 0
+    positions = torch.where(largest >= 0, positions, T)
     positions = positions.sort(dim=1).values
     real = positions < T
     return torch.where(real, positions, 0), real
@@ -523,23 +524,24 @@ def dpace_weights(q, inside, smoothing):
         s_i = (1 - a) q_i + a            a: smoothing, of 0 .. 1
         w_j = sum over m >= j of  s_1 s_2 .. s_m
 
-    q (N, K-1) are the probabilities of the true tokens, inside (N, K-1) is 0 past the response.
+    q (N, K-1) are the probabilities of the true tokens, inside (N, K-1) is false past the response.
     With a = 0, w_j is the derivative of the expected accepted length by log q_j. The weights are
     constants for the gradient of the loss.
     Source: arXiv 2605.18810. There the loss is divided by the size of a batch, here by the sum of
     all weights.
     """
     smoothed = (1 - smoothing) * q + smoothing
-    products = (smoothed * (inside > 0)).cumprod(-1)
+    products = (smoothed * inside).cumprod(-1)
     return products.flip(-1).cumsum(-1).flip(-1)  # w_j: the sum of all products from j to the end
 
 # --------------------------------------------------------------------------------------------------
 # training: the loss
 #
-# A sequence with 512 anchors has 512 x 15 guesses, and their logits over 248,320 tokens would be
-# 3.8 GB in bf16. But the head is frozen: its own gradient is not wanted, only the gradient by the
-# drafter's output. Call this output h (guesses, width) and the logits z = h head^T. A row of onehot
-# has a one at the label and zeros else. With loss = sum over guesses of weight nll,
+# A micro-batch of two sequences with 512 anchors each has 15,360 guesses, and their logits over
+# 248,320 tokens would be 7.6 GB in bf16. But the head is frozen: its own gradient is not wanted,
+# only that with respect to the drafter's output. Call this output h (guesses, width) and the logits
+# z = h head^T. A row of onehot has a one at the label and zeros else. With
+# loss = sum over guesses of weight nll,
 #
 #     d loss / d z = weight (softmax(z) - onehot)              (weights scale rows)
 #     d loss / d h = (d loss / d z) head
@@ -547,9 +549,10 @@ def dpace_weights(q, inside, smoothing):
 # which is known as soon as the logits are. So the guesses go through the head in chunks. Each chunk
 # yields its part of the loss and of d loss / d h at once, and then its logits are dropped. Memory:
 # the logits of one chunk, for 1,024 guesses 1.0 GB in fp32 and half of that for a copy in bf16; and
-# until the backward pass the gradient d loss / d h, as large as h, 31 MB for two such sequences in
-# bf16. The backward pass only multiplies it by the scalar that comes in. Slots without weight have
-# some label, but their gradient is 0.
+# until the backward pass the gradient d loss / d h, as large as h, 31 MB in bf16. The backward pass
+# only multiplies it by the scalar that comes in. Slots without weight have some label, but their
+# gradient is 0.
+
 
 
 def block_loss(
@@ -635,11 +638,11 @@ def head_chunk(hidden, head, labels, weights, dpace_smoothing, wants_grad):
     """One chunk of N blocks: hidden (N, K-1, width), labels and weights (N, K-1).
 
     Returns nll, whether the greedy guess is right, the weights used, all (N, K-1), and the gradient
-    of the sum of weights * nll by hidden, None if it is not wanted.
+    of the sum of weights * nll with respect to hidden, None if it is not wanted.
 
     The fp32 tensor z (N, K-1, V) is used three times: it holds the logits, then their exponentials,
-    then the gradient by the logits. If hidden is bf16, so are the products with the head, before
-    and after: z is then a widened copy of the logits, and is rounded again at the end.
+    then the gradient with respect to the logits. If hidden is bf16, both products with the head are
+    computed in bf16. Only what is between them is in fp32.
     """
     # The logits. hidden is flat here, as for three axes a CPU takes a batched product that is three
     # times as slow.
@@ -648,21 +651,23 @@ def head_chunk(hidden, head, labels, weights, dpace_smoothing, wants_grad):
     z = z.view(*labels.shape, -1)                                            # (N, K-1, V)
     largest, guess = z.max(-1, keepdim=True)
     correct = guess[..., 0] == labels
-    label_logit = z.gather(-1, labels[..., None]) - largest
 
-    # nll = log(sum of exp(z)) - z of the label. The largest logit is taken off both, so that exp
-    # cannot overflow. z now holds the exponentials.
-    z.sub_(largest).exp_()
+    # nll = log(sum of exp(z)) - z of the label. The largest logit is taken off z first, which
+    # changes nothing in exact numbers, so that exp cannot overflow.
+    z.sub_(largest)
+    z_of_label = z.gather(-1, labels[..., None])
+    z.exp_()  # z now holds the exponentials
     total = z.sum(-1, keepdim=True)
-    nll = total.log() - label_logit
+    nll = total.log() - z_of_label
     nll = nll[..., 0]
 
     if dpace_smoothing is not None:
-        weights = dpace_weights((-nll).exp(), weights, dpace_smoothing)
+        inside = weights > 0
+        weights = dpace_weights((-nll).exp(), inside, dpace_smoothing)
     if not wants_grad:
         return nll, correct, weights, None
 
-    # z becomes weight (softmax - onehot), and its product with the head is the gradient by hidden
+    # z becomes weight (softmax - onehot), the gradient with respect to the logits
     w = weights[..., None].to(z.dtype)
     z.mul_(w / total)
     z.scatter_add_(-1, labels[..., None], -w)
