@@ -20,14 +20,23 @@ from projections import JoinedProjections
 def join_processes(device):
     """Join the processes that torchrun started, if it did.
 
-    A process that dies makes the next exchange of the others fail. torchrun then ends them all with
-    a non-zero status.
+    If one of them dies, torchrun ends the others on its node with a non-zero status: at once, or
+    30 seconds later where they hang in NCCL, which waits for ever. NCCL's watchdog ends what no
+    torchrun does, after 10 minutes.
     """
     if "RANK" not in os.environ:
         return
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
+
+
+def is_lost_process(error):
+    """Whether an error came about because another process has ended: of NCCL, or of gloo."""
+    if isinstance(error, dist.DistBackendError):
+        return True
+    text = str(error)
+    return "Connection closed by peer" in text or "Connection reset by peer" in text
 
 
 def leave_processes():
@@ -57,6 +66,13 @@ def sum_over_ranks(x):
     return x
 
 
+def gather_numbers(number, device):
+    """A number of every process, as a list by rank."""
+    numbers = torch.zeros(world_size(), dtype=torch.float64, device=device)
+    numbers[rank()] = number
+    return sum_over_ranks(numbers).tolist()
+
+
 def gather_full(x):
     """A tensor gathered from its shards, if it has any; every process must ask for it."""
     return x.full_tensor() if isinstance(x, DTensor) else x
@@ -76,6 +92,9 @@ def distribute(target, drafter, method, device):
             raise ValueError("parallel = 'fsdp' shards over processes: start it with torchrun")
         return drafter
     if method == "ddp":
+        # Dynamo would cut what it compiles into pieces of DDP's buckets, to send gradients early. A
+        # layer is compiled by itself, so its gradients are sent as soon as its backward has run.
+        torch._dynamo.config.optimize_ddp = False
         return DistributedDataParallel(
             drafter, broadcast_buffers=False, gradient_as_bucket_view=True)
 

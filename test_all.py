@@ -37,10 +37,11 @@ differs; ...):
           test_train: test_resume_*, test_ranks_are_the_same_run
     13 the loss depends on the split into micro-batches and ranks
           test_train: test_step_does_not_depend_on_the_split, test_ranks_are_the_same_run
+          test_scaling: test_scaling_arms_do_the_same_work
     14 shapes that vary
           test_loss: test_anchors_*; test_train: test_batches_*
     15 a flattering benchmark
-          test_generate: test_generate_ends_*; test_bench: all of it
+          test_generate: test_generate_ends_*; test_bench and test_scaling: all of it
 """
 import os
 import sys

@@ -35,13 +35,13 @@ from draft_decode import timed_generate
 from flops import training_operations
 from interruption import any_rank_received, stop_signals
 from model import DFlashDraftModel, block_labels, block_loss, head_chunk, sample_anchors
-from parallel import (distribute, gather_full, gradient_exchange, join_processes, leave_processes,
-                      rank, sum_over_ranks, wait_for_all, world_size)
+from parallel import (distribute, gather_full, gradient_exchange, is_lost_process, join_processes,
+                      leave_processes, rank, sum_over_ranks, wait_for_all, world_size)
 from training_log import TrainingLog
 from training_state import load_moments, load_training_state, save_checkpoint
 
 # what
-target = "Qwen/Qwen3.5-0.8B"                # folder or hub id of the frozen target
+target = "Qwen/Qwen3.5-0.8B"                # folder or hub id of the frozen target, or random:0.8b
 data = "data/math240k"                      # folder of samples; its prepare.py makes missing ones
 out_dir = "out/phase1_2-dflash"             # engines know the method by "dflash" in the path
 resume = False                              # go on from the newest checkpoint in out_dir
@@ -454,7 +454,11 @@ def setup(config):
     check_config(config)
     deterministic_kernels()
     checkpoint = checkpoint_to_go_on_from(config)
-    tokenizer = load_tokenizer(config.target)
+    tokenizer = None  # a target with random weights, which is there to measure, has none
+    stops = set()
+    if not config.target.startswith("random:"):
+        tokenizer = load_tokenizer(config.target)
+        stops = stop_ids(tokenizer)
 
     # the target, and samples that were made with its tokenizer and template
     target = load_target(config.target, config.device, config.dtype)
@@ -464,13 +468,7 @@ def setup(config):
     samples = Samples(config.data, "train", vocab_size, fingerprint)
     held_out = Samples(config.data, "val", vocab_size, fingerprint)
 
-    # The mask is the first id that the tokenizer leaves free: embeddings have some rows to spare.
-    mask_token_id = config.mask_token_id
-    if mask_token_id is None:
-        mask_token_id = len(tokenizer)
-    if not 0 <= mask_token_id < vocab_size:
-        raise ValueError(f"mask_token_id = {mask_token_id} is outside the target's vocabulary of "
-                         f"{vocab_size}")
+    mask_token_id = mask_id(config, tokenizer, vocab_size)
 
     # The drafter, new or as it was saved. Weights go in before anything is sharded, moments after.
     drafter = new_drafter(config, target.config, mask_token_id)
@@ -486,7 +484,21 @@ def setup(config):
     if run.total_steps < 1:
         raise ValueError(f"{len(samples)} samples make no step of {config.batch_size} x "
                          f"{config.accumulation * world_size()} samples: lower batch_size")
-    return run, held_out, stop_ids(tokenizer)
+    return run, held_out, stops
+
+
+def mask_id(config, tokenizer, vocab_size):
+    """The id of the mask, as set, or the first that the tokenizer leaves free: embeddings have some
+    rows to spare. Without a tokenizer it is the last."""
+    mask_token_id = config.mask_token_id
+    if mask_token_id is None and tokenizer is None:
+        mask_token_id = vocab_size - 1
+    elif mask_token_id is None:
+        mask_token_id = len(tokenizer)
+    if not 0 <= mask_token_id < vocab_size:
+        raise ValueError(f"mask_token_id = {mask_token_id} is outside the target's vocabulary of "
+                         f"{vocab_size}")
+    return mask_token_id
 
 
 def new_drafter(config, target_config, mask_token_id):
@@ -657,6 +669,11 @@ def main(argv=None):
         train(config)
     except (ValueError, OSError) as error:  # OSError: out_dir cannot be written
         sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        if not is_lost_process(error):
+            raise
+        sys.exit(f"error: process {rank()} lost another one, whose end is reported below or on its "
+                 "node: --resume goes on from the last checkpoint")
     except KeyboardInterrupt:
         sys.exit("interrupted while no step was under way: nothing is lost, --resume goes on from "
                  "the last checkpoint")

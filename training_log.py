@@ -6,9 +6,11 @@ import json
 import os
 import time
 
+import torch
+
 from benchmarks import pictures
 from flops import mfu
-from parallel import rank
+from parallel import gather_numbers, rank
 
 SHOWN_SLOTS = (1, 2, 4, 8, 15)  # of the K - 1, on the screen and in the picture
 
@@ -27,6 +29,8 @@ class TrainingLog:
         self.began = time.time()
         self.tokens = 0
         self.operations = 0
+        if run.config.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
 
     def count(self, sums):
         """Take note of a step's BlockSums."""
@@ -43,6 +47,7 @@ class TrainingLog:
             **entry,
             "tokens_per_s": self.tokens / seconds,
             "mfu": mfu(self.operations / seconds, config.device, config.dtype),
+            "peak_gb": peak_memory(config.device),
             "minutes_left": steps_left * seconds / steps_done / 60,
         }
         self.write(run, "train", entry)
@@ -51,6 +56,8 @@ class TrainingLog:
                 f"{entry['tokens_per_s']:,.0f} tokens/s | ")
         if entry["mfu"]:
             line += f"{entry['mfu']:.1%} MFU | "
+        if entry["peak_gb"]:
+            line += f"{max(entry['peak_gb']):.1f} GB | "
         if entry["skipped"]:
             line += f"{entry['skipped']} skipped | "
         print(f"{line}{entry['minutes_left']:.1f} min left", flush=True)
@@ -69,7 +76,7 @@ class TrainingLog:
             import wandb
             numbers = {}
             for key, value in entry.items():
-                if key != "accepted_up_to_slot":
+                if not isinstance(value, list):  # values by slot or by process have no curve
                     numbers[f"{kind}/{key}"] = value
             wandb.log(numbers, step=run.step)
 
@@ -81,6 +88,13 @@ class TrainingLog:
         with open(os.path.join(self.out_dir, "log.jsonl")) as f:
             entries = [json.loads(line) for line in f]
         pictures.training(os.path.join(self.out_dir, "training.png"), entries, SHOWN_SLOTS)
+
+
+def peak_memory(device):
+    """Gigabytes that tensors took at most since the loop began, by process; None on CPUs."""
+    if device != "cuda":
+        return None
+    return gather_numbers(torch.cuda.max_memory_allocated() / 1e9, device)
 
 
 def open_log(out_dir, step):

@@ -6,7 +6,6 @@ product. Both rates are read in the same run.
 """
 import copy
 import functools
-import math
 from statistics import median
 
 import numpy as np
@@ -21,6 +20,7 @@ from benchmarks.machine import bytes_read, copy_bandwidth, device_name, product_
 from benchmarks.peer import transformers_peer
 from benchmarks.timing import clock, race, seconds_of
 from configurator import configure
+from data.synthetic.prepare import mixed_lengths
 from decode_state import DecodeState
 from draft_decode import Decoder
 from flops import mfu
@@ -259,7 +259,7 @@ def training_rows(config, target, rate):
         return [training_row(config, target, rate, "512 tokens, 32 anchors", [512] * 16, keys)]
     full = [3072] * 64
     generator = np.random.default_rng(0)
-    mixed = np.clip(generator.lognormal(math.log(1000), 0.6, 256), 200, 3072).astype(int)
+    mixed = mixed_lengths(256, generator)
     rows = []
     for name, lengths, keys in (
             ("3,072 tokens", full, {}),
