@@ -57,9 +57,9 @@ class DecodeState:
         S after 48 tokens           | 48 |     49 .. 63     | 64 |                   |
                                     |tail|      next block       |      unused       |
 
-    So places before the position hold committed tokens, and the K places from there on are written
-    by the next block before anything reads them. Unused places may hold old guesses, which no row
-    before them sees: the delta rule is causal.
+    So old guesses do no harm. The places from the position on are written by the next block, which
+    fills the first chunk: S_chunk_end never holds anything old. What is old stands behind the
+    block, where no row of the block sees it: the delta rule is causal.
 
     position     tokens committed; a tensor, so that a round has static shapes (for CUDA graphs)
     keys         and values of each full-attention layer; a mask hides rows past the position
@@ -72,11 +72,12 @@ class DecodeState:
     drafter's block, as a forward verifies one block. With forward_rows 1 the window is not used,
     and delta_step runs: the fastest way for the target alone.
 
-    Bits do not depend on how a sequence was cut into blocks. All forwards have one shape. Chunks
-    begin at multiples of K, so a token always has the same place in its chunk, and the same tokens
-    before it. If it stands in the second chunk, that starts from S_chunk_end, which has the very
-    bits of the S that is adopted later. What stands behind it is multiplied by exact zeros. The
-    bulk of a prompt is read by the same forwards in all modes. docs/exactness.md has it in full.
+    For one K, bits do not depend on how a sequence was cut into blocks. All forwards of blocks have
+    one shape. Chunks begin at multiples of K, so a token always has the same place in its chunk,
+    and the same tokens before it. If it stands in the second chunk, that starts from S_chunk_end,
+    which has the very bits of the S that is adopted later. What stands behind it is multiplied by
+    exact zeros. And the bulk of a prompt was read before, in the same way whatever follows.
+    docs/exactness.md has it in full.
     """
 
     def __init__(self, target, batch, length, forward_rows=16):
@@ -89,8 +90,8 @@ class DecodeState:
         dtype = torch.promote_types(weight.dtype, torch.float32)
         full_layers = config.layer_types.count("full_attention")
         linear_layers = len(config.layer_types) - full_layers
-        window_rows = 0 if forward_rows == 1 else 2 * forward_rows
-        conv_rows = config.linear_conv_kernel_dim - 1 + forward_rows
+        window_length = 0 if forward_rows == 1 else 2 * forward_rows
+        conv_length = config.linear_conv_kernel_dim - 1 + forward_rows
 
         self.position = torch.zeros((), dtype=torch.long, device=weight.device)
         kv_shape = (full_layers, batch, config.num_key_value_heads, length, config.head_dim)
@@ -100,9 +101,9 @@ class DecodeState:
                    config.linear_key_head_dim, config.linear_value_head_dim)
         self.S = weight.new_zeros(S_shape, dtype=dtype)
         self.S_chunk_end = weight.new_zeros(S_shape, dtype=dtype)
-        window_shape = (linear_layers, batch, window_rows, sum(delta_rule_widths(config)))
+        window_shape = (linear_layers, batch, window_length, sum(delta_rule_widths(config)))
         self.window = weight.new_zeros(window_shape, dtype=dtype)
-        self.conv = weight.new_zeros(linear_layers, batch, conv_rows, conv_channels(config))
+        self.conv = weight.new_zeros(linear_layers, batch, conv_length, conv_channels(config))
 
         # constants of all forwards
         self.all_positions = torch.arange(length, device=weight.device)      # 0 .. length - 1
@@ -137,10 +138,10 @@ class DecodeState:
         """Set what the layers need to know of a forward of T tokens.
 
         K tokens are a block. Any other number is the bulk of a prompt, all of which will be
-        adopted. (A bulk of exactly K tokens is read as a block, in all modes.)
+        adopted. (A bulk of exactly K tokens is read as a block.)
         """
-        self.is_block = T == self.forward_rows
-        assert self.empty or self.is_block, \
+        self.forward_is_block = T == self.forward_rows
+        assert self.empty or self.forward_is_block, \
             f"{T} tokens for a state that takes {self.forward_rows} rows after its prompt"
         offsets = self.all_positions[:T]
         self.positions = self.position + offsets                             # in the sequence
@@ -149,7 +150,7 @@ class DecodeState:
         self.rotary = (self.cos.index_select(0, self.positions),
                        self.sin.index_select(0, self.positions))
         self.mask = None
-        if self.is_block:
+        if self.forward_is_block:
             self.mask = self.all_positions <= self.positions[:, None]        # (K, length)
 
     def commit(self, n):
@@ -159,7 +160,7 @@ class DecodeState:
         a CUDA graph of a round holds the addresses of these tensors.
         """
         self.empty = False
-        if self.is_block:
+        if self.forward_is_block:
             K = self.forward_rows
             # Does the first chunk of the window hold committed tokens only?
             chunk_is_complete = self.position % K + n >= K
@@ -168,10 +169,11 @@ class DecodeState:
                 first_chunk = self.window[:, :, :K]
                 second_chunk = self.window[:, :, K:]
                 self.window[:, :, :K] = torch.where(chunk_is_complete, second_chunk, first_chunk)
-            # the convolution's memory, its first few rows, moves by n rows
-            past_rows = self.conv.shape[2] - K
-            moved = n + self.all_positions[:past_rows]
-            self.conv[:, :, :past_rows] = self.conv.index_select(2, moved)
+            # The convolution's memory is [the last tokens before the block | the block]. With n
+            # rows adopted, the last tokens are those that begin n places later.
+            past_length = self.conv.shape[2] - K
+            last_tokens = n + self.all_positions[:past_length]
+            self.conv[:, :, :past_length] = self.conv.index_select(2, last_tokens)
         self.position += n
 
 
@@ -188,18 +190,18 @@ class LinearLayerState:
 
     def convolution_input(self, qkv):
         """qkv (B, T, channels) with the few tokens before it that the convolution looks at."""
-        past_rows = self.conv.shape[1] - self.state.forward_rows
-        if not self.state.is_block:
-            qkv = F.pad(qkv, (0, 0, past_rows, 0))  # before a prompt there is nothing: zeros
-            self.conv[:, :past_rows] = qkv[:, -past_rows:]
+        past_length = self.conv.shape[1] - self.state.forward_rows
+        if not self.state.forward_is_block:
+            qkv = F.pad(qkv, (0, 0, past_length, 0))  # before a prompt there is nothing: zeros
+            self.conv[:, :past_length] = qkv[:, -past_length:]
             return qkv
-        self.conv[:, past_rows:] = qkv
+        self.conv[:, past_length:] = qkv
         return self.conv
 
     def delta_rule(self, q, k, v, g, beta):
         """Outputs (B, T, Hv, Dv) of the rows, given the committed tokens; fills S_chunk_end."""
         state = self.state
-        if not state.is_block:
+        if not state.forward_is_block:
             o, S = gated_delta_rule(q, k, v, g, beta)  # in chunks of its own, longer ones
             self.S.copy_(S)  # the rows of a prompt are all adopted
         elif state.forward_rows == 1:
@@ -219,7 +221,7 @@ class LinearLayerState:
                 window_beta,
                 self.S,
                 chunk=state.forward_rows,
-                state_after=1)
+                state_after_chunks=1)
             self.S_chunk_end.copy_(S)
             o = o.index_select(1, state.window_places)
         return o.to(v.dtype)
@@ -233,14 +235,16 @@ class FullLayerState:
         self.keys = state.keys[index]
         self.values = state.values[index]
 
-    def append(self, k, v):
-        """Write k, v (B, Hkv, T, D) behind the committed ones.
+    def with_past(self, k, v):
+        """Write this forward's own k, v (B, Hkv, T, D) into the buffer, at their positions.
 
-        Returns the keys and values to attend to, and the mask of what each row sees: the whole
-        buffer and (K, length). For a prompt's bulk: its own k and v, and None for a causal mask.
+        Returns the keys and values to attend to, and the mask of what each row sees.
+
+        For a block: the whole buffer, and (K, length). For a prompt's bulk, before which there is
+        nothing: its own k and v, and None for a causal mask.
         """
         self.keys.index_copy_(2, self.state.positions, k)
         self.values.index_copy_(2, self.state.positions, v)
-        if not self.state.is_block:
+        if not self.state.forward_is_block:
             return k, v, None
         return self.keys, self.values, self.state.mask

@@ -59,7 +59,7 @@ class Decoder:
     """Decodes one sequence of at most `length` tokens, round by round.
 
     drafter         None: the target alone
-    forward_rows    K, the rows of every forward of the target: with a drafter, its block size
+    forward_rows    K, rows of a forward that verifies a block: with a drafter, its block size
 
     A round has static shapes and keeps its positions in tensors. So on CUDA it is captured as a
     graph, which all later rounds replay, also those of later prompts. A round waits for the device
@@ -109,14 +109,13 @@ class Decoder:
             accepted = count_accepted(self.block[:, 1:], choices)
         self.anchor.copy_(choices.gather(1, accepted[:, None])[:, 0])
 
-        # 4. commit the old anchor and the accepted guesses: accepted + 1 rows, from row 0 on. The
-        #    new anchor goes through the target in the next round. The drafter's context grows by
-        #    the features of the same rows. Shapes must not vary, so it is given those of all K
-        #    rows. What it gets of rejected rows stands behind the new position: the drafter sees
-        #    only what is before its anchor, and the next round writes over it. This comes before
-        #    commit, since commit moves the position.
+        # 4. commit the old anchor and the accepted guesses: accepted + 1 rows, from row 0 on. (The
+        #    new anchor goes through the target in the next round.) The drafter's context grows by
+        #    the same rows. As shapes must not vary, it is given the features of all K; those of
+        #    rejected rows stand behind the new anchor, where the next round writes over them.
+        #    commit comes last, since it moves the position.
         if drafter is not None:
-            drafter.append_context(features, self.cache, state.position)
+            drafter.write_context(features, self.cache, state.position)
         state.commit(accepted[0] + 1)
         return torch.cat((accepted, choices[0]))
 
@@ -141,7 +140,7 @@ class Decoder:
         prompt = torch.tensor([prompt_ids], device=self.anchor.device)
         features, logits = self.target.prefill(prompt, self.state, self.layer_ids)
         if self.drafter is not None:
-            self.drafter.append_context(features, self.cache, 0)
+            self.drafter.write_context(features, self.cache, 0)
         noise = self.noise_at(self.state.position[None])
         self.anchor.copy_(choose(logits, self.sampling, self.sampling.temperature, noise))
         return self.anchor.item()
@@ -192,7 +191,7 @@ def generate(target, drafter, prompt_ids, max_new_tokens, stops=(), forward_rows
 
     prompt_ids      list of token ids, at least one
     drafter         a DFlashDraftModel or whatever has its block_size, target_layer_ids, new_cache,
-                    append_context and draft_logits; None: the target alone
+                    write_context and draft_logits; None: the target alone
     stops           token ids that end the answer
     forward_rows    rows of a forward; None: the drafter's block size, 16 without a drafter. 1 is
                     the fastest way for the target alone. Its products have another shape and round
@@ -206,7 +205,7 @@ def generate(target, drafter, prompt_ids, max_new_tokens, stops=(), forward_rows
     if forward_rows is None:
         forward_rows = drafter.block_size if drafter is not None else 16
     # How many tokens may be returned: prompt, answer and one block have to fit into the target's
-    # context. A mode of one row leaves room for 16 as well, so that all modes end at one token.
+    # context. Forwards of one row leave room for 16 as well, so that answers end at the same token.
     block_room = max(forward_rows, 16)
     longest = target.config.max_position_embeddings
     limit = min(max_new_tokens, longest - len(prompt_ids) - block_room)

@@ -59,16 +59,16 @@ def recurrent_gated_delta_rule(q, k, v, g, beta, S):
 
 # Tokens of a chunk in training and in the bulk of a prompt. On a GPU fewer launches count for more
 # than fewer operations. Decoding takes chunks as long as its block, see DecodeState.
-CHUNK = 64
+CPU_CHUNK = 64
 CUDA_CHUNK = 128
 
 
-def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, state_after=None):
+def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, state_after_chunks=None):
     """The same in chunks: parallel inside a chunk, one update of S from chunk to chunk.
 
     Shapes as above. S None: zeros. chunk: tokens of a chunk. Returns o in v's dtype, and the state
-    after `state_after` chunks (None: after all) in fp32 or wider. The last chunk is padded with
-    tokens of beta = g = 0: the state after them has the same bits as before them.
+    after so many chunks (None: after all) in fp32 or wider. The last chunk is padded with tokens of
+    beta = g = 0: the state after them has the same bits as before them.
 
     How. All vectors are rows. Let S be the state before a chunk, and let token t write W_t: it adds
     k_t^T W_t to the state. First a chunk of two tokens. By the definition
@@ -111,7 +111,7 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, state_after=None):
     D = q.shape[-1]
     device = v.device
     if chunk is None:
-        chunk = CUDA_CHUNK if v.is_cuda else CHUNK
+        chunk = CUDA_CHUNK if v.is_cuda else CPU_CHUNK
     output_dtype = v.dtype
     dtype = torch.promote_types(v.dtype, torch.float32)  # all that follows is in fp32 or wider
     q, k = repeat_heads(q, k, Hv)
@@ -144,14 +144,14 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, state_after=None):
     k_to_end = k * decay_to_end[..., None]
     k_to_end_T = k_to_end.mT                                                 # (B Hv, N, D, C)
 
-    # From chunk to chunk. unbind, not an index: where the target itself is trained, the gradient
-    # of U[:, i] would be a tensor as large as U, in every chunk.
+    # From chunk to chunk. unbind, not an index: where a target is trained (data/nano does that),
+    # the gradient of U[:, i] would be a tensor as large as U, in every chunk.
     if S is None:
         S = q.new_zeros(B * Hv, D, Dv)
     else:
         S = S.to(dtype).flatten(0, 1)
-    if state_after is None:
-        state_after = N
+    if state_after_chunks is None:
+        state_after_chunks = N
     U = U.unbind(1)
     Y = Y.unbind(1)
     k_to_end_T = k_to_end_T.unbind(1)
@@ -165,9 +165,9 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, state_after=None):
         # The state after the last chunk costs a product. Decoding, which wants that after the
         # first of two chunks, does without it.
         is_last = i == N - 1
-        if not is_last or state_after == N:
+        if not is_last or state_after_chunks == N:
             S = torch.baddbmm(S * fade_of_chunk[i], k_to_end_T[i], W)
-    S_after = S if state_after == N else states[state_after]
+    S_after = S if state_after_chunks == N else states[state_after_chunks]
 
     # the outputs of all chunks at once: D^-0.5 ([fade] q S + P W)
     scale = D ** -0.5
@@ -250,7 +250,7 @@ class GatedDeltaNet(JoinedProjections):
 
     def forward(self, x, layer_state, rotary):
         """x (B, T, width). Positions act through the recurrence, so rotary is not used."""
-        qkv, z, b, a = self.project(x)
+        qkv, z, b, a = self.project(x)  # in the order of `projections`
         q, k, v = self.convolve_and_split(qkv, layer_state)
 
         # the share of what is stored under its key that a token replaces, and the log of S's fading
@@ -259,7 +259,7 @@ class GatedDeltaNet(JoinedProjections):
         g = -self.A_log.exp() * time_step
 
         if layer_state is None:
-            # under autocast, as when a target is trained, the fp32 products would become bf16
+            # under autocast, in which data/nano trains a target, fp32 products would become bf16
             with torch.autocast(x.device.type, enabled=False):
                 o, _ = gated_delta_rule(q, k, v, g, beta)
         else:
@@ -324,7 +324,7 @@ class GatedAttention(JoinedProjections):
         # a block attends to the whole buffer under a mask, a whole sequence or a prompt to itself
         mask = None
         if layer_state is not None:
-            k, v, mask = layer_state.append(k, v)
+            k, v, mask = layer_state.with_past(k, v)
         if mask is None:
             o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
@@ -513,7 +513,7 @@ class Target(nn.Module):
         else:
             state.begin_forward(T)
             rotary = state.rotary
-            if self.compiled_layers and state.is_block:
+            if self.compiled_layers and state.forward_is_block:
                 layers = self.compiled_layers
         if features_only:
             if not target_layer_ids:

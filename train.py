@@ -34,7 +34,7 @@ from data.samples import Samples
 from draft_decode import timed_generate
 from flops import training_operations
 from interruption import any_rank_received, stop_signals
-from model import DFlashDraftModel, block_labels, block_loss, head_chunk, sample_anchors
+from model import DFlashDraftModel, block_labels, block_loss, chunk_loss, sample_anchors
 from parallel import (distribute, gather_full, gradient_exchange, is_lost_process, join_processes,
                       leave_processes, rank, sum_over_ranks, wait_for_all, world_size)
 from training_log import TrainingLog
@@ -60,7 +60,7 @@ num_anchors = 512                           # blocks of a sample
 weighting = "decay"                         # of slots: decay, or dpace by the drafter's confidence
 gamma = 7.0                                 # slots over which decay's weight falls to 1/e
 dpace_smoothing = 0.5                       # D-PACE's a, of 0 .. 1
-logits_at_once = 1024                       # guesses whose logits exist at once
+guesses_at_once = 1024                       # guesses whose logits exist at once
 # optimisation
 batch_size = 2                              # samples of a micro-batch
 accumulation = 2                            # micro-batches of a step
@@ -110,8 +110,8 @@ class MicroBatches:
         self.epoch = None       # the epoch that self.order belongs to
         self.order = None
 
-    def __len__(self):
-        """Micro-batches of one epoch. The few samples left over differ from epoch to epoch."""
+    def per_epoch(self):
+        """How many an epoch has. The few samples left over differ from epoch to epoch."""
         return len(self.samples) // self.config.batch_size
 
     def __getitem__(self, n):
@@ -119,7 +119,7 @@ class MicroBatches:
 
     def sample_numbers(self, n):
         """The samples of micro-batch n of the run."""
-        epoch, number_in_epoch = divmod(n, len(self))
+        epoch, number_in_epoch = divmod(n, self.per_epoch())
         if self.epoch != epoch:
             self.epoch = epoch
             self.order = self.shuffled(epoch)
@@ -134,7 +134,7 @@ class MicroBatches:
         """
         random = np.random.default_rng((self.config.seed, epoch))
         batch_size = self.config.batch_size
-        numbers = random.permutation(len(self.samples))[:len(self) * batch_size]
+        numbers = random.permutation(len(self.samples))[:self.per_epoch() * batch_size]
         window = self.config.sort_window * batch_size
         for first in range(0, len(numbers), window):
             part = numbers[first:first + window]
@@ -205,7 +205,7 @@ class BlockSums(NamedTuple):
     reached: torch.Tensor           # (K-1,) blocks whose response is long enough for this slot
 
 
-compiled_head_chunk = torch.compile(head_chunk, dynamic=False)  # compiled when first called
+compiled_chunk_loss = torch.compile(chunk_loss, dynamic=False)  # compiled when first called
 
 
 def block_forward(run, tokens, supervised, generator, trained_module=None):
@@ -224,7 +224,8 @@ def block_forward(run, tokens, supervised, generator, trained_module=None):
             tokens, target_layer_ids=drafter.target_layer_ids, features_only=True)
 
     # blocks at random places of the responses, what they should guess, and what each slot weighs
-    anchors, real = sample_anchors(supervised, config.num_anchors, generator)
+    anchors, real = sample_anchors(
+        supervised, config.num_anchors, generator, config.max_length)
     gamma = config.gamma
     dpace_smoothing = None
     if config.weighting == "dpace":
@@ -236,8 +237,8 @@ def block_forward(run, tokens, supervised, generator, trained_module=None):
     # the drafter: all blocks at once. Its weights are fp32, its products bf16 where dtype says so.
     anchor_tokens = tokens.gather(1, anchors)
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-        blocks = drafter.embed_block(anchor_tokens, target.embed_tokens.weight)
-        hidden = trained_module(features, blocks, anchors, config.attention == "flex")
+        embedded = drafter.embed_block(anchor_tokens, target.embed_tokens.weight)
+        hidden = trained_module(features, embedded, anchors, config.attention == "flex")
 
     # the target's head and the loss, in one pass that also yields the gradient by hidden
     loss, _, correct, used_weights = block_loss(
@@ -245,9 +246,9 @@ def block_forward(run, tokens, supervised, generator, trained_module=None):
         target.head_weight,
         labels,
         weights,
-        config.logits_at_once,
+        config.guesses_at_once,
         dpace_smoothing,
-        compiled_head_chunk if config.compile else head_chunk)
+        compiled_chunk_loss if config.compile else chunk_loss)
 
     # what the step and its log are made of
     right_up_to = (correct & inside).long().cumprod(-1)
@@ -379,6 +380,7 @@ def estimate(run, samples):
     It may read higher than decoding does (the README has both figures for the nano pair): its
     anchors stand at random places, while those of decoding stand where a guess has just failed. At
     the end of a response it reads lower, as slots past it count for nothing.
+
     Every process makes the same estimate. Batches are as large as in training and gradients are on:
     compiled code would be compiled anew for another shape or mode. So samples that fill no batch
     are left out, unless there are no others.
@@ -519,7 +521,7 @@ def new_run(config, target, drafter, samples):
     optimizer = torch.optim.AdamW(
         drafter.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
     micro_batches_of_a_step = config.accumulation * world_size()
-    total_steps = int(config.epochs * len(micro_batches)) // micro_batches_of_a_step
+    total_steps = int(config.epochs * micro_batches.per_epoch()) // micro_batches_of_a_step
     return Run(config, target, drafter, wrapped_drafter, optimizer, micro_batches, total_steps)
 
 
@@ -619,8 +621,8 @@ def decode_held_out(config, folder, samples, stops):
         answer = timed_generate(
             target, drafter, prompt_ids, config.decode_tokens, stops, decoders=decoders)
         rounds += len(answer.rounds)
-        for result in answer.rounds:
-            tokens += len(result.tokens)
+        for piece in answer.rounds:
+            tokens += len(piece.tokens)
     return tokens / max(1, rounds)
 
 

@@ -97,7 +97,7 @@ def prune_checkpoints(out_dir, keep):
 # keys that a resumed run may change and still be the same run
 FREE_KEYS = ("resume", "start_from", "out_dir", "log_every", "eval_every", "eval_samples",
              "save_every", "keep_checkpoints", "decode_prompts", "decode_tokens", "wandb_project",
-             "device", "logits_at_once", "length_multiple", "attention", "compile", "parallel",
+             "device", "guesses_at_once", "length_multiple", "attention", "compile", "parallel",
              "accumulation", "ranks")
 
 

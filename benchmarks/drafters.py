@@ -44,9 +44,9 @@ class Oracle:
         if self.drafter:
             return self.drafter.new_cache(batch, length)
 
-    def append_context(self, features, cache, position):
+    def write_context(self, features, cache, position):
         if self.drafter:
-            self.drafter.append_context(features, cache, position)
+            self.drafter.write_context(features, cache, position)
 
     def draft_logits(self, anchor, target, cache, position):
         """Logits (1, K-1, V) whose largest are those of the known guesses."""

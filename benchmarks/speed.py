@@ -263,7 +263,7 @@ def training_rows(config, target, rate):
     rows = []
     for name, lengths, keys in (
             ("3,072 tokens", full, {}),
-            ("3,072 tokens, logits_at_once 4096", full, {"logits_at_once": 4096}),
+            ("3,072 tokens, guesses_at_once 4096", full, {"guesses_at_once": 4096}),
             ("mixed lengths", mixed, {}),
             ("3,072 tokens, grouped attention", full, {"attention": "grouped"}),
             ("3,072 tokens, --compile", full, {"compile": True}),

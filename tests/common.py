@@ -192,7 +192,7 @@ class Oracle:
     def new_cache(self, batch, length):
         return None
 
-    def append_context(self, features, cache, position):
+    def write_context(self, features, cache, position):
         pass
 
     def check_anchor(self, anchor, i):

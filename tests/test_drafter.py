@@ -9,10 +9,12 @@ import random
 import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
+from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 import model
 from checkpoint import drafter_config
-from model import DFlashDraftModel
+from model import DFlashDraftModel, rotary_table
 from tests.common import (DRAFTERS, HIDDEN, K, LAYER_IDS, MASK, apart, random_normal, slow_block,
                           small_config, small_drafter, small_target, tokens_of)
 
@@ -65,7 +67,7 @@ def test_drafter_decodes_as_it_was_trained(layer_types, window):
             new = r.randint(1, min(K, n - position))
             accepted = features[:, position:position + new]
             rows = torch.cat((accepted, stale[:, new:]), 1)
-            drafter.append_context(rows, cache, torch.tensor(position))
+            drafter.write_context(rows, cache, torch.tensor(position))
             position += new
         anchor_position = torch.tensor(n)
         hidden = drafter.decode_block(blocks[:, i], cache, anchor_position)
@@ -138,3 +140,18 @@ def test_failure_3_partial_rotary_stays_with_the_target():
     assert cos.shape == (3, 16)
     assert (sin[1] != 0).all()  # all 16 channels turn
     assert sin[1, 1].item() == pytest.approx(math.sin(5e5 ** (-2 / 16)), rel=1e-5)
+
+
+@pytest.mark.parametrize("theta", (1e4, 1e6, 1e7))
+@pytest.mark.parametrize("dim", (64, 128, 256))
+def test_rotary_table_equals_that_of_transformers(theta, dim):
+    """Frequencies as theta^(-2i/dim), which are right in theory: their rounding moves cos by 0.01
+    at position 200,000 from what published weights were trained with."""
+    config = Qwen3Config(head_dim=dim, rope_parameters={"rope_type": "default",
+                                                        "rope_theta": theta})
+    positions = torch.arange(262_144)
+    positions = torch.cat((positions[:3000], positions[3000::97], positions[-3000:]))
+    theirs = Qwen3RotaryEmbedding(config)(torch.zeros(1), positions[None])
+    ours = rotary_table(positions, dim, theta)
+    assert torch.equal(ours[0], theirs[0][0])
+    assert torch.equal(ours[1], theirs[1][0])

@@ -34,8 +34,8 @@ def seeded(seed):
 @pytest.mark.parametrize("count", (1, 8, 39, 64))
 def test_anchors_are_supervised_distinct_and_static(count):
     """Failure 14: shapes that follow a row's length; and anchors outside the response, or twice."""
-    anchors, real = sample_anchors(responses(), count, seeded(3))
-    again, _ = sample_anchors(responses(), count, seeded(3))
+    anchors, real = sample_anchors(responses(), count, seeded(3), 40)
+    again, _ = sample_anchors(responses(), count, seeded(3), 40)
     assert torch.equal(anchors, again)
     assert anchors.shape == real.shape == (5, count)
     candidates = (0, 0, 1, 16, 39)
@@ -52,15 +52,26 @@ def test_anchors_are_supervised_distinct_and_static(count):
 def test_anchors_follow_the_generator_alone():
     """Failures 12 and 14: anchors from the global generator, or always the same."""
     torch.manual_seed(0)
-    anchors, _ = sample_anchors(responses(), 8, seeded(0))
+    anchors, _ = sample_anchors(responses(), 8, seeded(0), 40)
     torch.manual_seed(1)
-    again, _ = sample_anchors(responses(), 8, seeded(0))
+    again, _ = sample_anchors(responses(), 8, seeded(0), 40)
     assert torch.equal(again, anchors)
     drawn = set()
     for seed in range(200):
-        anchors, _ = sample_anchors(responses()[4:], 8, seeded(seed))
+        anchors, _ = sample_anchors(responses()[4:], 8, seeded(seed), 40)
         drawn.update(anchors.flatten().tolist())
     assert drawn == set(range(39))
+
+
+@pytest.mark.parametrize("padding", (1, 24, 100))
+def test_failure_12_anchors_do_not_depend_on_padding(padding):
+    """Failure 12: a resumed run with another length_multiple draws other anchors."""
+    padded = F.pad(responses(), (0, padding))
+    for max_length in (40, 64, 1000):
+        anchors, real = sample_anchors(responses(), 8, seeded(5), max_length)
+        again, real_again = sample_anchors(padded, 8, seeded(5), max_length)
+        assert torch.equal(anchors, again)
+        assert torch.equal(real, real_again)
 
 # ------------------------------------------------------------------------------------------------
 # labels and weights
@@ -153,14 +164,14 @@ def prefix_of(weights):
 
 
 @pytest.mark.parametrize("smoothing", (None, 0.5))
-@pytest.mark.parametrize("logits_at_once", (1, 40, 1000))
-def test_loss_and_gradient_equal_slow_loop(logits_at_once, smoothing):
+@pytest.mark.parametrize("guesses_at_once", (1, 40, 1000))
+def test_loss_and_gradient_equal_slow_loop(guesses_at_once, smoothing):
     """The one-pass loss weighs, scales or chunks other than cross entropy over full logits; row 0
     has a loss; D-PACE's weights come from slots of another block, or are differentiated."""
     hidden, head, labels, weights = loss_inputs()
     if smoothing is not None:
         weights = prefix_of(weights)
-    inputs = (hidden, head, labels, weights, logits_at_once, smoothing)
+    inputs = (hidden, head, labels, weights, guesses_at_once, smoothing)
     loss, nll, correct, used = block_loss(*inputs)
     (3 * loss).backward()
     grad = hidden.grad

@@ -225,7 +225,7 @@ class Itself:
     def new_cache(self, batch, length):
         return None
 
-    def append_context(self, features, cache, position):
+    def write_context(self, features, cache, position):
         pass
 
     def draft_logits(self, anchor, target, cache, position):

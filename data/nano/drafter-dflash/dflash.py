@@ -81,8 +81,8 @@ class DFlashDraftModel(PreTrainedModel):
         return rotary_table(positions, self.config.head_dim, theta)
 
     # Decoding: one block a sequence. A cache holds the keys and values of each layer, by position.
-    # append_context() writes those of committed positions, which stay. decode_block() writes those
-    # of its block behind them, for this one forward: the next append_context() starts at the same
+    # write_context() writes those of committed positions, which stay. decode_block() writes those
+    # of its block behind them, for this one forward: the next write_context() starts at the same
     # position and writes over them.
 
     def new_cache(self, batch, length):
@@ -92,7 +92,7 @@ class DFlashDraftModel(PreTrainedModel):
         shape = (len(self.layers), 2, batch, kv_heads, length, head_dim)
         return self.fc.weight.new_zeros(shape)
 
-    def append_context(self, features, cache, position):
+    def write_context(self, features, cache, position):
         """Write the keys and values of features (B, T, ...) into the cache, from `position` on.
 
         position is an int or a tensor. Of a verified block the features of all K slots may
@@ -130,20 +130,20 @@ class DFlashDraftModel(PreTrainedModel):
     def compile_decoding(self):
         """Compile the two parts of a decoding round, once for each length of cache."""
         self.decode_block = torch.compile(self.decode_block, dynamic=False)
-        self.append_context = torch.compile(self.append_context)
+        self.write_context = torch.compile(self.write_context)
 
     # Training: many blocks of each sequence at once, which cannot see one another. The context is
     # apart from the blocks: a layer computes its keys and values once for all blocks.
 
-    def forward(self, features, blocks, anchors, use_flex=False):
+    def forward(self, features, embedded, anchors, use_flex=False):
         """Hidden states (B, A, K, width), which the target's head turns into guesses.
 
         features (B, T, ...)        of whole sequences
-        blocks   (B, A, K, width)   from embed_block()
+        embedded (B, A, K, width)   the blocks, from embed_block()
         anchors  (B, A)             positions of the anchors, as sample_anchors() orders them
         use_flex                    attend by flex_attention, the form for GPUs
         """
-        B, A, K, _ = blocks.shape
+        B, A, K, _ = embedded.shape
         T = features.shape[1]
         device = features.device
         context = self.context(features)
@@ -152,18 +152,17 @@ class DFlashDraftModel(PreTrainedModel):
         context_rotary = self.rotary(context_positions)
         block_rotary = self.rotary(block_positions)
 
-        # Who sees whom: a function, or the BlockMask that flex_attention makes of it. Layers with
-        # the same attention window share it (usually no layer has one).
+        # Who sees whom: a function, or what flex_attention makes of it ("BlockMask", where a block
+        # is a tile of scores). Layers with the same attention window share it.
         visibilities = {}
         for attention_window in {layer.self_attn.attention_window for layer in self.layers}:
             visible = block_visibility(anchors, T, K, attention_window)
-            visibilities[attention_window] = visible
             if use_flex:
                 queries = A * K
-                block_mask = create_block_mask(visible, B, None, queries, T + queries, device)
-                visibilities[attention_window] = block_mask
+                visible = create_block_mask(visible, B, None, queries, T + queries, device)
+            visibilities[attention_window] = visible
 
-        x = blocks
+        x = embedded
         for layer in self.layers:
             visibility = visibilities[layer.self_attn.attention_window]
             x = layer(x, context, block_rotary, context_rotary, anchors, visibility)
@@ -422,10 +421,12 @@ def write_at(buffer, positions, x):
 def rotary_table(positions, dim, theta):
     """cos and sin (..., dim) in fp32 for integer positions (...).
 
-    Channel i and channel i + dim/2 turn together, by the angle position * theta^(-2i/dim).
+    Channel i and channel i + dim/2 turn together, by the angle position / theta^(2i/dim). Written
+    as a quotient, as in transformers: theta^(-2i/dim) would be rounded otherwise, which at position
+    200,000 changes cos by 0.01, and published weights were trained with the quotient.
     """
     channels = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32)
-    frequencies = theta ** (-channels / dim)
+    frequencies = 1.0 / theta ** (channels / dim)
     angles = positions[..., None].float() * frequencies
     angles = torch.cat((angles, angles), -1)
     return angles.cos(), angles.sin()
@@ -471,13 +472,16 @@ def masked_attention(q, k, v, mask):
 # training: anchors, labels and weights
 
 
-def sample_anchors(supervised, count, generator):
+def sample_anchors(supervised, count, generator, max_length):
     """Draws anchors from the responses: positions (B, count), and whether each is real, (B, count).
 
     supervised (B, T) marks the tokens of responses. An anchor and the token after it are both
     supervised, and the anchors of a sequence differ. They ascend, as far as they are real. If a
     sequence has fewer candidates than `count`, fillers that are not real stand at the end, with
-    position 0: shapes never vary. No random number is drawn but from the generator.
+    position 0: shapes never vary.
+
+    All random numbers are drawn from the generator: one for each position up to max_length, of
+    which T are used. So the anchors of a sequence do not depend on how far it was padded.
     """
     T = supervised.shape[1]
     allowed = supervised[:, :-1] & supervised[:, 1:]
@@ -486,8 +490,9 @@ def sample_anchors(supervised, count, generator):
     allowed = F.pad(allowed, (0, columns - (T - 1)))
     # each candidate gets a random number of 0 .. 1, and all else gets -1: the candidates with the
     # largest numbers are the anchors
-    random_numbers = torch.rand(allowed.shape, generator=generator).to(supervised.device)
-    random_numbers = random_numbers.masked_fill(~allowed, -1.0)
+    random_numbers = torch.rand(len(allowed), max_length, generator=generator)
+    random_numbers = F.pad(random_numbers, (0, columns - max_length))  # or cut, where that is < 0
+    random_numbers = random_numbers.to(allowed.device).masked_fill(~allowed, -1.0)
     largest, positions = random_numbers.topk(count, dim=1)
     # fillers get the position T, so that they are sorted to the end, and then 0
     positions = torch.where(largest >= 0, positions, T)
@@ -560,9 +565,9 @@ def block_loss(
         head,
         labels,
         weights,
-        logits_at_once=1024,
+        guesses_at_once=1024,
         dpace_smoothing=None,
-        chunk_function=None):
+        chunk_loss_function=None):
     """The loss of training blocks, as a *sum* of weight * nll.
 
     The caller divides it by the sum of all weights of a step, over micro-batches and processes.
@@ -571,25 +576,25 @@ def block_loss(
     hidden (B, A, K, width)     from the drafter's forward
     head (V, width)             the target's, frozen
     labels, weights (B, A, K-1) from block_labels()
-    logits_at_once              guesses whose logits exist at once, rounded down to whole blocks,
+    guesses_at_once              guesses whose logits exist at once, rounded down to whole blocks,
                                 as D-PACE weighs the slots of a block together
     dpace_smoothing             None, or D-PACE's a; then any weight above 0 says: this slot counts
-    chunk_function              head_chunk (None), or a compiled one
+    chunk_loss_function              chunk_loss (None), or a compiled one
 
     Returns the scalar loss and, for each slot, all (B, A, K-1): the nll, whether the greedy guess
     is right, and the weight that was used.
     """
-    if chunk_function is None:
-        chunk_function = head_chunk
+    if chunk_loss_function is None:
+        chunk_loss_function = chunk_loss
     guess_hidden = hidden[:, :, 1:]  # slot 0 is the anchor: no loss, it never meets the head
     loss, nll, correct, used_weights = FrozenHeadLoss.apply(
         guess_hidden.flatten(0, 1),
         head,
         labels.flatten(0, 1),
         weights.flatten(0, 1),
-        logits_at_once,
+        guesses_at_once,
         dpace_smoothing,
-        chunk_function)
+        chunk_loss_function)
     shape = weights.shape
     return loss, nll.view(shape), correct.view(shape), used_weights.view(shape)
 
@@ -604,16 +609,16 @@ class FrozenHeadLoss(torch.autograd.Function):
             head,
             labels,
             weights,
-            logits_at_once,
+            guesses_at_once,
             dpace_smoothing,
-            chunk_function):
+            chunk_loss_function):
         head = head.to(hidden.dtype)
         wants_grad = ctx.needs_input_grad[0]
-        blocks_at_once = max(1, logits_at_once // labels.shape[1])
+        blocks_at_once = max(1, guesses_at_once // labels.shape[1])
         chunks = []
         for first in range(0, len(hidden), blocks_at_once):
             part = slice(first, first + blocks_at_once)
-            chunks.append(chunk_function(
+            chunks.append(chunk_loss_function(
                 hidden[part],
                 head,
                 labels[part],
@@ -634,7 +639,7 @@ class FrozenHeadLoss(torch.autograd.Function):
         return grad * loss_grad, None, None, None, None, None, None
 
 
-def head_chunk(hidden, head, labels, weights, dpace_smoothing, wants_grad):
+def chunk_loss(hidden, head, labels, weights, dpace_smoothing, wants_grad):
     """One chunk of N blocks: hidden (N, K-1, width), labels and weights (N, K-1).
 
     Returns nll, whether the greedy guess is right, the weights used, all (N, K-1), and the gradient
