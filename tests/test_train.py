@@ -21,13 +21,17 @@ import numpy as np
 import pytest
 import torch
 
+import flops
 import train
+import training_log
 import training_state
 from checkpoint import load_drafter, newest_checkpoint
+from configurator import configure
+from draft_decode import Generation, Piece
 from flops import training_operations
 from model import block_labels, block_loss, sample_anchors
 from target import Target
-from tests.common import (K, NANO_TARGET, ROOT, V, apart, nano, nano_copy, phase_1_2, read_jsonl,
+from tests.common import (K, NANO_DRAFTER, NANO_TARGET, ROOT, V, apart, nano, nano_copy, phase_1_2, read_jsonl,
                           small_drafter, small_target, tokens_of, write_config)
 
 # ------------------------------------------------------------------------------------------------
@@ -154,6 +158,29 @@ def test_batches_hold_rows_alike_in_length(small_run):
     order = np.corrcoef(first_epoch, range(500))[0, 1]
     assert abs(order) < 0.15
     assert first_epoch != longest[500:]
+
+
+
+class Unshuffled:
+    """A generator whose permutations change nothing."""
+
+    def permutation(self, x):
+        return np.arange(x) if isinstance(x, int) else x
+
+
+@pytest.mark.parametrize("sort_window, expected", (
+    (1, [[1, 0], [3, 2], [5, 4], [7, 6]]),
+    (2, [[1, 3], [0, 2], [5, 7], [6, 4]]),
+    (64, [[1, 3], [5, 0], [7, 6], [2, 4]]),
+))
+def test_batches_are_sorted_within_their_window(small_run, monkeypatch, sort_window, expected):
+    """sort_window that does not arrive, or counts samples instead of micro-batches of two."""
+    config, _ = small_run
+    config.sort_window = sort_window
+    lengths = (4, 1, 8, 2, 9, 3, 7, 6)
+    rows = [(np.zeros(length), np.ones(length)) for length in lengths]
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: Unshuffled())
+    assert train.MicroBatches(rows, config).shuffled(0).tolist() == expected
 
 # ------------------------------------------------------------------------------------------------
 # one step
@@ -290,6 +317,51 @@ def test_step_has_the_loss_of_its_keys(small_run, seen, weighting):
     assert sums.tokens == tokens.numel()
 
 
+STEP_KEYS = (  # a key of train.py, a value, and what acts on it must be given
+    ("num_anchors", 5, {"count": 5}),
+    ("max_length", 77, {"max_length": 77}),
+    ("guesses_at_once", 45, {"guesses_at_once": 45}),
+    ("attention", "flex", {"use_flex": True}),
+    ("attention", "grouped", {"use_flex": False}),
+    ("compile", True, {"chunk_loss": "compiled"}),
+    ("compile", False, {"chunk_loss": "plain"}),
+    ("dtype", "bfloat16", {"products": torch.bfloat16, "parameters": torch.float32}),
+    ("dtype", "float32", {"products": torch.float32, "parameters": torch.float32}),
+)
+
+
+@pytest.mark.parametrize("key, value, expected", STEP_KEYS)
+def test_step_hands_its_keys_on(small_run, monkeypatch, key, value, expected):
+    """A key that does not arrive where it acts: a step without it is no error. It is only slower,
+    takes more memory, has other anchors, or bf16's products in place of fp32's."""
+    config, rows = small_run
+    run = small_training_run(config, rows)
+    run.config = changed(config, **{key: value})
+    given = {"parameters": run.drafter.fc.weight.dtype}
+    forward = run.drafter.forward
+
+    def keep_anchors(supervised, count, generator, max_length):
+        given.update(count=count, max_length=max_length)
+        return sample_anchors(supervised, count, generator, max_length)
+
+    def keep_attention(features, embedded, anchors, use_flex):
+        hidden = forward(features, embedded, anchors)  # flex runs on GPUs only
+        given.update(use_flex=use_flex, products=run.drafter.fc(features).dtype)
+        return hidden
+
+    def keep_loss(hidden, head, labels, weights, guesses_at_once, smoothing, chunk_loss):
+        given.update(guesses_at_once=guesses_at_once, chunk_loss=chunk_loss)
+        return block_loss(hidden, head, labels, weights)
+
+    monkeypatch.setattr(train, "sample_anchors", keep_anchors)
+    monkeypatch.setattr(train, "block_loss", keep_loss)
+    monkeypatch.setattr(train, "chunk_loss", "plain")
+    monkeypatch.setattr(train, "compiled_chunk_loss", "compiled")
+    run.wrapped_drafter = keep_attention
+    train.train_step(run)
+    assert expected.items() <= given.items()
+
+
 def test_step_counts_acceptance_up_to_the_end_of_a_response(small_run, monkeypatch):
     """tau without the target's own token, or with guesses past the response. Here all guesses are
     right, and responses are of 3 and 9 tokens: 2 + 8 anchors that reach 1 .. 2 and 1 .. 8 slots."""
@@ -372,6 +444,39 @@ def test_drafter_begins_with_the_keys_of_its_config(small_run):
     assert not torch.equal(other.drafter.fc.weight, drafter.fc.weight)
 
 
+def test_setup_reads_what_its_keys_name(small_run, monkeypatch):
+    """Held-out samples that are those of the training; a target in another dtype than its key's, a
+    drafter that is trained in bf16; layers that are compiled unasked, or not at all."""
+    config, rows = small_run
+    compiled = []
+    monkeypatch.setattr(train, "compile_layers", lambda *models: compiled.append(models))
+    run, held_out, _ = train.setup(changed(config, dtype="bfloat16"))
+    assert len(run.micro_batches.samples) == len(rows) == 20
+    assert len(held_out) == 3
+    assert run.target.embed_tokens.weight.dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in run.drafter.parameters()} == {torch.float32}
+    assert not compiled
+    run, _, _ = train.setup(changed(config, compile=True))
+    assert compiled == [(run.target, run.drafter)]
+
+
+def test_warm_up_meets_every_length(small_run, monkeypatch):
+    """A length of samples that is compiled in the midst of a run, as nothing compiled it before."""
+    config, rows = small_run
+    config.max_length = 200  # padded to 256
+    run = small_training_run(config, rows)
+    shapes = []
+
+    def keep_shape(run, tokens, supervised, generator, trained_module):
+        shapes.append(tuple(tokens.shape))
+        assert supervised.all()
+        return torch.zeros((), requires_grad=True), None
+
+    monkeypatch.setattr(train, "block_forward", keep_shape)
+    train.warm_up(run)
+    assert shapes == [(2, 64), (2, 128), (2, 192), (2, 256)]
+
+
 def test_rate_warms_up_and_ends_at_zero(small_run):
     """A schedule that starts at zero (a lost step), never reaches its peak or ends above zero."""
     config, _ = small_run
@@ -398,6 +503,8 @@ def test_estimate_is_the_same_every_time(small_run):
     assert train.estimate(run, run.micro_batches.samples) == estimate
     assert train.estimate(run, run.micro_batches.samples[:4]) == estimate
     assert train.estimate(run, run.micro_batches.samples[2:]) != estimate
+    # samples that fill no batch count where there are no others
+    assert train.estimate(run, run.micro_batches.samples[:1])["loss"] > 0
 
     loss = 0
     weight = 0
@@ -420,6 +527,149 @@ def test_operations_are_those_of_phase_1_2():
     both = training_operations(drafter, 1, 3072, 512, target)
     assert alone == pytest.approx(13.53e12, rel=1e-3)
     assert both - alone == pytest.approx(2.55e12, rel=1e-3)
+
+
+MFU = (  # the name of a GPU, and operations a second of which a quarter is asked for
+    ("NVIDIA H100 80GB HBM3", 989e12),
+    ("NVIDIA H100 PCIe", 756e12),
+    ("NVIDIA H200", 989e12),
+    ("NVIDIA A100-SXM4-80GB", 312e12),
+)
+
+
+@pytest.mark.parametrize("gpu, peak", MFU)
+def test_operations_as_a_share_of_the_peak(monkeypatch, gpu, peak):
+    """A share of another GPU's peak, of one GPU's where there are two, or of bf16's in fp32."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: gpu)
+    assert flops.mfu(peak / 4, "cuda", "bfloat16") == 0.25
+    assert flops.mfu(peak / 4, "cuda", "float32") is None
+    assert flops.mfu(peak / 4, "cpu", "bfloat16") is None
+    monkeypatch.setattr(flops, "world_size", lambda: 2)
+    assert flops.mfu(peak / 2, "cuda", "bfloat16") == 0.25
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "another")
+    assert flops.mfu(peak, "cuda", "bfloat16") is None
+
+# ------------------------------------------------------------------------------------------------
+# what a run says of itself
+
+
+class Wandb:
+    """Stands for the package wandb, and keeps what it is given."""
+
+    def __init__(self):
+        self.project = None
+        self.logged = []
+
+    def init(self, project, name, config):
+        self.project = project
+        assert config["wandb_project"] == project
+
+    def log(self, numbers, step):
+        self.logged.append((step, numbers))
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    wandb = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    return wandb
+
+
+def test_log_by_hand(small_run, monkeypatch, capsys, wandb):
+    """Failure 15: a speed or a time left that counts steps from before a resume, shares of the slot
+    before or after the one that is named, or another process' memory.
+
+    Steps 10 and 11 of 15 in 50 s: 2,000 tokens are 40 tokens/s, and 4 steps are left, 100 s."""
+    config, _ = small_run
+    os.makedirs(config.out_dir)
+    config.wandb_project = "project"
+    run = SimpleNamespace(config=config, step=9, total_steps=15)
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(training_log.time, "time", lambda: clock.now)
+    monkeypatch.setattr(training_log, "peak_memory", lambda device: [1.0, 3.5])
+    monkeypatch.setattr(training_log, "mfu", lambda rate, device, dtype: rate / 100)
+    log = training_log.TrainingLog(run)
+    for _ in range(2):
+        log.count(SimpleNamespace(tokens=torch.tensor(1000.0), operations=torch.tensor(625.0)))
+    run.step = 11
+    clock.now = 1050.0
+    entry = {"lr": 3e-4, "loss": 1.25, "grad_norm": 0.5, "tau": 4.0, "skipped": 2,
+             "accepted_up_to_slot": [0.5] * 15}
+    log.training(run, entry)
+    shares = [slot / 100 for slot in range(1, 16)]
+    log.held_out(run, {"loss": 2.5, "tau": 3.0, "accepted_up_to_slot": shares})
+    log.close()
+
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "step 11/15 | loss 1.2500 | tau 4.00 | norm 0.50 | lr 3.0e-04 | 40 tokens/s | "
+        "25.0% MFU | 3.5 GB | 2 skipped | 1.7 min left",
+        "step 11/15 | held out: loss 2.5000 | tau 3.00 | accepted up to slot "
+        "1:0.01 2:0.02 4:0.04 8:0.08 15:0.15"]
+    training, held_out = read_jsonl(Path(config.out_dir) / "log.jsonl")
+    expected = {"kind": "train", "step": 11, "tokens_per_s": 40.0, "mfu": 0.25,
+                "minutes_left": pytest.approx(100 / 60), "peak_gb": [1.0, 3.5]}
+    assert training == entry | expected
+    assert held_out["kind"] == "val"
+    assert held_out["accepted_up_to_slot"] == shares
+    (step, numbers), (_, held_out_numbers) = wandb.logged
+    assert step == 11
+    assert numbers["train/loss"] == 1.25
+    assert held_out_numbers == {"val/loss": 2.5, "val/tau": 3.0}
+
+
+def test_log_and_checkpoints_keep_their_rhythm(small_run, tmp_path):
+    """log_every, eval_every and save_every exchanged, or a last step that is not logged."""
+    config, _ = small_run
+    config.log_every = 4
+    config.eval_every = 5
+    config.save_every = 2
+    config.keep_checkpoints = 2
+    config.num_anchors = 4
+    outcome = train_into(tmp_path / "a-dflash", config)
+    entries = [(entry["kind"], entry["step"]) for entry in outcome.log]
+    assert entries == [("train", 4), ("val", 5), ("train", 6), ("val", 6)]
+    folders = sorted(path.name for path in (tmp_path / "a-dflash").glob("step-*"))
+    assert folders == ["step-000004", "step-000006"]
+
+
+def test_train_hands_on_and_prints(small_run, monkeypatch, capsys, wandb):
+    """The last lines of a run: a folder, a count or a tau of something else; stop ids, the project
+    or the held-out samples that do not arrive; nothing compiled before the first step."""
+    config, _ = small_run
+    config.wandb_project = "project"
+    config.compile = True
+    done = []
+
+    def keep_decoding(config, folder, samples, stops):
+        done.append(("decoded", folder, len(samples), stops))
+        return 2.5
+
+    monkeypatch.setattr(train, "compile_layers", lambda *models: None)
+    monkeypatch.setattr(train, "warm_up", lambda run: done.append("compiled"))
+    monkeypatch.setattr(train, "loop", lambda run, held_out: done.append(len(held_out)) or "F")
+    monkeypatch.setattr(train, "decode_held_out", keep_decoding)
+    train.train(config)
+    assert done == ["compiled", 3, ("decoded", "F", 3, {502, 504})]
+    assert wandb.project == "project"
+    first, *last = capsys.readouterr().out.splitlines()
+    # one layer: attention 128 x (128 + 64 + 64 + 128), its two norms of 32, the MLP 3 x 128 x 64,
+    # norms 2 x 128; and fc 256 x 128, two norms of 128
+    drafter_size = 49_152 + 64 + 24_576 + 256 + 32_768 + 256
+    assert first.startswith(f"{drafter_size:,} parameters to train for a target of 2,9")
+    assert first.endswith(" | 20 samples, 6 steps on 1 x cpu")
+    assert last == [
+        f"wrote F and {config.out_dir}/training.png",
+        f"try it: python draft_decode.py --target={NANO_TARGET} --drafter=F --prompt \"...\"",
+        "held-out tau from real decoding: 2.500 (3 prompts)"]
+
+    config.decode_prompts = 2
+    config.compile = False
+    config.wandb_project = None
+    done.clear()
+    train.train(config)
+    assert "compiled" not in done
+    assert capsys.readouterr().out.endswith("2.500 (2 prompts)\n")
 
 # ------------------------------------------------------------------------------------------------
 # steps that are skipped
@@ -483,6 +733,9 @@ def test_usual_gradients_are_a_moving_average(small_run):
     assert not step(23.5)
     assert run.guard.skipped == 2
     assert run.guard.skipped_in_a_row == 0
+    config.spike_factor = 3.0
+    assert step(8.4)    # usual is 2.78
+    assert not step(8.2)
 
 
 def test_strange_gradients_end_the_run(small_run, monkeypatch, tmp_path):
@@ -582,13 +835,46 @@ def test_resume_refuses_another_run(small_run, tmp_path):
     train_into(folder, config)
     with pytest.raises(ValueError, match="holds a run.*--resume"):
         train_into(folder, config)
-    for key, value in (("lr", 1.0), ("num_anchors", 32), ("seed", 1), ("data", "elsewhere")):
-        config_of_another = changed(config, **{key: value})
-        before = vars(config) | {"ranks": 1}
-        with pytest.raises(ValueError, match=f"another run.*{key} was"):
-            training_state.check_same_run(str(folder), before, config_of_another)
     with pytest.raises(ValueError, match="another run.*lr was 0.01, is 1.0"):
         train_into(folder, changed(config, lr=1.0), resume=True)
+
+
+# what a resumed run may change and still be the same run
+MAY_CHANGE = {
+    "resume", "start_from", "out_dir",                                  # where it goes on
+    "log_every", "eval_every", "eval_samples", "save_every", "keep_checkpoints", "wandb_project",
+    "decode_prompts", "decode_tokens",                                  # looking at it
+    "device", "attention", "compile", "parallel", "guesses_at_once", "length_multiple"}  # how
+
+
+@pytest.mark.parametrize("key", vars(configure(vars(train), [])))
+def test_resume_compares_every_key(key):
+    """Failure 12: a key of another run that passes without a word; or one that is refused although
+    it changes no result."""
+    config = configure(vars(train), [])
+    before = vars(config) | {"ranks": 1}
+    value = 4 if key == "accumulation" else "another"
+    other = changed(config, **{key: value})
+    if key in MAY_CHANGE:
+        training_state.check_same_run("a-dflash", before, other)
+        return
+    with pytest.raises(ValueError, match=f"another run.*{key}.* was .*, is "):
+        training_state.check_same_run("a-dflash", before, other)
+
+
+@pytest.mark.parametrize("accumulation, ranks, is_same", (
+    (2, 1, True), (1, 2, True), (1, 1, False), (2, 2, False), (4, 1, False)))
+def test_resume_compares_the_samples_of_a_step(accumulation, ranks, is_same):
+    """Failure 12: steps of more or fewer samples than before. This run has 2 micro-batches a
+    step."""
+    config = configure(vars(train), [])
+    before = vars(config) | {"accumulation": accumulation, "ranks": ranks}
+    if is_same:
+        training_state.check_same_run("a-dflash", before, config)
+        return
+    hint = f"accumulation x ranks was {accumulation * ranks}, is 2"
+    with pytest.raises(ValueError, match=hint):
+        training_state.check_same_run("a-dflash", before, config)
 
 
 class Killed(BaseException):
@@ -901,16 +1187,17 @@ def test_specforge_checkpoints_that_do_not_fit_are_refused(specforge, tmp_path):
 
 
 def test_rows_are_prepared_only_where_they_are_missing(small_run):
-    """Rows that are made again at each start; a preparation that failed, and a run that goes on."""
+    """Rows that are made again at each start, or for another target; a preparation that failed, and
+    a run that goes on."""
     config, _ = small_run
     folder = Path(config.data)
     script = folder / "prepare.py"
-    script.write_text(f"open({str(folder / 'ran')!r}, 'w')")
+    script.write_text(f"import sys; open({str(folder / 'ran')!r}, 'w').write(str(sys.argv[1:]))")
     train.ensure_data(config)
     assert not (folder / "ran").exists()
     (folder / "meta.json").unlink()
     train.ensure_data(config)
-    assert (folder / "ran").exists()
+    assert (folder / "ran").read_text() == f"['--target={NANO_TARGET}']"
     script.write_text("raise SystemExit(1)")
     with pytest.raises(ValueError, match="prepare.py failed"):
         train.ensure_data(config)
@@ -951,3 +1238,25 @@ def test_held_out_prompts_end_where_the_answer_begins(small_run, monkeypatch):
     assert len(prompts) == 2
     rounds = len(answers[0].rounds) + len(answers[1].rounds)
     assert tau == pytest.approx((11 + 11) / rounds)
+
+
+def test_held_out_prompts_are_decoded_by_the_keys(small_run, monkeypatch):
+    """A dtype, a limit or stop ids that do not arrive. By hand: answers of 3 + 1 and 2 tokens in
+    rounds, tau 6 / 3."""
+    config, rows = small_run
+    config.decode_prompts = 2
+    config.decode_tokens = 7
+    config.dtype = "bfloat16"
+    answers = [Generation([1, 2, 3, 4, 5], [Piece([2, 3, 4], 2), Piece([5], 0)], 1.0),
+               Generation([1, 2, 3], [Piece([2, 3], 1)], 1.0)]
+    left = list(answers)
+
+    def keep(target, drafter, prompt_ids, max_new_tokens, stops, decoders):
+        assert target.embed_tokens.weight.dtype == torch.bfloat16
+        assert drafter.fc.weight.dtype == torch.bfloat16
+        assert (max_new_tokens, stops) == (7, {5})
+        return left.pop(0)
+
+    monkeypatch.setattr(train, "timed_generate", keep)
+    assert train.decode_held_out(config, NANO_DRAFTER, rows, stops={5}) == 2.0
+    assert not left
