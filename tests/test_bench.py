@@ -11,19 +11,23 @@ import torch
 
 import bench
 import draft_decode
-from benchmarks import animation, common, curve, exactness, figures, speed
+from benchmarks import (acceptance, animation, common, curve, drafters, exactness, figures, machine,
+                        speed, speedup, timing)
 from benchmarks.acceptance import transcript
 from benchmarks.common import Arm, Workload, decode_in_turns, summarize
 from benchmarks.drafters import probability_for
 from benchmarks.journal import Journal
-from benchmarks.prompts import Prompt, is_correct, load_prompts, load_questions
+from benchmarks.prompts import Prompt, is_correct, load_prompts, load_questions, random_prompts
 from benchmarks.timing import in_turn
 from chat import chat_prompt, stop_ids
 from configurator import configure
-from draft_decode import generate, timed_generate
+from draft_decode import Generation, Piece, generate, timed_generate
 from decode_state import DecodeState
-from tests.common import (K, ROOT, Oracle, all_tokens, nano, read_jsonl, reference, shipped,
-                          small_target)
+from model import DFlashDraftModel
+from sampling import Sampling
+from target import Target
+from tests.common import (HIDDEN, K, ROOT, V, Oracle, all_tokens, nano, read_jsonl, reference,
+                          shipped, small_drafter, small_target, tokens_of, write_jsonl)
 
 
 @pytest.fixture
@@ -41,6 +45,148 @@ def copies(monkeypatch):
 
 def lengths_of(rounds):
     return [len(one_round["tokens"]) for one_round in rounds]
+
+
+def changed(config, **values):
+    """A copy of a configuration with other values."""
+    return SimpleNamespace(**vars(config) | values)
+
+
+# ------------------------------------------------------------------------------------------------
+# keys
+
+
+SAMPLING = Sampling(temperature=0.7, top_k=5, top_p=0.9, seed=3, draft_temperature=0.5)
+
+
+@pytest.mark.parametrize("command", ("acceptance", "speedup", "exactness", "curve"))
+def test_bench_keys_arrive_where_tokens_are_chosen(
+        run_bench, copies, monkeypatch, tmp_path, command):
+    """A key of sampling, a limit, a dtype or a number of repeats that does not arrive: the report
+    has the same form, of another run than was asked for."""
+    requests = []
+
+    def keep(target, drafter, prompt_ids, max_new_tokens, stops=(), forward_rows=None,
+             sampling=None, decoders=None, on_piece=None):
+        dtypes = {target.embed_tokens.weight.dtype}
+        if isinstance(drafter, DFlashDraftModel):
+            dtypes.add(drafter.fc.weight.dtype)
+        requests.append((max_new_tokens, stops, sampling, dtypes))
+        if on_piece is not None:
+            decoders["x"] = SimpleNamespace(block=torch.zeros(1, K, dtype=torch.long))
+            on_piece([1], Piece([1], 0))
+            on_piece([1, 2], Piece([2], 0))
+        return Generation([1, 2], [Piece([2], 0)], 1.0)
+
+    for module in (common, acceptance, exactness, curve):
+        monkeypatch.setattr(module, "timed_generate", keep)
+    monkeypatch.setattr(acceptance, "generate", lambda *request: iter([keep(*request)]))
+    probabilities = []
+    monkeypatch.setattr(drafters.Oracle, "learn", lambda *args: probabilities.append(args[-1]))
+    run_bench(
+        command, "--limit=2", "--max_new_tokens=7", "--temperature=0.7", "--top_k=5", "--top_p=0.9",
+        "--seed=3", "--draft_temperature=0.5", "--dtype=bfloat16", "--repeats=5", "--oracle=0.25",
+        "--temperatures=0.7,", "--dtypes=bfloat16")
+
+    _, tokenizer = nano()
+    limit = 7
+    if command == "curve":
+        limit = 1 + 8 * K  # so many full blocks
+    for max_new_tokens, stops, sampling, dtypes in requests:
+        assert max_new_tokens == limit
+        assert sampling == SAMPLING
+        assert dtypes == {torch.bfloat16}
+        assert command == "curve" or stops == stop_ids(tokenizer)
+    # three arms: their warm-up, then each of two prompts by each, two arms of speedup five times
+    counts = {"speedup": 3 + 2 * (5 + 5 + 1), "exactness": 2 * (2 + 4)}
+    assert len(requests) == counts.get(command, len(requests))
+    if command == "exactness":
+        assert probabilities == [0.25, 0.0] * 2
+    with open(tmp_path / f"{command}.json") as f:
+        setup = json.load(f)["setup"]
+    assert (setup["top_k"], setup["top_p"], setup["seed"]) == (5, 0.9, 3)
+    assert (setup["count"], setup["max_new_tokens"]) == (2, 7)
+
+
+def test_bench_loads_by_its_keys(config, monkeypatch):
+    """thinking or compile that does not arrive, compilation unasked, or another number of
+    prompts than limit."""
+    monkeypatch.chdir(ROOT)
+    compiled = []
+    monkeypatch.setattr(Target, "compile_decoding", lambda self: compiled.append("target"))
+    monkeypatch.setattr(
+        DFlashDraftModel, "compile_decoding", lambda self: compiled.append("drafter"))
+    _, tokenizer = nano()
+    question, _ = load_questions("nano", 1)[0]
+    for thinking in (False, True):
+        workload = common.load(changed(config, thinking=thinking, compile=thinking), 3)
+        assert workload.prompts[0].ids == chat_prompt(tokenizer, question, thinking)
+        assert len(workload.prompts) == 3
+        assert compiled == ["target", "drafter"] * thinking
+    assert len(common.load(changed(config, limit=2), 3).prompts) == 2
+
+
+SETUP_KEYS = ("target", "drafter", "device", "dtype", "compile", "prompts", "max_new_tokens",
+              "thinking", "temperature", "top_k", "top_p", "seed", "draft_temperature")
+
+
+@pytest.mark.parametrize("key", SETUP_KEYS)
+def test_bench_setup_has_every_key_of_its_rows(config, key):
+    """--resume that goes on with rows which were measured with other keys."""
+    prompts = [Prompt([1, 2], "3")]
+    setup = common.setup_of(config, prompts, (1,))
+    other = 0.5 if key == "top_p" else 4
+    assert common.setup_of(changed(config, **{key: other}), prompts, (1,)) != setup
+    assert common.setup_of(config, prompts, (2,)) != setup
+    assert common.setup_of(config, [Prompt([1, 2], "4")], (1,)) != setup
+    assert common.setup_of(config, [Prompt([1, 3], "3")], (1,)) != setup
+
+
+# ------------------------------------------------------------------------------------------------
+# clocks and rates
+
+
+def test_bench_clocks_by_hand(monkeypatch):
+    """Failure 15: seconds of several calls given as those of one, a warm-up that counts, or arms
+    that do not take turns. Each call takes 2 s."""
+    now = [0.0]
+    calls = []
+
+    def call():
+        now[0] += 2.0
+
+    def arm(name):
+        def measure():
+            calls.append(name)
+            return float(len(calls))
+        return measure
+
+    monkeypatch.setattr(timing, "clock", lambda: now[0])
+    assert timing.seconds_of(call, 3) == 2.0
+    seconds = timing.race({"a": arm("a"), "b": arm("b")}, repeats=2)
+    assert calls == ["b", "a", "a", "b", "b", "a"]
+    assert seconds == {"a": [3.0, 6.0], "b": [4.0, 5.0]}
+
+
+def test_bench_rates_by_hand(monkeypatch):
+    """Failure 15: a floor that is half or twice as high as the machine's rates: a copy reads and
+    writes 256 MB, a multiply-add counts as two."""
+    monkeypatch.setattr(machine, "race", lambda arms: dict.fromkeys(arms, [9.0, 0.5, 0.1]))
+    assert machine.copy_bandwidth("cpu") == 2 * (256 << 20) / 0.5
+    assert machine.product_rate("cpu", "float32") == 2 * 1024 * 1024 * 3584 / 0.5
+
+
+@pytest.mark.parametrize("shape", ("tied", "untied"))
+def test_bench_bytes_by_hand(shape):
+    """Failure 15: a floor without the head, which a round reads twice, or with an embedding of
+    which only a few rows are read."""
+    target = small_target(shape)
+    drafter = small_drafter()
+    head = 4 * V * HIDDEN
+    layers = 4 * sum(p.numel() for p in target.layers.parameters()) + 4 * HIDDEN  # and the norm
+    of_drafter = 4 * sum(p.numel() for p in drafter.parameters())
+    assert machine.bytes_read(target, drafter) == {
+        "step": layers + head, "round": layers + 2 * head + of_drafter}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -130,6 +276,161 @@ def test_bench_speeds_by_hand():
     assert report["identical_to_steps"] == 0.5
     generations = [draft_decode.Generation([7], [], seconds) for seconds in (5.0, 1.0, 2.0)]
     assert common.arm_row(generations)["seconds"] == 2.0
+
+
+def test_bench_rounds_by_hand():
+    """A transcript of the best prompt instead of the median one; rounds of one prompt that are
+    numbered as those of another."""
+    def row(prompt, *lengths):
+        rounds = [[length - 1, [5] * length] for length in lengths]
+        return {"prompt": prompt, "speculative": {"rounds": rounds}}
+
+    rows = [row(0, 9), row(1), row(2, 4, 6), row(3, 2)]
+    assert acceptance.median_prompt(rows) == 2
+    assert acceptance.median_prompt([row(0)]) is None
+    lines = acceptance.round_rows(rows[2:])
+    assert lines == [
+        {"prompt": 2, "round": 0, "accepted": 3, "tokens": [5] * 4},
+        {"prompt": 2, "round": 1, "accepted": 5, "tokens": [5] * 6},
+        {"prompt": 3, "round": 0, "accepted": 1, "tokens": [5] * 2}]
+
+
+def test_bench_exit_status_by_hand():
+    """Outputs that differ from the target's own, and status 0; or status 1 for rounding."""
+    def exactness_report(same_rows, one_row):
+        rows = [{"against": "one row", "identical": one_row},
+                {"against": "fixed shape", "identical": same_rows}]
+        return {"command": "exactness", "rows": rows}
+
+    assert not bench.outputs_differ(exactness_report(1, 0.5))
+    assert bench.outputs_differ(exactness_report(0.9, 1))
+    for identical, to_steps in ((1, 0.5), (0.9, 1)):
+        report = {"command": "acceptance", "identical": identical, "identical_to_steps": to_steps}
+        assert bench.outputs_differ(report) == (identical < 1)
+    assert not bench.outputs_differ({"command": "speedup", "identical": 0.5})
+
+
+def printed_lines(capsys):
+    """{what a printed line is of: its values}."""
+    lines = {}
+    for line in capsys.readouterr().out.splitlines():
+        lines[line[:20].strip()] = line[20:].strip()
+    return lines
+
+
+REPORT = {  # every figure is another number
+    "prompts": 8, "timed": 7, "faster": 6, "rounds": 20, "tokens": 90, "tau_micro": 4.5,
+    "tau_macro": 4.25, "accepted_up_to_slot": [0.75, 0.5, 0.25], "identical": 1.0,
+    "identical_to_steps": 0.875, "accuracy": {"target": 0.625, "speculative": 0.5},
+    "boxed": {"target": 0.875, "speculative": 0.75}, "need_math_verify": 0,
+    "tokens_per_s": {"target": 10.0, "target_same_shape": 5.0, "speculative": 30.0},
+    "speedup": 3.0, "geomean": 2.75, "min": 1.5, "median": 2.5, "max": 3.5,
+    "speedup_over_transformers": 9.0, "identical_to_transformers": 0.25,
+    "card": {"device": "D", "torch": "T", "share_of_ceiling": 0.8}}
+
+
+def test_bench_acceptance_prints_its_figures(config, monkeypatch, capsys):
+    """A line whose figure is that of another line; slots numbered from 0."""
+    monkeypatch.setattr(acceptance, "card", lambda *args: args[-2:])
+    monkeypatch.setattr(acceptance, "print_card", lambda card: print(f"{'card':20}{card}"))
+    acceptance.print_report(config, Workload(None, None, None, [], ()), REPORT)
+    lines = printed_lines(capsys)
+    assert lines["card"] == "(4.5, 3.0)"
+    assert lines["tau, micro"] == "4.500   90 tokens in 20 rounds"
+    assert lines["tau, macro"] == "4.250   mean over 8 prompts"
+    assert lines["accepted up to slot"] == "1:0.75 2:0.50 3:0.25"
+    assert lines["identical outputs"].startswith("100.0% ")
+    assert lines[""].startswith("87.5% ")
+    assert lines["accuracy"] == "62.5% target, 50.0% speculative"
+    assert lines["tokens/s"] == "10 target, 5 target_same_shape, 30 speculative"
+    assert lines["speedup"].startswith("3.00 ")
+
+
+def test_bench_speedup_prints_its_figures(config, monkeypatch, capsys):
+    """A line whose figure is that of another line; a method that is not that of the run."""
+    monkeypatch.setattr(speedup, "print_card", lambda card: None)
+    config = changed(config, temperature=0.7, top_k=5, top_p=0.9, seed=3, thinking=True,
+                     compile=True, max_new_tokens=77, repeats=5, dtype="bfloat16")
+    speedup.print_report(config, REPORT)
+    lines = printed_lines(capsys)
+    assert lines["faster"] == "6 of 8 prompts; 1 ended at the first token"
+    assert lines["speedup a prompt"] == "2.75x geometric mean; 1.50x to 3.50x, median 2.50x"
+    assert lines["speedup in all"] == "3.00x in total time, 80% of the ceiling"
+    assert lines["tau"] == "4.500 micro, 4.250 macro; 90 tokens in 20 rounds"
+    assert lines["identical outputs"].startswith("100.0% to the target alone at the same shape, 87")
+    assert lines["boxed an answer"] == "87.5% target, 75.0% speculative"
+    assert lines["accuracy"] == "62.5% target, 50.0% speculative"
+    assert lines["transformers"] == "9.00x over its generate, 25.0% identical outputs"
+    method = speedup.method(config, REPORT)
+    for part in ("8 prompts of nano", "temperature 0.7, top_k 5, top_p 0.9, seed 3",
+                 "at most 77 new tokens", "thinking on", "bfloat16 on D, torch T, compiled",
+                 "median of 5"):
+        assert part in method
+
+
+def test_bench_card_prints_its_figures(capsys):
+    """Milliseconds or megabytes that are a thousand times too many, or those of another line."""
+    machine.print_card({
+        "device": "D", "dtype": "float32", "torch": "T", "copy_bytes_per_s": 2e9, "ceiling": 2.5,
+        "parameters": {"target": 3000, "drafter": 400},
+        "bytes": {"step": 4e6, "round": 6e6}, "floor_seconds": {"step": 0.002, "round": 0.003}})
+    lines = printed_lines(capsys)
+    assert lines["device"] == "D, float32, torch T; copies 2.0 GB/s"
+    assert lines["parameters"] == "3,000 target, 400 drafter"
+    assert lines["target step"] == "reads 4.0 MB of weights: 2.000 ms at least"
+    assert lines["round"] == "reads 6.0 MB of weights: 3.000 ms at least"
+    assert lines["ceiling"].startswith("2.50x at the measured tau")
+
+
+def test_bench_time_of_transformers_by_hand(config, monkeypatch):
+    """Failure 15: a peer whose time has its prefill in it. That takes 2 s here, a token 0.5 s."""
+    now = [0.0]
+
+    def answer(peer, prompt_ids, max_new_tokens, stops, block_size):
+        now[0] += 2.0 + 0.5 * (max_new_tokens - 1)
+        return [7] * max_new_tokens
+
+    monkeypatch.setattr(speedup, "transformers_peer", lambda target: None)
+    monkeypatch.setattr(speedup, "peer_answer", answer)
+    monkeypatch.setattr(speedup.time, "perf_counter", lambda: now[0])
+    config = changed(config, max_new_tokens=9, repeats=4)
+    workload = Workload(None, small_drafter(), None, [], ())
+    arm = speedup.transformers_arm(config, workload)
+    assert arm.repeats == 4
+    assert arm.decode([1, 2]) == Generation([7] * 9, [], 4.0)
+
+
+def test_bench_boxed_and_faster_by_hand(config, monkeypatch):
+    """Shares of answers without a box; prompts as fast as the target alone that count as faster;
+    a row whose answer had no round."""
+    def arm(text, tokens, seconds):
+        rounds = [[1, [0] * (tokens - 1)]] if tokens > 1 else []
+        return {"tokens": [0] * tokens, "rounds": rounds, "seconds": seconds, "text": text}
+
+    rows = []
+    for seconds, text in ((1.0, "\\boxed{1}"), (2.0, "1"), (4.0, "1"), (1.0, "\\boxed{1}")):
+        one_row = arm(text, 5, 2.0)
+        rows.append({"answer": "1", "speculative": arm(text, 5, seconds), "target": one_row,
+                     "target_same_shape": one_row})
+    first_token = arm("1", 1, 0.0)
+    rows.append({"answer": None} | dict.fromkeys(
+        ("speculative", "target", "target_same_shape"), first_token))
+    speedup.add_gains(rows)
+    assert [row["speedup"] for row in rows] == [2.0, 1.0, 0.5, 2.0, None]
+    assert [row["tau"] for row in rows] == [4, 4, 4, 4, None]
+
+    texts = iter([row["target"]["text"] for row in rows[:4]] * 4)
+    tokenizer = SimpleNamespace(decode=lambda tokens, skip_special_tokens: next(texts))
+    monkeypatch.setattr(speedup, "card", lambda *args: None)
+    workload = Workload(None, small_drafter(), tokenizer, [], ())
+    report = speedup.report_of(config, workload, rows)
+    assert (report["faster"], report["timed"], report["prompts"]) == (2, 4, 5)
+    assert (report["min"], report["median"], report["max"]) == (0.5, 1.5, 2.0)
+    assert report["geomean"] == pytest.approx(2 ** 0.25)
+    assert report["boxed"] == {"target": 0.5, "speculative": 0.5}
+    assert report["accuracy"] == {"target": 0.5, "speculative": 0.5}
+    with pytest.raises(ValueError, match="every answer ended with its first token"):
+        speedup.report_of(config, workload, rows[4:])
 
 
 def test_bench_arms_take_turns(tmp_path):
@@ -305,6 +606,28 @@ def test_bench_prompts_by_name(tmp_path):
             load_questions(name, 9)
 
 
+def test_bench_random_prompts_by_hand():
+    """Lengths that do not reach the longest, or ids outside the vocabulary."""
+    prompts = random_prompts("random:64:256", 3, 10)
+    assert [len(prompt.ids) for prompt in prompts] == [64, 128, 256]
+    assert [len(prompt.ids) for prompt in random_prompts("random:64:256", 1, 10)] == [64]
+    assert set(prompts[2].ids) == set(range(10))
+    assert random_prompts("random:64:256", 3, 10) == prompts
+    with pytest.raises(ValueError, match="write random:SHORTEST:LONGEST"):
+        random_prompts("random:64", 3, 10)
+
+
+def test_bench_limit_of_a_file(tmp_path):
+    """One prompt more or less than the limit, or an empty line that counts as one."""
+    rows = [{"question": str(number)} for number in range(4)]
+    path = write_jsonl(tmp_path / "x.jsonl", [rows[0], "", *rows[1:]])
+    for limit in (1, 2, 4, 9):
+        questions = load_questions(str(path), limit)
+        assert [question for question, _ in questions] == ["0", "1", "2", "3"][:limit]
+    with pytest.raises(ValueError, match="limit = 0"):
+        load_questions(str(path), 0)
+
+
 def test_bench_accuracy_without_math_verify(monkeypatch):
     """A missing package that takes all other figures along, or right answers that count as wrong
     because it is missing."""
@@ -384,6 +707,47 @@ def test_bench_exactness(run_bench, monkeypatch):
             assert row["margin"] > 0, row
 
 
+def test_bench_exactness_by_hand(capsys):
+    """The least margin instead of the largest; a share of outputs that differ; a tau that counts
+    the prompt's own token; figures of another drafter."""
+    def row(position, margin, counts):
+        differences = [["a", "one row", position, margin], ["b", "one row", None, None]]
+        return {"differences": differences, "rounds": {"a": counts, "b": [16, 1]}}
+
+    rows = [row(None, None, [9, 3]), row(4, 0.25, [6, 2]), row(2, 0.5, [6, 1]),
+            row(7, None, [3, 2])]
+    (ours, ours_by_prompt), (other, _) = exactness.summarize(rows)
+    assert ours == {"drafter": "a", "against": "one row", "prompts": 4, "identical": 0.25,
+                    "margin": 0.5, "position": 2, "tau": 24 / 8}
+    assert ours_by_prompt == [(None, None), (4, 0.25), (2, 0.5), (7, None)]
+    assert (other["identical"], other["margin"], other["tau"]) == (1, None, 16)
+
+    exactness.print_table([ours | {"dtype": "float32", "temperature": 0.7}])
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("4 prompts; ")
+    assert last.split() == ["float32", "0.7", "a", "3.00", "one", "row", "25.0%", "0.5000", "2"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("temperature", (0, 0.5))
+def test_bench_margin_by_hand(config, temperature):
+    """A margin of other positions or without the noise; one where an output has ended."""
+    target = small_target()
+    prompt = tokens_of(9).tolist()
+    sampling = Sampling(temperature, seed=3)
+    workload = Workload(target, small_drafter(), None, [], ())
+    comparison = exactness.Comparison(changed(config, device="cpu"), workload, {}, None, sampling)
+    _, hidden = target(torch.tensor([prompt + [4, 5]]))
+    scores = target.logits(hidden)[0, -1]
+    if temperature:
+        noise = exactness.gumbel_noise(3, torch.tensor([11]), V)[0]
+        scores = scores / temperature + noise
+    margin = comparison.margin(prompt, [4, 5, 6], [4, 5, 7], 2)
+    assert margin == pytest.approx(abs(scores[6] - scores[7]).item(), rel=1e-3)
+    assert comparison.margin(prompt, [4, 5], [4, 5, 7], 2) is None
+    assert comparison.margin(prompt, [4, 5], [4, 5], None) is None
+
+
 # ------------------------------------------------------------------------------------------------
 # curve
 
@@ -398,7 +762,7 @@ def test_bench_curve(run_bench):
     assert rows[-1]["drafter"] == "trained"
 
 
-def test_bench_curve_by_hand():
+def test_bench_curve_by_hand(capsys):
     """A speedup that is the inverse of one, or that compares the tokens of one prompt with the
     steps of another."""
     steps = [curve.Timed(10, 10, 10.0), curve.Timed(10, 10, 20.0)]  # of 1 s and of 2 s
@@ -406,6 +770,15 @@ def test_bench_curve_by_hand():
     point, = curve.points_of({"one row": steps, 4: rounds})
     assert point == {"drafter": "oracle", "tau": 12 / 3, "speedup": (8 * 1 + 4 * 2) / 4,
                      "round_s": 4 / 3, "step_s": 16 / 12}
+    # the prompt's own token is in no round
+    generation = Generation([1, 2, 3, 4], [Piece([2, 3], 1), Piece([4], 0)], 5.0)
+    assert curve.count(generation) == curve.Timed(3, 2, 5.0)
+    curve.print_table([point])
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.split() == ["oracle", "4.00", "4.00x", "1333.33", "ms", "1333.33", "ms"]
+    curve.print_table([point | {"tau": 2.0, "speedup": 1.5, "round_s": 0.003, "step_s": 0.004}])
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.split() == ["oracle", "2.00", "1.50x", "3.00", "ms", "4.00", "ms"]
 
 
 def test_bench_oracle_has_the_tau_that_was_asked_for():
@@ -416,6 +789,22 @@ def test_bench_oracle_has_the_tau_that_was_asked_for():
         right = torch.rand(20000, K - 1, generator=generator) < p
         accepted = right.long().cumprod(-1).sum(-1)
         assert abs(1 + accepted.double().mean() - tau) < 0.1
+
+
+@pytest.mark.parametrize("p", (0.0, 0.5, 0.9, 1.0))
+def test_bench_oracle_is_right_as_often_as_asked(p):
+    """An oracle that is right more often or seldomer than it was told, or at other positions: the
+    points of the curve then stand at another tau."""
+    target = small_target()
+    oracle = drafters.Oracle(target)
+    answer = tokens_of(400).tolist()
+    oracle.learn([1] * 30, answer, p)
+    right = 0
+    for first in range(0, 375, K - 1):
+        logits = oracle.draft_logits(torch.tensor([1]), target, None, torch.tensor(29 + first))
+        guesses = logits.argmax(-1)[0].tolist()
+        right += sum(a == b for a, b in zip(guesses, answer[first:first + K - 1], strict=True))
+    assert right / 375 == pytest.approx(p, abs=0.08)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -439,6 +828,33 @@ def test_bench_speed_compares_a_token_with_a_token(run_bench, copies, monkeypatc
     for flag, hint in (("--assumed_tau=0", "at least one token"), ("--parts=memory", "is none of")):
         with pytest.raises(SystemExit, match=hint):
             run_bench("speed", flag)
+
+
+def test_bench_speed_of_the_peer_by_hand(monkeypatch):
+    """The time of many tokens of transformers taken for that of one."""
+    def peer(tokens, **options):
+        return SimpleNamespace(past_key_values=[])
+
+    monkeypatch.setattr(speed, "seconds_of", lambda function, count=1: 8.0 / count)
+    arms = speed.peer_arms(peer, tokens_of(1, speed.CONTEXT + K), K, count=4)
+    assert {name: arm() for name, arm in arms.items()} == {
+        "peer, one token": 2.0, "peer, a block": 2.0, "peer, generate": 2.0}
+
+
+def test_bench_speed_of_prefill_by_hand(config, monkeypatch, capsys):
+    """A floor of prefill with the embedding or the head in it, or with a multiply-add as one; a
+    table whose columns are exchanged."""
+    target, _ = nano()
+    monkeypatch.setattr(speed, "race", lambda arms: {"ours": [1.0, 3.0, 2.0], "peer": [4.0] * 3})
+    row, = speed.prefill_rows(changed(config, device="cpu"), target, None, rate=1e6)
+    in_layers = sum(p.numel() for p in target.layers.parameters() if p.dim() == 2)
+    assert row["name"] == "prefill, 512 tokens"
+    assert row["seconds"] == 2.0
+    assert row["floor_seconds"] == 2 * in_layers * 512 / 1e6
+    assert (row["peer_seconds"], row["ratio"]) == (4.0, 2.0)
+    speed.print_table([row | {"seconds": 0.002, "floor_seconds": 0.001, "peer_seconds": 0.005}])
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.split()[3:] == ["2.000", "2.00", "5.000", "2.00x", "transformers"]
 
 
 def test_bench_speed_of_training(run_bench, copies, monkeypatch):

@@ -31,8 +31,8 @@ from draft_decode import Generation, Piece
 from flops import training_operations
 from model import block_labels, block_loss, sample_anchors
 from target import Target
-from tests.common import (K, NANO_DRAFTER, NANO_TARGET, ROOT, V, apart, nano, nano_copy, phase_1_2, read_jsonl,
-                          small_drafter, small_target, tokens_of, write_config)
+from tests.common import (K, NANO_DRAFTER, NANO_TARGET, ROOT, V, apart, nano, nano_copy, phase_1_2,
+                          read_jsonl, small_drafter, small_target, tokens_of, write_config)
 
 # ------------------------------------------------------------------------------------------------
 # whole runs: small ones, on the nano target
