@@ -140,7 +140,8 @@ def parse(text, key):
     if main_type is bool and text in BOOLEANS:
         return BOOLEANS[text]
     if main_type is tuple and set(key.element_types) == {str} and text[:1] not in ("", "(", "["):
-        return tuple(word.strip() for word in text.split(","))  # --names=a,b without quotes
+        words = text.removesuffix(",").split(",")  # --names=a,b without quotes; also --names=a,
+        return tuple(word.strip() for word in words)
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError):

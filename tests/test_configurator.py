@@ -110,6 +110,7 @@ def test_config_defaults_in_source_order(script, capsys):
     ("'--ids=()'", {"ids": ()}),
     ("--betas=1,0.5", {"betas": (1.0, 0.5)}),
     ("'--names=a, b'", {"names": ("a", "b")}),
+    ("--names=a,", {"names": ("a",)}),
     ("""--names="('a', 'b')" """, {"names": ("a", "b")}),
     ("""--free="1,'x',2.5" """, {"free": (1, "x", 2.5)}),
     ("--wide=1,2", {"wide": (1, 2)}),
@@ -123,7 +124,8 @@ def test_config_defaults_in_source_order(script, capsys):
     ("'--extra=a b'", {"extra": "a b"}),
 ))
 def test_config_values(script, command_line, expected):
-    """A bool that eats the next word, strings evaluated as Python, '--ids=1' an int."""
+    """A bool that eats the next word, strings evaluated as Python, '--ids=1' an int, an empty name
+    after a last comma."""
     check_values(script(command_line), expected)
 
 
