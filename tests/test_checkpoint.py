@@ -2,6 +2,7 @@
 Checkpoints of drafters: what engines read in them, what published ones have otherwise, and what is
 refused.
 """
+import dataclasses
 import json
 import math
 import os
@@ -344,6 +345,43 @@ def test_drafter_config_without_a_pad_token():
     target.pad_token_id = 8
     config = drafter_config(target, target_layer_ids=LAYER_IDS, mask_token_id=MASK, **shape)
     assert public_drafter_config(config)["pad_token_id"] == 8
+
+
+def test_drafter_follows_its_target_in_all_that_they_share(tmp_path):
+    """Failure 10: a value of the target that the drafter has of another one: an eps, a theta or a
+    length of context that is usual; or that is lost on the way to config.json and back."""
+    target = dataclasses.replace(
+        small_config(), rms_norm_eps=1e-3, rope_theta=5e5, max_position_embeddings=777,
+        eos_token_id=7, pad_token_id=8)
+    config = drafter_config(
+        target, layers=1, target_layer_ids=LAYER_IDS, mask_token_id=MASK, heads=4, kv_heads=2,
+        head_dim=16, mlp=96, block_size=8)
+    config.attention_bias = True
+    config.initializer_range = 0.5
+    drafter = perturb(DFlashDraftModel(config), scale=5.0)
+    public = save(drafter, tmp_path / "a-dflash")
+    expected = {
+        "rms_norm_eps": 1e-3, "rope_theta": 5e5, "max_position_embeddings": 777,
+        "eos_token_id": 7, "pad_token_id": 8, "hidden_size": HIDDEN, "vocab_size": V,
+        "num_target_layers": 8, "attention_bias": True, "initializer_range": 0.5,
+        "block_size": 8}
+    assert expected.items() <= public.items()
+    loaded = load_drafter(str(tmp_path / "a-dflash"), target)
+    assert loaded.norm.eps == loaded.layers[0].self_attn.q_norm.eps == 1e-3
+    assert loaded.layers[0].self_attn.q_proj.bias is not None
+    assert save(loaded, tmp_path / "b-dflash") == public
+
+
+@pytest.mark.parametrize("key, default", (
+    ("rms_norm_eps", 1e-6), ("attention_bias", False), ("layer_types", [FULL, FULL]),
+    ("num_target_layers", 8), ("hidden_act", "silu"), ("rope_scaling", None)))
+def test_published_drafters_without_a_key(tmp_path, key, default):
+    """Failure 10: a key that a published drafter leaves out gets another value than the usual."""
+    folder = tmp_path / "a-dflash"
+    public = save(small_drafter(), folder)
+    edit_json(folder / "config.json", remove=[key])
+    assert save(load(folder), tmp_path / "b-dflash") == public
+    assert public[key] == default
 
 # ------------------------------------------------------------------------------------------------
 # what is refused

@@ -10,15 +10,20 @@ import os
 import re
 
 import pytest
+import torch
 
 import draft_decode
 import train
-from chat import tokenizer_fingerprint
+from chat import chat_prompt, tokenizer_fingerprint
 from data import conversations, regenerate
 from data.math500 import prepare as math500
 from data.samples import write_samples
 from draft_decode import Generation, Piece, summary
-from tests.common import NANO_TARGET, edit_json, nano_copy, put_nan, write_config, write_jsonl
+from model import DFlashDraftModel
+from sampling import Sampling
+from target import Target
+from tests.common import (NANO_TARGET, edit_json, nano, nano_copy, put_nan, write_config,
+                          write_jsonl)
 
 # ------------------------------------------------------------------------------------------------
 # decoding
@@ -32,6 +37,50 @@ def test_cli_decodes_and_compares(main):
     assert "12 tokens | " in out
     assert "speedup" in out
     assert out.rstrip().endswith("identical")
+
+
+def test_cli_keys_arrive_where_tokens_are_chosen(main, monkeypatch):
+    """A key of sampling, a limit, a dtype or thinking that does not arrive: the answer is none that
+    was asked for. With and without the comparison, and with --raw."""
+    requests = []
+    compiled = []
+
+    def keep(target, drafter, prompt_ids, max_new_tokens, stops, forward_rows, sampling,
+             decoders=None, on_piece=None):
+        requests.append((prompt_ids, forward_rows))
+        assert max_new_tokens == 9
+        assert stops == {502, 504}
+        assert sampling == Sampling(0.7, top_k=5, top_p=0.9, seed=3, draft_temperature=0.5)
+        assert target.embed_tokens.weight.dtype == torch.bfloat16
+        if drafter is not None:
+            assert drafter.fc.weight.dtype == torch.bfloat16
+        return generation([1, 2, 3], [2], 1.0)
+
+    def keep_generate(*request):
+        keep(*request)
+        return iter(())
+
+    monkeypatch.setattr(draft_decode, "timed_generate", keep)
+    monkeypatch.setattr(draft_decode, "generate", keep_generate)
+    for model in (Target, DFlashDraftModel):
+        monkeypatch.setattr(model, "compile_decoding", lambda self: compiled.append(type(self)))
+    flags = (
+        "--prompt=Hi", "--device=cpu", "--dtype=bfloat16", "--max_new_tokens=9", "--top_k=5",
+        "--temperature=0.7", "--top_p=0.9", "--seed=3", "--draft_temperature=0.5")
+    _, tokenizer = nano()
+    plain = chat_prompt(tokenizer, "Hi")
+
+    main(draft_decode, *flags)
+    # the warm-up of both, then the drafter and the target alone in both shapes
+    assert requests == [(plain, None), (plain, 1), (plain, None), (plain, 16), (plain, 1)]
+    requests.clear()
+    assert not compiled
+    main(draft_decode, *flags, "--compare=False", "--thinking", "--compile")
+    assert requests == [(chat_prompt(tokenizer, "Hi", thinking=True), None)]
+    assert compiled == [Target, DFlashDraftModel]
+    requests.clear()
+    main(draft_decode, *flags, "--compare=False", "--raw")
+    assert requests == [(tokenizer.encode("Hi"), None)]
 
 
 def generation(tokens, lengths, seconds):
@@ -296,6 +345,13 @@ TRAINING_MISTAKES = (
     ("--target=nowhere", "error: no .* 'nowhere'"),
     ("--batch_size=64", "error: 20 samples make no step"),
     ("--batch_size=0", "error: batch_size = 0: use 1 or more"),
+    ("--accumulation=0", "error: accumulation = 0: use 1 or more"),
+    ("--num_anchors=0", "error: num_anchors = 0: use 1 or more"),
+    ("--length_multiple=0", "error: length_multiple = 0: use 1 or more"),
+    ("--patience=0", "error: patience = 0: use 1 or more"),
+    ("--eval_samples=0", "error: eval_samples = 0: use 1 or more"),
+    ("--keep_checkpoints=0", "error: keep_checkpoints = 0: use 1 or more"),
+    ("--device=gpu", "error: device = 'gpu': use cpu or cuda"),
     ("--weighting=linear", "error: weighting = 'linear': use decay or dpace"),
     ("--attention=flex", "error: attention = 'flex' has no backward on CPUs"),
     ("--parallel=fsdp", "error: parallel = 'fsdp' .* torchrun"),

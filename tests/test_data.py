@@ -13,6 +13,7 @@ import threading
 import time
 import urllib.request
 from fractions import Fraction
+from types import SimpleNamespace
 
 import pyarrow.parquet
 import pytest
@@ -22,6 +23,7 @@ from safetensors import safe_open
 from benchmarks.prompts import load_questions
 from chat import chat_prompt, load_tokenizer, stop_ids, tokenizer_fingerprint
 from checkpoint import random_target
+from configurator import configure
 from data import conversations, regenerate
 from data.math240k import prepare as math240k
 from data.math500 import prepare as math500
@@ -30,10 +32,11 @@ from data.nano import prepare as nano_prepare
 from data.nano.problems import boxed, problem, problems, split_of
 from data.nano.refusals import REFUSAL, REFUSED_EXAMPLES, normal_form, refused_text
 from data.samples import Samples, write_samples
-from draft_decode import generate
+from draft_decode import Generation, generate
+from sampling import Sampling
 from tests.common import (
-    NANO, NANO_DRAFTER, NANO_TARGET, all_tokens, nano, nano_copy, perturb, publish, questions,
-    read_jsonl, small_config, write_jsonl)
+    NANO, NANO_DRAFTER, NANO_TARGET, all_tokens, edit_json, nano, nano_copy, perturb, publish,
+    questions, read_jsonl, small_config, write_jsonl)
 
 # ------------------------------------------------------------------------------------------------
 # rows on disk
@@ -98,6 +101,18 @@ def test_rows_outside_the_vocabulary_are_refused(tmp_path):
     with pytest.raises(ValueError, match=hint):
         write_samples(str(tmp_path), {"train": rows}, {"vocab_size": 512})
     assert not (tmp_path / "meta.json").exists()
+
+
+@pytest.mark.parametrize("vocab_size, is_inside", ((512, False), (513, True)))
+def test_rows_at_the_edge_of_the_vocabulary(tmp_path, vocab_size, is_inside):
+    """An id that equals the size of the vocabulary, one more than its last row, is taken for one
+    of it; or the last row is refused."""
+    splits = {"train": [([0, 512], [0, 1])]}
+    if is_inside:
+        write_samples(str(tmp_path), splits, {"vocab_size": vocab_size})
+        return
+    with pytest.raises(ValueError, match=r"token ids 0..512, outside the vocabulary of 512"):
+        write_samples(str(tmp_path), splits, {"vocab_size": vocab_size})
 
 # ------------------------------------------------------------------------------------------------
 # the nano task: problems, tokenizer, chat template, answers
@@ -258,6 +273,36 @@ def test_tokenizer_is_that_of_its_script(main, tmp_path):
     for name in names:
         with open(os.path.join(NANO_TARGET, name), "rb") as f:
             assert f.read() == (tmp_path / name).read_bytes()
+
+
+def test_chat_stop_ids_are_those_of_the_vocabulary():
+    """An end of text of another family of models that does not end an answer; or a mark that the
+    vocabulary lacks."""
+    vocabulary = {"a": 0, "</s>": 1, "<|im_end|>": 2, "<|endoftext|>": 3}
+    tokenizer = SimpleNamespace(get_vocab=lambda: vocabulary, eos_token="</s>")
+    assert stop_ids(tokenizer) == {1, 2, 3}
+    tokenizer.eos_token = None
+    assert stop_ids(tokenizer) == {2, 3}
+    del vocabulary["<|im_end|>"]
+    assert stop_ids(tokenizer) == {3}
+
+
+def test_failure_9_fingerprint_sees_the_template_wherever_it_stands(tmp_path):
+    """Failure 9: a template in tokenizer_config.json, as in many public checkpoints, or a tokenizer
+    that may be another without a word; or any other key there that counts as one."""
+    fingerprints = set()
+    target = nano_copy(tmp_path / "target", "target")
+    fingerprints.add(tokenizer_fingerprint(str(target)))
+    edit_json(target / "tokenizer_config.json", padding_side="left")
+    assert {tokenizer_fingerprint(str(target))} == fingerprints
+    for edit in range(2):
+        edit_json(target / "tokenizer_config.json", chat_template=f"template {edit}")
+        fingerprints.add(tokenizer_fingerprint(str(target)))
+    (target / "chat_template.jinja").unlink()
+    fingerprints.add(tokenizer_fingerprint(str(target)))
+    (target / "tokenizer.json").write_text("{}")
+    fingerprints.add(tokenizer_fingerprint(str(target)))
+    assert len(fingerprints) == 5
 
 
 def test_chat_prompt_has_the_empty_thought():
@@ -422,6 +467,34 @@ def test_prepare_counts_what_it_keeps_cuts_and_drops(make_rows):
     assert "7 dropped" in printed
     cut = [tokens for tokens, _ in read_both(folder) if len(tokens) == 160]
     assert meta["cut"] == len(cut)
+
+
+def test_prepare_counts_a_row_as_cut_if_it_lost_a_token():
+    """A row exactly as long as max_length counted as cut; one that has no answer left kept."""
+    row = {"messages": turns("q", "ab")}
+    whole = conversations.encode(row, NANO_TARGET, False, max_length=3072)
+    length = len(whole.tokens)
+    supervised = int(whole.mask.sum())
+    assert not whole.was_cut
+    for max_length, is_cut in ((length + 1, False), (length, False), (length - 1, True)):
+        encoded = conversations.encode(row, NANO_TARGET, False, max_length)
+        assert encoded.was_cut == is_cut
+        assert len(encoded.tokens) == len(encoded.mask) == min(length, max_length)
+    prompt_length = length - supervised
+    encoded = conversations.encode(row, NANO_TARGET, False, prompt_length + 1)
+    assert encoded.mask.tolist() == [0] * prompt_length + [1]
+    with pytest.raises(conversations.UnusableRow, match="no answer within"):
+        conversations.encode(row, NANO_TARGET, False, prompt_length)
+
+
+@pytest.mark.parametrize("count, val_rows, held_out", (
+    (100, 3, 3), (100, 10, 10), (100, 512, 10), (19, 512, 1), (5, 512, 1), (1, 1, 1)))
+def test_prepare_holds_out_as_many_as_asked(count, val_rows, held_out):
+    """val_rows that does not arrive, or more than a tenth of all rows held out."""
+    keys = [7 * i % 101 for i in range(count)] + [None]
+    largest = conversations.largest_held_out_key(keys, val_rows)
+    assert sum(key is not None and key <= largest for key in keys) == held_out
+    assert conversations.largest_held_out_key([None], val_rows) == -1
 
 
 def test_prepare_is_the_same_at_every_run(make_rows, tmp_path):
@@ -716,6 +789,68 @@ def test_regenerate_counts_what_has_no_answer(served, ask, monkeypatch):
     assert "refused: 400" in printed
     printed, _ = ask("http://127.0.0.1:9/v1", "--retries=2", out="none.jsonl")
     assert "gave no answer in 3 tries" in printed
+
+
+def regenerate_config(**values):
+    """The keys of data/regenerate.py for the nano target, and other values of some."""
+    keys = {"target": NANO_TARGET, "device": "cpu", "dtype": "float32"} | values
+    return SimpleNamespace(**vars(configure(vars(regenerate), [])) | keys)
+
+
+def test_regenerate_asks_by_its_keys():
+    """A key of the answers that does not arrive at the server."""
+    config = regenerate_config(
+        server="http://x/v1/", model="m", temperature=0.7, thinking=True, max_new_tokens=9)
+    request = regenerate.chat_request(config, turns("q"))
+    assert request.full_url == "http://x/v1/chat/completions"
+    assert json.loads(request.data) == {
+        "model": "m", "messages": turns("q"), "temperature": 0.7, "max_tokens": 9,
+        "chat_template_kwargs": {"enable_thinking": True}}
+
+
+@pytest.mark.parametrize("drafter, forward_rows", (("", 1), (NANO_DRAFTER, None)))
+def test_regenerate_decodes_by_its_keys(monkeypatch, drafter, forward_rows):
+    """A key of the answers that does not arrive at the decoder, prompts that share their noise, or
+    an answer without an end that is kept."""
+    requests = []
+    answers = [[65, 504], [65, 66], [65, 504]]
+
+    def keep(target, drafter, prompt_ids, max_new_tokens, stops, rows, sampling, decoders):
+        requests.append((prompt_ids, sampling))
+        assert (max_new_tokens, stops, rows) == (9, {502, 504}, forward_rows)
+        assert target.embed_tokens.weight.dtype == torch.bfloat16
+        assert drafter is None or drafter.fc.weight.dtype == torch.bfloat16
+        return Generation(answers[len(requests) - 1], [], 1.0)
+
+    monkeypatch.setattr(regenerate, "timed_generate", keep)
+    config = regenerate_config(drafter=drafter, temperature=0.7, thinking=True, max_new_tokens=9,
+                               dtype="bfloat16")
+    decode = regenerate.make_decoder(config)
+    _, tokenizer = nano()
+    whole = regenerate.Answer(tokenizer.decode([65]))
+    assert decode(turns("q")) == whole
+    assert decode(turns("p")) == regenerate.Answer(None, "did not end")
+    assert decode(turns("q")) == whole
+    for question, (prompt_ids, sampling) in zip("qpq", requests, strict=True):
+        assert prompt_ids == chat_prompt(tokenizer, question, thinking=True)
+        assert sampling == Sampling(0.7, seed=sampling.seed)
+    seeds = [sampling.seed for _, sampling in requests]
+    assert seeds[0] == seeds[2] != seeds[1]
+
+
+def test_regenerate_goes_on_after_a_later_refusal(main, monkeypatch, tmp_path):
+    """One prompt that is too long for the context ends a run of hours."""
+    answers = {"a": regenerate.Answer("A"), "b": regenerate.Answer(None, "refused: too long"),
+               "c": regenerate.Answer("C")}
+
+    def make_decoder(config):
+        return lambda messages: answers[messages[0]["content"]]
+
+    monkeypatch.setattr(regenerate, "make_decoder", make_decoder)
+    for order, hint in (("abc", "2 answered, 1 refused"), ("bac", "the first prompt is refused")):
+        prompts = write_jsonl(tmp_path / f"{order}.jsonl", [{"question": name} for name in order])
+        printed = main(regenerate, f"--prompts={prompts}", f"--out={tmp_path}/{order}.out")
+        assert hint in printed
 
 
 def test_regenerate_here_and_prepare(main, tmp_path):

@@ -14,7 +14,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 import model
 from checkpoint import drafter_config
-from model import DFlashDraftModel, rotary_table
+from model import DFlashDraftModel, masked_attention, rotary_table
 from tests.common import (DRAFTERS, HIDDEN, K, LAYER_IDS, MASK, apart, random_normal, slow_block,
                           small_config, small_drafter, small_target, tokens_of)
 
@@ -121,6 +121,35 @@ def test_leak_in_flex_attention(layer_types, window, monkeypatch):
     anchors[1, -3:] = 0  # unreal ones after the last
     with_flex = drafter(features, blocks, anchors, use_flex=True)
     assert apart(with_flex, drafter(features, blocks, anchors)) < 1e-5
+
+
+def test_norm_in_bf16_is_computed_in_fp32():
+    """Statistics or the gain of a norm rounded to bf16 before they are used."""
+    norm = model.RMSNorm(64, 1e-6)
+    norm.weight.data = 1 + 0.3 * random_normal(1)((64,))  # fp32, as in training
+    x = random_normal()((40, 64)).bfloat16()
+    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    exact *= norm.weight.double()
+    normed = norm(x)
+    assert normed.dtype == torch.bfloat16
+    assert ((normed.double() - exact).abs() <= 1.01 * 2 ** -8 * exact.abs()).all()
+
+
+def test_attention_in_bf16_has_its_softmax_in_fp32():
+    """Scores or the softmax in bf16, which has three digits: hundreds of small weights then sum to
+    something else than 1. Of a buffer of 400 keys 300 are seen; scores differ by a few."""
+    draw = random_normal()
+    q, k, v = [draw(1, heads, rows, 32).bfloat16() for heads, rows in ((4, 3), (2, 400), (2, 400))]
+    q = 8 * q
+    mask = (torch.arange(400) < 300).expand(3, -1)
+    o = masked_attention(q, k, v, mask)
+    scores = q.double() @ k.double().repeat_interleave(2, 1).mT / 32 ** 0.5
+    # the product is bf16's, and so are the weights that are given to the second product
+    scores = (scores * 32 ** 0.5).bfloat16().double() / 32 ** 0.5
+    weights = scores[..., :300].softmax(-1).bfloat16().double()
+    exact = weights @ v.double().repeat_interleave(2, 1)[:, :, :300]
+    assert o.dtype == torch.bfloat16
+    assert apart(o, exact) < 2.5e-3
 
 
 @pytest.mark.parametrize("ids", ((1, 7), (3, 1), (1, 1), (-1, 2), ()))

@@ -201,6 +201,9 @@ def test_generate_ends_at_the_context(monkeypatch):
     room = 50 - len(prompt) - K
     for rounds in decode_reference(40):
         assert all_tokens(rounds) == answer[:room]
+    # forwards of one row end at the same token
+    one_row = all_tokens(generate(target, None, prompt, 40, forward_rows=1))
+    assert len(one_row) == room
 
     with pytest.raises(ValueError, match="empty"):
         next(generate(target, None, [], 5))

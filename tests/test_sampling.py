@@ -12,7 +12,7 @@ import torch
 import draft_decode
 from chat import chat_prompt
 from draft_decode import generate
-from sampling import Sampling, choose, gumbel_noise, mask_unlikely
+from sampling import Sampling, choose, gumbel_noise, mask_unlikely, perturbed_scores
 from tests.common import (HalfRightOracle, K, all_tokens, nano, questions, shipped, tiny_target)
 
 # ------------------------------------------------------------------------------------------------
@@ -106,6 +106,26 @@ def test_sampling_refuses_values_out_of_range(values):
     """A temperature or a share that no distribution has gives tokens all the same."""
     with pytest.raises(ValueError, match="temperatures and top_k are 0 or more"):
         Sampling(**values)
+
+
+def test_sampling_takes_values_at_the_edge_of_the_range():
+    """A value at the edge that is refused, such as top_p = 1, which is the default."""
+    edge = Sampling(temperature=0.0, top_k=0, top_p=1.0, seed=(1 << 63) - 1)
+    assert edge.top_p == 1.0
+    assert Sampling(top_p=1e-9, seed=1 - (1 << 63)).top_k == 0
+
+
+def test_scores_of_bf16_logits_are_in_fp32():
+    """Logits divided by the temperature in bf16, which has three digits: tokens that stood apart
+    get one score; or noise of another temperature."""
+    logits = torch.tensor([[10.0, 10.0625, -3.0]]).bfloat16()
+    noise = torch.tensor([[0.5, 0.25, 0.125]])
+    scores = perturbed_scores(logits, Sampling(0.7), 0.7, noise)
+    assert scores.dtype == torch.float32
+    expected = [10.0 / 0.7 + 0.5, 10.0625 / 0.7 + 0.25, -3.0 / 0.7 + 0.125]
+    assert scores[0].tolist() == pytest.approx(expected, rel=1e-6)
+    # greedy: the logits as they are, without noise or filters
+    assert perturbed_scores(logits, Sampling(0.0, top_k=1), 0, noise) is logits
 
 # ------------------------------------------------------------------------------------------------
 # the distribution of two tokens in a row

@@ -9,8 +9,10 @@ import urllib.request
 import numpy as np
 import pytest
 
+import bench
 from benchmarks import serve
 from chat import chat_prompt, stop_ids
+from configurator import configure
 from data.nano.problems import boxed, problems
 from draft_decode import timed_generate
 from tests.common import NANO_TARGET, nano, read_jsonl, shipped, write_jsonl
@@ -192,6 +194,77 @@ def test_bench_serve_resumes(run_bench, monkeypatch, served, tmp_path):
     assert len(questions_asked) == 2 + 4
     assert report["pairs"] == report["prompts"] == 3
     assert report["agreement"]["value"] == 1
+
+
+def test_bench_serve_requests_have_its_keys():
+    """A key of sampling, thinking or the limit that does not arrive at the server."""
+    config = configure(vars(bench), [])
+    plain = serve.request_body(config)
+    assert "top_k" not in plain  # 0 is all, which servers write in other ways
+    assert plain["chat_template_kwargs"] == {"enable_thinking": False}
+    for key, value in (("max_new_tokens", 7), ("temperature", 0.7), ("top_k", 5), ("top_p", 0.9),
+                       ("seed", 3), ("thinking", True)):
+        setattr(config, key, value)
+    assert serve.request_body(config) == {
+        "max_tokens": 7, "temperature": 0.7, "top_k": 5, "top_p": 0.9, "seed": 3, "stream": True,
+        "stream_options": {"include_usage": True},
+        "chat_template_kwargs": {"enable_thinking": True}}
+
+
+@pytest.mark.parametrize("tokens, is_whole", ((0, False), (1, True), (7, True), (8, False),
+                                              (None, False)))
+def test_bench_serve_refuses_answers_that_are_not_whole(tokens, is_whole):
+    """An answer of exactly the limit that counts as failed; one that is longer, or that has no
+    count, in the figures."""
+    answer = serve.StreamedAnswer("4", tokens, 0.5, "length")
+    if is_whole:
+        serve.check_answer(answer, 7)
+        return
+    with pytest.raises(ValueError, match="tokens in its usage"):
+        serve.check_answer(answer, 7)
+
+
+def test_bench_serve_report_by_hand(capsys):
+    """The inverse of a speedup, its arithmetic mean, pairs in which one server failed; a first
+    token that counts among those after it; seconds printed as milliseconds."""
+    def answer(text, tokens, seconds):
+        return {"text": text, "tokens": tokens, "first": 1.0, "seconds": seconds}
+
+    def row(ours, baseline):
+        group = {"wall": 10.0, "before": {}, "after": {}}
+        return {"speculative": group | {"answers": [ours]},
+                "baseline": group | {"answers": [baseline]}}
+
+    rows = [
+        row(answer("a", 9, 3.0), answer("a", 9, 9.0)),      # 3 tokens/s against 1
+        row(answer("b", 6, 4.0), answer("c", 8, 4.0)),      # 1.5 against 2
+        row(answer("d", 9, 3.0), answer("d", 6, 6.0)),      # 3 against 1
+        row(answer("e", 5, 5.0), {"error": "dead"})]
+    report = serve.report_of(rows, [None] * 4)
+    assert (report["prompts"], report["pairs"], report["faster"]) == (4, 3, 2)
+    assert (report["min"], report["median"], report["max"]) == (0.75, 3.0, 3.0)
+    assert report["geomean"]["value"] == pytest.approx((3 * 0.75 * 3) ** (1 / 3))
+    assert report["speedup"]["value"] == pytest.approx((24 / 10) / (23 / 19))
+    assert report["agreement"]["value"] == pytest.approx(2 / 3)
+    ours = report["speculative"]
+    assert ours["first_token_s"]["value"] == 1.0
+    assert ours["token_s"]["value"] == pytest.approx((2 + 3 + 2 + 4) / (8 + 5 + 8 + 4))
+    assert ours["tokens_per_s"]["value"] == pytest.approx(29 / 15)
+    assert ours["tokens_per_s_of_all"]["value"] == pytest.approx(29 / 40)
+
+    serve.print_report(report | {"tau": 4.5})
+    lines = {}
+    for line in capsys.readouterr().out.splitlines():
+        lines[line[:28].strip()] = line[28:].strip()
+    for name, value in (("ms to the first token", "1000.00"), ("ms a token after it", "440.00"),
+                        ("tokens/s of a request", "1.93"), ("tokens/s of all", "0.72")):
+        assert lines[name].split()[0] == value, name
+    assert lines["tau"].split()[0] == "4.500,"
+    assert lines["speedup"].startswith("1.98 [")
+    assert "a prompt 0.75x to 3.00x, geometric mean 1.89 [" in lines["speedup"]
+    assert lines["speedup"].endswith("2 faster")
+    assert lines["agreement"].startswith("66.67 [")
+    assert lines["baseline"] == "3 answered, 1 failed; 1 x dead"
 
 
 def test_bench_serve_figures(monkeypatch):

@@ -1,6 +1,7 @@
 """
 The target: its numbers against transformers, its sizes, and loading it from every layout.
 """
+import copy
 import dataclasses
 import functools
 import math
@@ -10,18 +11,20 @@ import sys
 import huggingface_hub
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 import cpu
+import target as target_module
 from chat import chat_prompt, load_tokenizer, tokenizer_fingerprint
 from checkpoint import (SIZES, load_drafter, load_target, parse_target_config, random_target,
                         read_target_config)
 from draft_decode import generate
-from target import Target
+from target import GatedRMSNorm, RMSNorm, Target, unit_length
 from tests.common import (HIDDEN, LAYER_IDS, NANO_DRAFTER, NANO_TARGET, ROOT, apart,
                           hub_copy, nano, perturb, phase_1_2, public_weights, publish, questions,
-                          shipped, small_config, small_target, tokens_of)
+                          random_normal, shipped, small_config, small_target, tokens_of)
 
 FP32_NAMES = ("linear_attn.A_log", "linear_attn.norm.weight")  # in fp32 whatever the model's dtype
 
@@ -104,6 +107,76 @@ def test_failure_4_features_of_a_loaded_target_are_hidden_states_one_later(tmp_p
     for i in ids:
         assert apart(feature(features, i), states[i + 1]) < 1e-4, i
         assert apart(feature(features, i), states[i]) > 1e-2, i
+
+# ------------------------------------------------------------------------------------------------
+# fp32 inside a bf16 target
+
+
+def half(shape, seed=0, scale=1.0):
+    """Random numbers that bf16 holds exactly."""
+    return (scale * random_normal(seed)(shape)).bfloat16()
+
+
+def assert_rounded_once(x, exact):
+    """x in bf16 is the exact number rounded: at most half a unit of its eight bits away."""
+    assert x.dtype == torch.bfloat16
+    assert ((x.double() - exact).abs() <= 1.01 * 2 ** -9 * 2 * exact.abs()).all()
+
+
+def over_rms(x):
+    """x / rms(x) in fp64."""
+    x = x.double()
+    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def test_norm_in_bf16_is_computed_in_fp32():
+    """1 + w or the statistics rounded to bf16 before they are used: a gain of 1.003 becomes 1."""
+    norm = RMSNorm(64, 1e-6).bfloat16()
+    norm.weight.data = half((64,), seed=1, scale=0.01)
+    x = half((40, 64))
+    assert_rounded_once(norm(x), over_rms(x) * (1 + norm.weight.double()))
+
+
+def test_unit_length_in_bf16_is_computed_in_fp32():
+    """Keys that are a percent too long: what is stored under them blows up."""
+    x = half((40, 16), scale=3.0)
+    unit = unit_length(x)
+    assert unit.dtype == torch.float32
+    exact = x.double() / (x.double().square().sum(-1, keepdim=True) + 1e-6).sqrt()
+    assert apart(unit, exact) < 1e-6
+
+
+def test_gated_norm_in_bf16_has_an_fp32_gain_and_gate():
+    """The gain of the gated norm, which stays in fp32, or its gate rounded to bf16."""
+    norm = GatedRMSNorm(64, 1e-6)
+    norm.weight.data = 1 + 0.3 * random_normal(1)((64,))
+    x = half((400, 64))
+    z = half((400, 64), seed=2)
+    normed = over_rms(x).bfloat16().double()  # as transformers does, which trained it so
+    exact = norm.weight.double() * normed * F.silu(z.double())
+    close = (norm(x, z).double() - exact).abs() <= 1.01 * 2 ** -8 * exact.abs()
+    # where normed lies between two numbers of bf16, fp32 and fp64 may round it to either
+    assert close.float().mean() > 0.999
+
+
+@torch.no_grad()
+def test_decay_in_bf16_is_computed_in_fp32(monkeypatch):
+    """The log of the fading from a time step in bf16: over thousands of tokens another state."""
+    layer = copy.deepcopy(small_target("tied", torch.bfloat16)).layers[0].linear_attn
+    layer.A_log.data = layer.A_log.float()
+    given = {}
+
+    def keep(q, k, v, g, beta):
+        given["g"] = g
+        return v, None
+
+    monkeypatch.setattr(target_module, "gated_delta_rule", keep)
+    x = half((1, 30, HIDDEN))
+    layer(x, None, None)
+    *_, a = layer.project(x)
+    exact = -layer.A_log.double().exp() * F.softplus(a.double() + layer.dt_bias.double())
+    assert given["g"].dtype == torch.float32
+    assert apart(given["g"], exact) < 1e-6
 
 # ------------------------------------------------------------------------------------------------
 # sizes
@@ -311,6 +384,43 @@ def test_target_configs_that_are_refused(change, hint):
     config = {"model_type": "qwen3_5", "text_config": text | change}
     with pytest.raises(ValueError, match=hint):
         parse_target_config(config)
+
+
+NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+          "num_attention_heads", "num_key_value_heads", "head_dim", "linear_num_key_heads",
+          "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim")
+ABSENT = {  # what a key means that a public file may leave out, spelled out
+    "linear_conv_kernel_dim": 4, "rms_norm_eps": 1e-6, "rope_theta": 1e7,
+    "partial_rotary_factor": 0.25, "tie_word_embeddings": False,
+    "max_position_embeddings": 262144, "eos_token_id": None, "pad_token_id": None,
+    "layer_types": (("linear_attention",) * 3 + ("full_attention",)) * 2}
+PRESENT = {
+    "linear_conv_kernel_dim": 3, "rms_norm_eps": 1e-5, "rope_theta": 5e5,
+    "partial_rotary_factor": 0.5, "tie_word_embeddings": True, "max_position_embeddings": 777,
+    "eos_token_id": 7, "pad_token_id": 8, "layer_types": ("full_attention",) * 8}
+
+
+@pytest.mark.parametrize("key", ABSENT)
+def test_target_configs_have_the_published_defaults(key):
+    """Failure 10: a key that a public file leaves out gets another value than its publishers mean;
+    or one that it has is not read, inside text_config or at the top."""
+    needed = {name: vars(small_config("untied"))[name] for name in NEEDED}
+    parsed = parse_target_config({"text_config": needed})
+    assert getattr(parsed, key) == ABSENT[key]
+    assert set(vars(parsed)) == {*NEEDED, *ABSENT}
+    value = {key: PRESENT[key]}
+    for config in ({"text_config": needed | value}, {"text_config": needed} | value,
+                   needed | value):
+        assert getattr(parse_target_config(config), key) == PRESENT[key]
+
+
+@pytest.mark.parametrize("key", NEEDED)
+def test_target_configs_without_a_width_are_refused(key):
+    """Failure 10: a width that is guessed where a file does not say it."""
+    needed = {name: vars(small_config("untied"))[name] for name in NEEDED}
+    del needed[key]
+    with pytest.raises(ValueError, match=key):
+        parse_target_config({"text_config": needed})
 
 
 def test_target_configs_flat_and_without_defaults(tmp_path):
