@@ -17,6 +17,7 @@ from benchmarks.acceptance import transcript
 from benchmarks.common import Arm, Workload, decode_in_turns, summarize
 from benchmarks.drafters import probability_for
 from benchmarks.journal import Journal
+from benchmarks.peer import peer_answer
 from benchmarks.prompts import Prompt, is_correct, load_prompts, load_questions, random_prompts
 from benchmarks.timing import in_turn
 from chat import chat_prompt, stop_ids
@@ -26,8 +27,8 @@ from decode_state import DecodeState
 from model import DFlashDraftModel
 from sampling import Sampling
 from target import Target
-from tests.common import (HIDDEN, K, ROOT, V, Oracle, all_tokens, nano, read_jsonl, reference,
-                          shipped, small_drafter, small_target, tokens_of, write_jsonl)
+from tests.common import (HIDDEN, K, ROOT, V, Oracle, all_tokens, nano, phase_1_2, read_jsonl,
+                          reference, shipped, small_drafter, small_target, tokens_of, write_jsonl)
 
 
 @pytest.fixture
@@ -805,6 +806,41 @@ def test_bench_oracle_is_right_as_often_as_asked(p):
         guesses = logits.argmax(-1)[0].tolist()
         right += sum(a == b for a, b in zip(guesses, answer[first:first + K - 1], strict=True))
     assert right / 375 == pytest.approx(p, abs=0.08)
+
+
+# ------------------------------------------------------------------------------------------------
+# what is measured besides
+
+
+def test_bench_untrained_drafter_costs_what_that_of_phase_1_2_costs():
+    """A drafter of another size or with other features, whose rounds cost less or more."""
+    with torch.device("meta"):
+        config, _ = phase_1_2()
+        drafter = drafters.untrained_drafter(Target(config).bfloat16())
+    assert sum(p.numel() for p in drafter.parameters()) == 86_522_368
+    assert drafter.target_layer_ids == (3, 7, 11, 15, 19)
+    assert (drafter.block_size, drafter.mask_token_id) == (16, 248_319)
+    assert drafter.fc.weight.dtype == torch.float32  # it is trained; random_drafter() casts it
+
+
+@pytest.mark.parametrize("limit, room", ((5, 5), (100, 50 - 20 - K)))
+def test_bench_peer_ends_where_we_end(limit, room):
+    """An answer of transformers that goes on where ours ended: the two are called different."""
+    asked = {}
+
+    class Peer:
+        config = SimpleNamespace(max_position_embeddings=50)
+        device = "cpu"
+
+        def generate(self, prompt, **options):
+            asked.update(options)
+            return torch.cat((prompt, torch.tensor([[7, 8]])), 1)
+
+    prompt = tokens_of(20).tolist()
+    assert peer_answer(Peer(), prompt, limit, {9, 3}, K) == [7, 8]
+    assert asked["max_new_tokens"] == room
+    assert asked["eos_token_id"] == [3, 9]
+    assert asked["do_sample"] is False
 
 
 # ------------------------------------------------------------------------------------------------

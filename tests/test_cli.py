@@ -8,6 +8,7 @@ line.
 import json
 import os
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,6 +84,25 @@ def test_cli_keys_arrive_where_tokens_are_chosen(main, monkeypatch):
     assert requests == [(tokenizer.encode("Hi"), None)]
 
 
+def test_cli_prints_guesses_and_choices_in_their_colors(capsys):
+    """A guess painted as the target's own token; half of a character printed, or lost."""
+    texts = {(): "", (1,): "a", (1, 2): "ab", (1, 2, 3): "ab\ufffd", (1, 2, 3, 4): "abé"}
+
+    def decode(tokens, skip_special_tokens):
+        assert skip_special_tokens
+        return texts[tuple(tokens)]
+
+    printer = draft_decode.Printer(SimpleNamespace(decode=decode), color=True)
+    printer([1], Piece([1], 0))
+    printer([1, 2, 3], Piece([2, 3], 1))    # one guess was right; the second token is half
+    printer([1, 2, 3, 4], Piece([4], 0))
+    green, blue, plain = "\033[32m", "\033[34m", "\033[0m"
+    assert capsys.readouterr().out == f"{blue}a{plain}{green}b{plain}{blue}é{plain}"
+    printer = draft_decode.Printer(SimpleNamespace(decode=decode), color=False)
+    printer([1, 2], Piece([1, 2], 1))
+    assert capsys.readouterr().out == "ab"
+
+
 def generation(tokens, lengths, seconds):
     """A finished generation of the given tokens, in rounds of the given lengths."""
     rounds = []
@@ -115,6 +135,7 @@ def test_cli_summary_by_hand():
 
 MISTAKES = (
     (["--prompt= "], "error: the prompt is empty"),
+    (["--prompt=\udcff"], "error: the prompt is no valid UTF-8"),
     (["--raw", "--prompt=" + "7 " * 600],
      r"error: the prompt has 1\d\d\d tokens, too many .* 1024"),
     (["--target=nowhere", "--prompt=x"], "error: no .* in 'nowhere'"),

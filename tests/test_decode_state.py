@@ -133,6 +133,15 @@ def test_cuts_rejected_block(accepted):
     _, fresh = target.prefill(x[:, :n + 1], state)
     assert apart(logits, fresh) < 1e-4
 
+
+def test_state_of_a_bf16_target_is_kept_in_fp32():
+    """The recurrent state or the tail of its inputs in bf16: rounded again with every block."""
+    state = DecodeState(small_target("untied", torch.bfloat16), 1, 64)
+    for name in ("S", "S_chunk_end", "window", "cos", "sin"):
+        assert getattr(state, name).dtype == torch.float32, name
+    for name in ("keys", "values", "conv"):
+        assert getattr(state, name).dtype == torch.bfloat16, name
+
 # ------------------------------------------------------------------------------------------------
 # what makes it so on a CPU
 

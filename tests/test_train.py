@@ -491,6 +491,53 @@ def test_rate_warms_up_and_ends_at_zero(small_run):
     assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
+def test_steps_have_the_rate_of_the_schedule(small_run):
+    """A schedule that is logged and never given to the optimizer; gradients that are left over for
+    the next step; a step more or less than is counted."""
+    config, rows = small_run
+    config.num_anchors = 4
+    drafter = small_drafter().requires_grad_()
+    rows = [(tokens % V, supervised) for tokens, supervised in rows]
+    run = train.new_run(config, small_target(), drafter, rows)
+    for step in range(run.total_steps):
+        assert run.step == step
+        entry, _ = train.train_step(run)
+        rate = train.learning_rate(step, run.total_steps, config)
+        assert entry["lr"] == rate
+        assert [group["lr"] for group in run.optimizer.param_groups] == [rate]
+        assert all(parameter.grad is None for parameter in drafter.parameters())
+    rates = [train.learning_rate(step, run.total_steps, config) for step in range(run.total_steps)]
+    assert len(set(rates)) > 3
+
+
+def test_mask_is_the_first_free_id():
+    """A mask that is a token of the text, or one behind the last row of the embedding."""
+    config = SimpleNamespace(mask_token_id=None)
+    assert train.mask_id(config, range(507), 512) == 507  # of a tokenizer only the length counts
+    assert train.mask_id(config, range(511), 512) == 511
+    assert train.mask_id(config, None, 512) == 511
+    for value, is_inside in ((0, True), (511, True), (512, False), (-1, False)):
+        config.mask_token_id = value
+        if is_inside:
+            assert train.mask_id(config, range(507), 512) == value
+            continue
+        with pytest.raises(ValueError, match=f"mask_token_id = {value} is outside"):
+            train.mask_id(config, range(507), 512)
+
+
+def test_card_says_what_was_trained(small_run):
+    """A card in a published checkpoint that names another target, step, width or data."""
+    config, _ = small_run
+    config.target = "Qwen/Qwen3.5-0.8B/"
+    config.data = "data/math240k"
+    config.num_layers = 5
+    config.block_size = 8
+    card = training_state.model_card(SimpleNamespace(config=config, step=30, total_steps=400))
+    assert card.startswith("# DFlash drafter for Qwen3.5-0.8B\n")
+    assert "5 layers, blocks of 8, features of target layers [1, 6]." in card
+    assert card.endswith("Step 30 of 400; data: math240k.\n")
+
+
 def test_estimate_is_the_same_every_time(small_run):
     """Anchors of the estimate that are drawn anew, so that its noise looks like learning; a row
     more or less than eval_samples; a mean of means."""
