@@ -84,10 +84,12 @@ def test_bench_keys_arrive_where_tokens_are_chosen(
     monkeypatch.setattr(acceptance, "generate", lambda *request: iter([keep(*request)]))
     probabilities = []
     monkeypatch.setattr(drafters.Oracle, "learn", lambda *args: probabilities.append(args[-1]))
+    own = ("--temperature=0.7", "--dtype=bfloat16", "--temperatures=0.1,", "--dtypes=float32")
+    if command == "exactness":  # has keys of its own for these two
+        own = ("--temperature=0.1", "--dtype=float32", "--temperatures=0.7,", "--dtypes=bfloat16")
     run_bench(
-        command, "--limit=2", "--max_new_tokens=7", "--temperature=0.7", "--top_k=5", "--top_p=0.9",
-        "--seed=3", "--draft_temperature=0.5", "--dtype=bfloat16", "--repeats=5", "--oracle=0.25",
-        "--temperatures=0.7,", "--dtypes=bfloat16")
+        command, "--limit=2", "--max_new_tokens=7", "--top_k=5", "--top_p=0.9", "--seed=3",
+        "--draft_temperature=0.5", "--repeats=5", "--oracle=0.25", *own)
 
     _, tokenizer = nano()
     limit = 7
