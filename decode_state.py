@@ -62,7 +62,7 @@ class DecodeState:
     block, where no row of the block sees it: the delta rule is causal.
 
     position     tokens committed; a tensor, so that a round has static shapes (for CUDA graphs)
-    keys         and values of each full-attention layer; a mask hides rows past the position
+    keys         and values of each full-attention layer; a mask hides from a row what is behind it
     S            of each linear layer, after `position` rounded down to a multiple of K
     S_chunk_end  the same at the next multiple of K, as the last forward computed it
     window       q k v g beta of the 2 K tokens from S on, side by side in one tensor

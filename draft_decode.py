@@ -6,7 +6,7 @@ Speculative decoding with a DFlash drafter. The output is the target's own.
 
 A round has four steps. (1) Draft: one forward of the drafter guesses the K - 1 tokens after the
 last known one, the anchor. (2) Verify: one forward of the target over anchor and guesses yields its
-own choice after each of them. (3) Accept: the guesses up to the first one that is not the target's
+own choice after each of them. (3) Accept: the guesses before the first one that is not the target's
 choice, and then that choice, which is the next anchor. (4) Commit: the target adopts the old anchor
 and the accepted guesses.
 
@@ -59,7 +59,7 @@ class Decoder:
     """Decodes one sequence of at most `length` tokens, round by round.
 
     drafter         None: the target alone
-    forward_rows    K, rows of a forward that verifies a block: with a drafter, its block size
+    forward_rows    K, the rows of a forward of the target. With a drafter it is its block size
 
     A round has static shapes and keeps its positions in tensors. So on CUDA it is captured as a
     graph, which all later rounds replay, also those of later prompts. A round waits for the device
@@ -111,9 +111,9 @@ class Decoder:
 
         # 4. commit the old anchor and the accepted guesses: accepted + 1 rows, from row 0 on. (The
         #    new anchor goes through the target in the next round.) The drafter's context grows by
-        #    the same rows. As shapes must not vary, it is given the features of all K; those of
-        #    rejected rows stand behind the new anchor, where the next round writes over them.
-        #    commit comes last, since it moves the position.
+        #    the same rows. As shapes must not vary, it is given the features of all K. Those of
+        #    rejected rows stand from the new anchor's place on, where the next round writes over
+        #    them before it reads. commit comes last, since it moves the position.
         if drafter is not None:
             drafter.write_context(features, self.cache, state.position)
         state.commit(accepted[0] + 1)
@@ -147,13 +147,13 @@ class Decoder:
 
     def next_round(self):
         """Run a round; returns its tokens as a list, and how many of them were guesses."""
-        # Without a GPU a round just runs. On CUDA so does the first, which compiles and warms up.
         if not self.is_warm or not self.anchor.is_cuda:
+            # Without a GPU a round just runs. On CUDA so does the first: it compiles and warms up.
             self.outcome = self.run_round()
             self.is_warm = True
-        # The second round on CUDA is captured: that records its kernels and runs none of them.
-        # Then it is replayed, as all later ones are. A replay fills the same tensors.
         else:
+            # The second round on CUDA is captured: that records its kernels and runs none of them.
+            # Then it is replayed, as all later ones are. A replay fills the same tensors.
             if self.graph is None:
                 self.graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(self.graph):
@@ -397,10 +397,10 @@ def decode(config):
     print("now the target alone, for comparison; Ctrl-C leaves it out", flush=True)
     K = drafter.block_size
     try:
-        with bar("same forwards", ours) as show:
+        with bar("same forwards", len(ours.tokens)) as show:
             # its time is not used, so it need not share the graphs of `decoders`
             same_shape = timed_generate(target, None, *request, K, sampling, on_piece=show)
-        with bar("one row a step", ours) as show:
+        with bar("one row a step", len(ours.tokens)) as show:
             one_row = timed_generate(target, None, *request, 1, sampling, decoders, show)
     except KeyboardInterrupt:
         return summary(ours, None, None)
@@ -408,9 +408,9 @@ def decode(config):
 
 
 @contextlib.contextmanager
-def bar(name, expected):
+def bar(name, token_count):
     """Yields an on_piece that draws a progress bar, if somebody looks at a terminal."""
-    with tqdm(total=len(expected.tokens), desc=name, unit="token", disable=None) as progress:
+    with tqdm(total=token_count, desc=name, unit="token", disable=None) as progress:
         yield lambda tokens, piece: progress.update(len(piece.tokens))
 
 

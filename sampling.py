@@ -79,8 +79,8 @@ def mask_unlikely(scores, top_k, top_p):
     if top_p < 1:
         ordered, token_ids = scores.sort(descending=True, stable=True)
         # A sum of floats depends on its order, and cumsum may take another one if it gets more
-        # rows at once. A sum of integers is exact in any order. So probabilities are counted in
-        # units of 2^-52.
+        # rows at once. (softmax sums each row in one way.) A sum of integers is exact in any
+        # order. So probabilities are counted in units of 2^-52.
         probabilities = ordered.double().softmax(-1)
         units = (probabilities * 2.0 ** 52).long()
         units_before = units.cumsum(-1) - units

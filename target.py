@@ -76,8 +76,8 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, state_after_chunks=No
         W_1 = beta_1 (v_1 - exp(g_1) k_1 S)
         W_2 = beta_2 (v_2 - exp(g_1 + g_2) k_2 S - exp(g_2) (k_2 . k_1) W_1)
 
-    since token 2 finds S faded twice, and what token 1 wrote faded once. In general token t finds
-    S times fade_t, and what token s < t wrote times decay_ts:
+    since token 2 finds S faded twice, and what token 1 wrote faded once. With more tokens, token t
+    finds S times fade_t, and what token s < t wrote times decay_ts:
 
         fade_t   = exp(g_1 + .. + g_t)
         decay_ts = exp(g_s+1 + .. + g_t) = fade_t / fade_s
@@ -85,9 +85,9 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, state_after_chunks=No
         W_t = beta_t (v_t - fade_t k_t S - sum over s < t of decay_ts (k_t . k_s) W_s)
 
     These are linear equations for all W_t of the chunk. Take each of W, k, v as a matrix with a row
-    for each token. [x] is the diagonal matrix of the x_t. In front of a matrix it multiplies
-    row t by x_t, behind it column t. The sign * multiplies entry by entry. With the sum on the left
-    side the equations are
+    for each token. Let [x] be the diagonal matrix of the x_t: in front of a matrix it multiplies
+    row t by x_t, behind it column t. Let * multiply entry by entry. The equations, with the sum
+    brought to the left side:
 
         (I + A) W = [beta] (v - [fade] k S)      A = [beta] (decay * k k^T), below the diagonal only
 
@@ -162,8 +162,8 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, state_after_chunks=No
         states.append(S)
         W = torch.baddbmm(U[i], Y[i], S, alpha=-1)                           # U - Y S
         writes.append(W)
-        # The state after the last chunk costs a product. Decoding, which wants that after the
-        # first of two chunks, does without it.
+        # Decoding wants the state after the first of two chunks. Then the state after the second
+        # is not computed.
         is_last = i == N - 1
         if not is_last or state_after_chunks == N:
             S = torch.baddbmm(S * fade_of_chunk[i], k_to_end_T[i], W)
@@ -461,7 +461,7 @@ class TargetConfig:
 
 
 def delta_rule_widths(c):
-    """Numbers a token in q, k, v, g and beta of a linear layer."""
+    """How many numbers a token has in q, k, v, g and beta of a linear layer."""
     value_heads = c.linear_num_value_heads
     q = c.linear_num_key_heads * c.linear_key_head_dim
     k = q
@@ -586,8 +586,9 @@ class Target(nn.Module):
     def compile_decoding(self):
         """Compile the layers for the blocks of decoding.
 
-        One by one: each kind of layer is compiled once, and gives the same bits whichever layers
-        feed the drafter. A prompt, whose length varies, goes through the plain layers.
+        One by one: each kind of layer is compiled once. Compiled together, layers would be fused in
+        another way where one of them feeds the drafter, and round otherwise. A prompt, whose length
+        varies, goes through the plain layers.
         """
         torch._dynamo.config.recompile_limit = 64  # kinds of layer x block sizes x buffer lengths
         self.compiled_layers = [torch.compile(layer, dynamic=False) for layer in self.layers]

@@ -60,7 +60,7 @@ num_anchors = 512                           # blocks of a sample
 weighting = "decay"                         # of slots: decay, or dpace by the drafter's confidence
 gamma = 7.0                                 # slots over which decay's weight falls to 1/e
 dpace_smoothing = 0.5                       # D-PACE's a, of 0 .. 1
-guesses_at_once = 1024                       # guesses whose logits exist at once
+guesses_at_once = 1024                      # guesses whose logits exist at once
 # optimisation
 batch_size = 2                              # samples of a micro-batch
 accumulation = 2                            # micro-batches of a step
@@ -354,9 +354,10 @@ def is_unusual(grad_norm, run):
 def describe_skipped_step(run, grad_norm):
     """The line with which a run ends: the norm, what is usual, and the samples of the step."""
     config = run.config
-    micro_batches = config.accumulation * world_size()
+    micro_batches_of_a_step = config.accumulation * world_size()
+    first = run.step * micro_batches_of_a_step
     numbers = []
-    for number in range(run.step * micro_batches, (run.step + 1) * micro_batches):
+    for number in range(first, first + micro_batches_of_a_step):
         numbers.extend(run.micro_batches.sample_numbers(number).tolist())
     return (f"the gradient of step {run.step + 1} has norm {grad_norm:.3g}, usual is "
             f"{run.guard.usual_norm:.3g}, and it is the {config.patience}th in a row: look at "
@@ -538,8 +539,8 @@ def compile_layers(target, drafter):
 def warm_up(run):
     """Compile every length of samples before the first step, so that none is met late."""
     config = run.config
-    step = config.length_multiple
-    for T in range(step, config.max_length + step, step):
+    multiple = config.length_multiple
+    for T in range(multiple, config.max_length + multiple, multiple):
         tokens = torch.zeros(config.batch_size, T, dtype=torch.long, device=config.device)
         supervised = torch.ones_like(tokens, dtype=torch.bool)
         generator = torch.Generator()
@@ -551,7 +552,7 @@ def warm_up(run):
 def deterministic_kernels():
     """Kernels chosen by rule, not by time, and none that sums in whatever order threads arrive.
 
-    A resumed run has to choose the same ones.
+    A resumed run has to choose the same ones. torch warns where it has no such kernel.
     """
     torch._inductor.config.deterministic = True
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -608,22 +609,23 @@ def ensure_data(config):
 def decode_held_out(config, folder, samples, stops):
     """tau of real greedy decoding on held-out prompts, all tokens over all rounds.
 
-    With a saved checkpoint, and a target of its own: that of training may be sharded or compiled.
+    It decodes with the saved checkpoint, and with a target that is loaded anew, as the one that was
+    trained with may be sharded or compiled.
     """
     target = load_target(config.target, config.device, config.dtype)
     drafter = load_drafter(folder, target.config, config.device, config.dtype)
     decoders = {}  # buffers and graphs that prompts share
-    tokens = 0
-    rounds = 0
+    token_count = 0
+    round_count = 0
     for i in range(min(config.decode_prompts, len(samples))):
         tokens_of_sample, mask = samples[i]
         prompt_ids = tokens_of_sample[:int(mask.argmax())].tolist()  # up to the answer
         answer = timed_generate(
             target, drafter, prompt_ids, config.decode_tokens, stops, decoders=decoders)
-        rounds += len(answer.rounds)
+        round_count += len(answer.rounds)
         for piece in answer.rounds:
-            tokens += len(piece.tokens)
-    return tokens / max(1, rounds)
+            token_count += len(piece.tokens)
+    return token_count / max(1, round_count)
 
 
 def train(config):
@@ -634,10 +636,10 @@ def train(config):
     # say what will be done
     drafter_size = sum(p.numel() for p in run.drafter.parameters())
     target_size = sum(p.numel() for p in run.target.parameters())
-    samples = len(run.micro_batches.samples)
+    sample_count = len(run.micro_batches.samples)
     print(f"{drafter_size:,} parameters to train for a target of {target_size:,} | "
-          f"{samples:,} samples, {run.total_steps:,} steps on {world_size()} x {config.device}",
-          flush=True)
+          f"{sample_count:,} samples, {run.total_steps:,} steps on {world_size()} x "
+          f"{config.device}", flush=True)
     if config.wandb_project and rank() == 0:
         import wandb
         name = os.path.basename(os.path.normpath(config.out_dir))
@@ -677,8 +679,8 @@ def main(argv=None):
         sys.exit(f"error: process {rank()} lost another one, whose end is reported below or on its "
                  "node: --resume goes on from the last checkpoint")
     except KeyboardInterrupt:
-        sys.exit("interrupted while no step was under way: nothing is lost, --resume goes on from "
-                 "the last checkpoint")
+        sys.exit("interrupted while no step was under way: nothing is lost. If there is a "
+                 "checkpoint, --resume goes on from it")
 
 
 if __name__ == "__main__":

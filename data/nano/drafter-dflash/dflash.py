@@ -128,7 +128,7 @@ class DFlashDraftModel(PreTrainedModel):
         return self.norm(x)
 
     def compile_decoding(self):
-        """Compile the two parts of a decoding round, once for each length of cache."""
+        """Compile the two parts of a decoding round, anew for each length of cache."""
         self.decode_block = torch.compile(self.decode_block, dynamic=False)
         self.write_context = torch.compile(self.write_context)
 
@@ -421,9 +421,9 @@ def write_at(buffer, positions, x):
 def rotary_table(positions, dim, theta):
     """cos and sin (..., dim) in fp32 for integer positions (...).
 
-    Channel i and channel i + dim/2 turn together, by the angle position / theta^(2i/dim). Written
-    as a quotient, as in transformers: theta^(-2i/dim) would be rounded otherwise, which at position
-    200,000 changes cos by 0.01, and published weights were trained with the quotient.
+    Channel i and channel i + dim/2 turn together, by the angle position * (1 / theta^(2i/dim)). The
+    frequency is a quotient, as in transformers: theta^(-2i/dim) would be rounded otherwise, which
+    at position 200,000 changes cos by 0.01, and published weights were trained with the quotient.
     """
     channels = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32)
     frequencies = 1.0 / theta ** (channels / dim)
@@ -480,8 +480,8 @@ def sample_anchors(supervised, count, generator, max_length):
     sequence has fewer candidates than `count`, fillers that are not real stand at the end, with
     position 0: shapes never vary.
 
-    All random numbers are drawn from the generator: one for each position up to max_length, of
-    which T are used. So the anchors of a sequence do not depend on how far it was padded.
+    All random numbers are drawn from the generator: one for each position below max_length. So the
+    anchors of a sequence do not depend on how far it was padded.
     """
     T = supervised.shape[1]
     allowed = supervised[:, :-1] & supervised[:, 1:]
@@ -559,7 +559,6 @@ def dpace_weights(q, inside, smoothing):
 # gradient is 0.
 
 
-
 def block_loss(
         hidden,
         head,
@@ -576,10 +575,10 @@ def block_loss(
     hidden (B, A, K, width)     from the drafter's forward
     head (V, width)             the target's, frozen
     labels, weights (B, A, K-1) from block_labels()
-    guesses_at_once              guesses whose logits exist at once, rounded down to whole blocks,
-                                as D-PACE weighs the slots of a block together
+    guesses_at_once             guesses whose logits exist at once, rounded to whole blocks, as
+                                D-PACE weighs the slots of a block together
     dpace_smoothing             None, or D-PACE's a; then any weight above 0 says: this slot counts
-    chunk_loss_function              chunk_loss (None), or a compiled one
+    chunk_loss_function         chunk_loss (None), or a compiled one
 
     Returns the scalar loss and, for each slot, all (B, A, K-1): the nll, whether the greedy guess
     is right, and the weight that was used.
