@@ -286,12 +286,12 @@ def test_bench_speeds_by_hand():
 
     rows = [
         {"answer": None, "speculative": row([7, 8, 9], 1.0), "target": row([7, 8, 8], 2.0),
-         "target_same_shape": row([7, 8, 9], 4.0)},
+         "target_same_shape": row([7, 8, 9], 8.0)},
         {"answer": None, "speculative": row([7, 8, 9], 1.0), "target": row([7, 8, 9], 6.0),
-         "target_same_shape": row([7, 8, 9], 4.0)}]
+         "target_same_shape": row([7, 8, 9], 8.0)}]
     report = summarize(rows, None, K)
     assert report["tokens_per_s"] == {
-        "speculative": 4 / 2, "target": 4 / 8, "target_same_shape": 4 / 8}
+        "speculative": 4 / 2, "target": 4 / 8, "target_same_shape": 4 / 16}
     assert report["speedup"] == 4
     assert report["identical"] == 1
     assert report["identical_to_steps"] == 0.5
