@@ -123,12 +123,14 @@ def test_leak_in_flex_attention(layer_types, window, monkeypatch):
     assert apart(with_flex, drafter(features, blocks, anchors)) < 1e-5
 
 
-def test_norm_in_bf16_is_computed_in_fp32():
-    """Statistics or the gain of a norm rounded to bf16 before they are used."""
+@pytest.mark.parametrize("gain_dtype", (torch.float32, torch.bfloat16))
+def test_norm_in_bf16_is_computed_in_fp32(gain_dtype):
+    """Statistics or the gain of a norm rounded to bf16 before they are used. The gain is fp32 in
+    training and bf16 in decoding."""
     norm = model.RMSNorm(64, 1e-6)
-    gain = 1 + 0.3 * random_normal(1)((64,))  # fp32, as in training
+    gain = (1 + 0.3 * random_normal(1)((64,))).to(gain_dtype)
     norm.weight.data = gain
-    x = random_normal()((40, 64)).bfloat16()
+    x = random_normal()((400, 64)).bfloat16()
     normed = norm(x)
     assert normed.dtype == torch.bfloat16
 
