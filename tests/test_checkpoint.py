@@ -258,8 +258,12 @@ def like_the_27b(config):
     del config["dflash_config"]["block_size"]
 
 
-def without_the_window_flag(config):
+def with_the_window_flag_off(config):
     config["use_sliding_window"] = False
+
+
+def without_the_window_flag(config):
+    del config["use_sliding_window"]
 
 
 def without_the_target_layers(config):
@@ -276,6 +280,7 @@ def with_rope_scaling(config):
 PUBLISHED = (  # heads, key-value heads, head width; layer types; what is other in config.json
     ((4, 2, 32), (SLIDING,) * 5 + (FULL,), like_the_4b),
     ((8, 4, 16), (FULL,) * 5, like_the_27b),
+    ((2, 1, 64), (SLIDING, FULL), with_the_window_flag_off),
     ((2, 1, 64), (SLIDING, FULL), without_the_window_flag),
     ((4, 2, 16), (FULL,), without_the_target_layers),
     ((4, 2, 16), (FULL,), with_rope_scaling),

@@ -96,8 +96,8 @@ def test_cli_prints_guesses_and_choices_in_their_colors(capsys):
     printer([1], Piece([1], 0))
     printer([1, 2, 3], Piece([2, 3], 1))    # one guess was right; the second token is half
     printer([1, 2, 3, 4], Piece([4], 0))
-    green, blue, plain = "\033[32m", "\033[34m", "\033[0m"
-    assert capsys.readouterr().out == f"{blue}a{plain}{green}b{plain}{blue}é{plain}"
+    own, guess, end = "\033[34m", "\033[32m", "\033[0m"  # blue, green, plain
+    assert capsys.readouterr().out == f"{own}a{end}{guess}b{end}{own}é{end}"
     printer = draft_decode.Printer(SimpleNamespace(decode=decode), color=False)
     printer([1, 2], Piece([1, 2], 1))
     assert capsys.readouterr().out == "ab"

@@ -123,32 +123,42 @@ def test_leak_in_flex_attention(layer_types, window, monkeypatch):
     assert apart(with_flex, drafter(features, blocks, anchors)) < 1e-5
 
 
-def test_norm_in_bf16_is_computed_in_fp32():
-    """Statistics or the gain of a norm rounded to bf16 before they are used."""
+@pytest.mark.parametrize("gain_dtype", (torch.float32, torch.bfloat16))
+def test_norm_in_bf16_is_computed_in_fp32(gain_dtype):
+    """Statistics or the gain of a norm rounded to bf16 before they are used. The gain is fp32 in
+    training and bf16 in decoding."""
     norm = model.RMSNorm(64, 1e-6)
-    norm.weight.data = 1 + 0.3 * random_normal(1)((64,))  # fp32, as in training
-    x = random_normal()((40, 64)).bfloat16()
-    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
-    exact *= norm.weight.double()
+    gain = (1 + 0.3 * random_normal(1)((64,))).to(gain_dtype)
+    norm.weight.data = gain
+    x = random_normal()((400, 64)).bfloat16()
     normed = norm(x)
     assert normed.dtype == torch.bfloat16
-    assert ((normed.double() - exact).abs() <= 1.01 * 2 ** -8 * exact.abs()).all()
+
+    mean_square = x.double().square().mean(-1, keepdim=True)
+    exact = x.double() / (mean_square + 1e-6).sqrt() * gain.double()
+    # rounded once, to eight bits
+    error = (normed.double() - exact).abs()
+    assert (error <= 1.01 * 2 ** -8 * exact.abs()).all()
 
 
 def test_attention_in_bf16_has_its_softmax_in_fp32():
-    """Scores or the softmax in bf16, which has three digits: hundreds of small weights then sum to
-    something else than 1. Of a buffer of 400 keys 300 are seen; scores differ by a few."""
+    """Scores divided or a softmax summed in bf16, which has three digits. Of a buffer of 400 keys
+    300 are seen."""
     draw = random_normal()
-    q, k, v = [draw(1, heads, rows, 32).bfloat16() for heads, rows in ((4, 3), (2, 400), (2, 400))]
-    q = 8 * q
+    q = 8 * draw(1, 4, 3, 32).bfloat16()
+    k = draw(1, 2, 400, 32).bfloat16()
+    v = draw(1, 2, 400, 32).bfloat16()
     mask = (torch.arange(400) < 300).expand(3, -1)
     o = masked_attention(q, k, v, mask)
-    scores = q.double() @ k.double().repeat_interleave(2, 1).mT / 32 ** 0.5
-    # the product is bf16's, and so are the weights that are given to the second product
-    scores = (scores * 32 ** 0.5).bfloat16().double() / 32 ** 0.5
-    weights = scores[..., :300].softmax(-1).bfloat16().double()
-    exact = weights @ v.double().repeat_interleave(2, 1)[:, :, :300]
     assert o.dtype == torch.bfloat16
+
+    # two query heads share a key head. Rounded to bf16 are the products, and the weights, which are
+    # part of the second product
+    seen_k = k[:, :, :300].double().repeat_interleave(2, 1)
+    seen_v = v[:, :, :300].double().repeat_interleave(2, 1)
+    scores = (q.double() @ seen_k.mT).bfloat16().double()
+    weights = (scores / 32 ** 0.5).softmax(-1).bfloat16().double()
+    exact = weights @ seen_v
     assert apart(o, exact) < 2.5e-3
 
 

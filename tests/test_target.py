@@ -257,6 +257,16 @@ def test_load_target_is_bit_equal_in_every_layout(shape, prefix, shards, tmp_pat
             assert torch.equal(half[name], weight.bfloat16()), name
 
 
+def test_load_target_takes_a_tied_head_that_is_repeated(tmp_path):
+    """A public file that holds a tied head twice is refused, as if its head were left over."""
+    target = small_target("tied")
+    publish(tmp_path, target, shards=1)
+    weights = public_weights(target) | {"lm_head.weight": target.embed_tokens.weight.clone()}
+    save_file(weights, tmp_path / "model.safetensors")
+    loaded = load_target(str(tmp_path))
+    assert torch.equal(loaded.head_weight, target.embed_tokens.weight)
+
+
 def test_load_target_refuses_what_it_cannot_read(tmp_path):
     """A missing shard, experts, or a config without a width end in something else than a line that
     names them."""

@@ -688,13 +688,17 @@ def test_train_hands_on_and_prints(small_run, monkeypatch, capsys, wandb):
     config.compile = True
     done = []
 
+    def keep_loop(run, held_out):
+        done.append(len(held_out))
+        return "F"
+
     def keep_decoding(config, folder, samples, stops):
         done.append(("decoded", folder, len(samples), stops))
         return 2.5
 
     monkeypatch.setattr(train, "compile_layers", lambda *models: None)
     monkeypatch.setattr(train, "warm_up", lambda run: done.append("compiled"))
-    monkeypatch.setattr(train, "loop", lambda run, held_out: done.append(len(held_out)) or "F")
+    monkeypatch.setattr(train, "loop", keep_loop)
     monkeypatch.setattr(train, "decode_held_out", keep_decoding)
     train.train(config)
     assert done == ["compiled", 3, ("decoded", "F", 3, {502, 504})]
