@@ -1,9 +1,9 @@
 """
-Trains the nano target from nothing: a Qwen3.5-shaped hybrid of 12 layers that learns the mix of
-problems.py: word problems, plain arithmetic, and texts to refuse.
+Trains the nano target from nothing: a Qwen3.5-shaped hybrid of 12 layers that solves the problems
+of problems.py.
 
-    python data/nano/pretrain.py                                     # some hours on two cores
-    python data/nano/pretrain.py --device=cuda --micro_batch=128     # minutes
+    python data/nano/pretrain.py                    # an hour or two on two cores
+    python data/nano/pretrain.py --device=cuda      # minutes
 
 It writes data/nano/target. Run again after an interruption it goes on from its last save. Every
 batch is a pure function of (seed, step).
@@ -30,8 +30,8 @@ from target import Target
 out_dir = os.path.join(ROOT, "data", "nano", "target")  # has the tokenizer; gets config and weights
 state_path = os.path.join(ROOT, "out", "pretrain.pt")   # weights and moments of the run so far
 device = "cpu"              # cpu or cuda
-steps = 2500                # optimizer steps
-batch_size = 128            # problems a step, about 89 tokens each
+steps = 1100                # optimizer steps
+batch_size = 96             # problems a step, about 118 tokens each
 num_layers = 12             # three linear, one full, repeated
 hidden_size = 128           # channels of the residual stream
 intermediate_size = 384     # channels of the SwiGLU
@@ -51,7 +51,6 @@ def main(argv=None):
     config = configure(globals(), argv)
     try:
         parse_dtype(config.device, "float32")
-        save_config(config)  # a folder without it counts as no target, even for its tokenizer
         tokenizer = load_tokenizer(config.out_dir)
     except ValueError as error:
         command = f"python data/nano/make_tokenizer.py --out_dir={config.out_dir}"
@@ -231,24 +230,21 @@ def public_config(config):
     }
 
 
-def save_config(config):
-    os.makedirs(config.out_dir, exist_ok=True)
-    config_json = json.dumps(public_config(config), indent=2)
-    write_whole(os.path.join(config.out_dir, "config.json"), config_json)
-
-
 def save_target(target, config):
-    """What load_target and transformers read beside config.json: weights in bf16, but for those
-    that stay in fp32."""
+    """The folder that load_target and transformers read: config.json, and weights in bf16 but for
+    those that stay in fp32."""
     weights = {}
     for name, weight in target.state_dict().items():
         weight = weight.detach().cpu()
         if not name.endswith(FP32_WEIGHTS):
             weight = weight.to(torch.bfloat16)
         weights["model." + name] = weight.contiguous()
+    os.makedirs(config.out_dir, exist_ok=True)
     path = os.path.join(config.out_dir, "model.safetensors")
     save_weights(weights, path + ".tmp")
     os.replace(path + ".tmp", path)
+    config_json = json.dumps(public_config(config), indent=2)
+    write_whole(os.path.join(config.out_dir, "config.json"), config_json)
 
 
 def recipe(config):
