@@ -389,7 +389,8 @@ def decode(config):
             list(itertools.islice(pieces, 4))
 
     printer = Printer(tokenizer, config.color)
-    ours = timed_generate(target, drafter, *request, None, sampling, decoders, printer)
+    ours = timed_generate(
+        target, drafter, *request, sampling=sampling, decoders=decoders, on_piece=printer)
     print("\n")
     if not config.compare:
         return summary(ours, None, None)
@@ -399,9 +400,12 @@ def decode(config):
     try:
         with bar("same forwards", len(ours.tokens)) as show:
             # its time is not used, so it need not share the graphs of `decoders`
-            same_shape = timed_generate(target, None, *request, K, sampling, on_piece=show)
+            same_shape = timed_generate(
+                target, None, *request, forward_rows=K, sampling=sampling, on_piece=show)
         with bar("one row a step", len(ours.tokens)) as show:
-            one_row = timed_generate(target, None, *request, 1, sampling, decoders, show)
+            one_row = timed_generate(
+                target, None, *request, forward_rows=1, sampling=sampling, decoders=decoders,
+                on_piece=show)
     except KeyboardInterrupt:
         return summary(ours, None, None)
     return summary(ours, same_shape, one_row)

@@ -85,7 +85,7 @@ def mask_unlikely(scores, top_k, top_p):
         units = (probabilities * 2.0 ** 52).long()
         units_before = units.cumsum(-1) - units
         # a token is left out if those before it already reach top_p
-        left_out = units_before >= int(top_p * 2.0 ** 52)
+        left_out = units_before >= max(1, int(top_p * 2.0 ** 52))  # the first always stays
         # from the order of likelihood back to the order of token ids
         left_out = torch.zeros_like(left_out).scatter(-1, token_ids, left_out)
         scores = scores.masked_fill(left_out, -torch.inf)

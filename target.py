@@ -68,7 +68,7 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, state_after_chunks=No
 
     Shapes as above. S None: zeros. chunk: tokens of a chunk. Returns o in v's dtype, and the state
     after so many chunks (None: after all) in fp32 or wider. The last chunk is padded with tokens of
-    beta = g = 0: the state after them has the same bits as before them.
+    beta = g = 0, which write nothing and fade nothing: the state has the same bits without them.
 
     How. All vectors are rows. Let S be the state before a chunk, and let token t write W_t: it adds
     k_t^T W_t to the state. First a chunk of two tokens. By the definition
@@ -93,7 +93,7 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, state_after_chunks=No
 
     For two tokens A has one entry, beta_2 decay_21 (k_2 . k_1), at row 2 and column 1. Solved:
 
-        W = U - Y S        U = M v        Y = M [fade] k        M = (I + A)^-1 [beta]
+        W = U - Y S        U = M v        Y = M [fade] k        with M = (I + A)^-1 [beta]
 
     U and Y do not depend on S, so they are computed for all chunks in parallel. What remains from
     chunk to chunk is W, and the state after the chunk of C tokens:

@@ -195,7 +195,7 @@ class Run:
 
 
 class BlockSums(NamedTuple):
-    """Sums over the blocks of a micro-batch, in fp64. Added up they are those of a whole step."""
+    """Sums over a micro-batch and its blocks, in fp64. Added up they are those of a whole step."""
     loss: torch.Tensor
     weight: torch.Tensor
     blocks: torch.Tensor
@@ -229,7 +229,7 @@ def block_forward(run, tokens, supervised, generator, trained_module=None):
     gamma = config.gamma
     dpace_smoothing = None
     if config.weighting == "dpace":
-        gamma = math.inf  # exp(-k / inf) = 1: weights say 1 or 0, and D-PACE finds its own
+        gamma = math.inf  # exp(-(k-1) / inf) = 1: weights say 1 or 0, and D-PACE finds its own
         dpace_smoothing = config.dpace_smoothing
     labels, weights = block_labels(tokens, supervised, anchors, real, drafter.block_size, gamma)
     inside = weights > 0  # slots that count
@@ -356,12 +356,12 @@ def describe_skipped_step(run, grad_norm):
     config = run.config
     micro_batches_of_a_step = config.accumulation * world_size()
     first = run.step * micro_batches_of_a_step
-    numbers = []
+    sample_numbers = []
     for number in range(first, first + micro_batches_of_a_step):
-        numbers.extend(run.micro_batches.sample_numbers(number).tolist())
+        sample_numbers.extend(run.micro_batches.sample_numbers(number).tolist())
     return (f"the gradient of step {run.step + 1} has norm {grad_norm:.3g}, usual is "
             f"{run.guard.usual_norm:.3g}, and it is the {config.patience}th in a row: look at "
-            f"samples {numbers} of {config.data} (split train), or lower lr")
+            f"samples {sample_numbers} of {config.data} (split train), or lower lr")
 
 
 def acceptance(sums):
@@ -392,8 +392,8 @@ def estimate(run, samples):
     sums = None
     for number in range(full_batches):
         first = number * batch_size
-        last = min(first + batch_size, count)
-        tokens, supervised = pad([samples[i] for i in range(first, last)], run.config)
+        end = min(first + batch_size, count)
+        tokens, supervised = pad([samples[i] for i in range(first, end)], run.config)
         generator = torch.Generator().manual_seed(first)
         _, batch_sums = block_forward(run, tokens, supervised, generator)
         sums = add_sums(sums, batch_sums)

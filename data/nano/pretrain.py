@@ -51,6 +51,7 @@ def main(argv=None):
     config = configure(globals(), argv)
     try:
         parse_dtype(config.device, "float32")
+        save_config(config)  # a folder without it counts as no target, even for its tokenizer
         tokenizer = load_tokenizer(config.out_dir)
     except ValueError as error:
         command = f"python data/nano/make_tokenizer.py --out_dir={config.out_dir}"
@@ -239,10 +240,13 @@ def save_target(target, config):
         if not name.endswith(FP32_WEIGHTS):
             weight = weight.to(torch.bfloat16)
         weights["model." + name] = weight.contiguous()
-    os.makedirs(config.out_dir, exist_ok=True)
     path = os.path.join(config.out_dir, "model.safetensors")
     save_weights(weights, path + ".tmp")
     os.replace(path + ".tmp", path)
+
+
+def save_config(config):
+    os.makedirs(config.out_dir, exist_ok=True)
     config_json = json.dumps(public_config(config), indent=2)
     write_whole(os.path.join(config.out_dir, "config.json"), config_json)
 

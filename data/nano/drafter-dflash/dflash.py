@@ -3,12 +3,12 @@ The drafter of DFlash and its loss.
 
 DFlash (Chen, Liang, Liu, arXiv 2602.06036) guesses a block of K tokens in one forward. The input is
 [x_n, MASK, .., MASK]: the embeddings of the last known token, the *anchor*, at position n, and of
-K - 1 masks. All that the drafter knows of the past are the *features*: hidden states which the
-target computed anyway, at a few of its layers (`target_layer_ids`), concatenated. `fc` mixes them,
-and every layer of the drafter sees the result as keys and values: its *context*. The context ends
-before the anchor, since the anchor itself has not been through the target yet. The block
-has K *slots*. Slot k guesses the token at position n + k, not the one after. Slot 0 is the anchor
-and guesses nothing.
+K - 1 masks. (In decoding `anchor` is this token; in training `anchors` are positions of some.)
+All that the drafter knows of the past are the *features*: hidden states which the target computed
+anyway, at a few of its layers (`target_layer_ids`), concatenated. `fc` mixes them, and every layer
+of the drafter sees the result as keys and values: its *context*. The context ends before the
+anchor, since the anchor itself has not been through the target yet. The block has K *slots*. Slot k
+guesses the token at position n + k, not the one after. Slot 0 is the anchor and guesses nothing.
 
 The drafter has no embedding and no head of its own. It uses those of the target, which are frozen.
 
@@ -128,7 +128,7 @@ class DFlashDraftModel(PreTrainedModel):
         return self.norm(x)
 
     def compile_decoding(self):
-        """Compile the two parts of a decoding round, anew for each length of cache."""
+        """Compile the drafter's two parts of a decoding round."""
         self.decode_block = torch.compile(self.decode_block, dynamic=False)
         self.write_context = torch.compile(self.write_context)
 
@@ -158,8 +158,9 @@ class DFlashDraftModel(PreTrainedModel):
         for attention_window in {layer.self_attn.attention_window for layer in self.layers}:
             visible = block_visibility(anchors, T, K, attention_window)
             if use_flex:
-                queries = A * K
-                visible = create_block_mask(visible, B, None, queries, T + queries, device)
+                query_count = A * K
+                key_count = T + query_count
+                visible = create_block_mask(visible, B, None, query_count, key_count, device)
             visibilities[attention_window] = visible
 
         x = embedded
@@ -249,7 +250,7 @@ def attention_by_anchor_groups(
         query_numbers = all_slots[own]
         context_numbers = torch.arange(seen_tokens, device=device)
         key_numbers = torch.cat((context_numbers, T + query_numbers))
-        mask = visible(batch, 0, query_numbers[:, None], key_numbers)
+        mask = visible(batch, 0, query_numbers[:, None], key_numbers)         # (B, queries, keys)
 
         # Several query heads share a key head. Their queries are put behind one another, as if they
         # were more queries of one head, and the mask is repeated for them. So no key is copied.
@@ -321,9 +322,9 @@ class Attention(nn.Module):
 
     def keys_values(self, x, rotary):
         """k and v (..., Hkv, D) of x (..., width): of the context, or of normed slots."""
-        heads = (self.kv_heads, self.head_dim)
-        k = self.k_proj(x).unflatten(-1, heads)
-        v = self.v_proj(x).unflatten(-1, heads)
+        shape = (self.kv_heads, self.head_dim)
+        k = self.k_proj(x).unflatten(-1, shape)
+        v = self.v_proj(x).unflatten(-1, shape)
         return rotate(self.k_norm(k), rotary), v
 
     def forward(self, x, context, block_rotary, context_rotary, anchors, visibility):
