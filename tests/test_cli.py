@@ -46,7 +46,7 @@ def test_cli_keys_arrive_where_tokens_are_chosen(main, monkeypatch):
     requests = []
     compiled = []
 
-    def keep(target, drafter, prompt_ids, max_new_tokens, stops, forward_rows, sampling,
+    def keep(target, drafter, prompt_ids, max_new_tokens, stops, forward_rows=None, sampling=None,
              decoders=None, on_piece=None):
         requests.append((prompt_ids, forward_rows))
         assert max_new_tokens == 9
