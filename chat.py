@@ -24,6 +24,11 @@ def load_tokenizer(name):
     if folder is None:
         raise ValueError(f"target {name!r} has random weights and no tokenizer: it serves to "
                          "measure speed and exactness; for text give a folder or a hub id")
+    return tokenizer_in(folder)
+
+
+def tokenizer_in(folder):
+    """The tokenizer in a folder, which need not hold a model. ValueError when there is none."""
     if not os.path.isfile(os.path.join(folder, "tokenizer.json")):
         raise ValueError(f"no tokenizer.json in {folder!r}: copy it there from the checkpoint's "
                          "publisher")

@@ -20,7 +20,7 @@ from safetensors import safe_open
 
 from benchmarks.prompts import load_questions
 from chat import chat_prompt, load_tokenizer, stop_ids, tokenizer_fingerprint
-from checkpoint import random_target
+from checkpoint import random_target, read_target_config
 from configurator import configure
 from data import conversations, regenerate
 from data.math240k import prepare as math240k
@@ -231,6 +231,23 @@ def test_prepared_rows_begin_with_chat_prompt():
         (token_ids, prompt_length), = pretrain.encode(tokenizer, [(question, "34.")])
         assert token_ids == prompt + tokenizer.encode("34.<|im_end|>")
         assert prompt_length == len(prompt)
+
+
+def test_pretrain_begins_in_a_folder_that_has_a_tokenizer_only(main, tmp_path):
+    """The commands that rebuild the pair end at the second one, which wants the config.json that it
+    is about to write; or leave one without weights."""
+    folder = tmp_path / "target"
+    flags = (
+        f"--out_dir={folder}", f"--state_path={tmp_path}/state.pt", "--device=cpu", "--steps=1",
+        "--batch_size=2", "--num_layers=4", "--hidden_size=32", "--intermediate_size=32")
+    assert "make_tokenizer.py" in main(pretrain, *flags)
+    assert not folder.exists()
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(os.path.join(NANO_TARGET, name), folder)
+    main(pretrain, *flags)
+    config, _ = read_target_config(str(folder))
+    assert config.num_hidden_layers == 4
 
 
 def shipped_answers():

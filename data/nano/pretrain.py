@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".."))
 sys.path.insert(0, ROOT)  # the project's modules, from whatever folder this is run
-from chat import load_tokenizer
+from chat import tokenizer_in
 from checkpoint import (FP32_WEIGHTS, parse_dtype, parse_target_config, save_weights,
                         write_whole)
 from configurator import configure
@@ -49,13 +49,14 @@ PAD = 502       # <|endoftext|>
 
 def main(argv=None):
     config = configure(globals(), argv)
+    if not os.path.isfile(os.path.join(config.out_dir, "tokenizer.json")):
+        sys.exit(f"error: no tokenizer.json in {config.out_dir!r}: make it first, "
+                 f"python data/nano/make_tokenizer.py --out_dir={config.out_dir}")
     try:
         parse_dtype(config.device, "float32")
-        save_config(config)  # a folder without it counts as no target, even for its tokenizer
-        tokenizer = load_tokenizer(config.out_dir)
+        tokenizer = tokenizer_in(config.out_dir)
     except ValueError as error:
-        command = f"python data/nano/make_tokenizer.py --out_dir={config.out_dir}"
-        sys.exit(f"error: {error}\nthe tokenizer comes first: {command}")
+        sys.exit(f"error: {error}")
     torch.manual_seed(config.seed)
     target = Target(parse_target_config(public_config(config))).to(config.device)
     optimizer = new_optimizer(target, config)
@@ -240,13 +241,10 @@ def save_target(target, config):
         if not name.endswith(FP32_WEIGHTS):
             weight = weight.to(torch.bfloat16)
         weights["model." + name] = weight.contiguous()
+    os.makedirs(config.out_dir, exist_ok=True)
     path = os.path.join(config.out_dir, "model.safetensors")
     save_weights(weights, path + ".tmp")
     os.replace(path + ".tmp", path)
-
-
-def save_config(config):
-    os.makedirs(config.out_dir, exist_ok=True)
     config_json = json.dumps(public_config(config), indent=2)
     write_whole(os.path.join(config.out_dir, "config.json"), config_json)
 
