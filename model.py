@@ -474,30 +474,30 @@ def masked_attention(q, k, v, mask):
 
 
 def sample_anchors(supervised, count, generator, max_length):
-    """Draws anchors from the responses: positions (B, count), and whether each is real, (B, count).
+    """Draws anchors from the responses: positions (B, A), and whether each is real, (B, A).
 
     supervised (B, T) marks the tokens of responses. An anchor and the token after it are both
-    supervised, and the anchors of a sequence differ. They ascend, as far as they are real. If a
-    sequence has fewer candidates than `count`, fillers that are not real stand at the end, with
-    position 0: shapes never vary.
+    supervised, and the anchors of a sequence differ. They ascend, as far as they are real. A is
+    `count`, or T if that is less. If a sequence has fewer candidates, anchors that are not real
+    fill the end, with position 0.
 
     All random numbers are drawn from the generator: one for each position below max_length. So the
     anchors of a sequence do not depend on how far it was padded.
     """
-    T = supervised.shape[1]
-    allowed = supervised[:, :-1] & supervised[:, 1:]
-    # topk below needs at least `count` columns: the missing ones are added as not allowed
-    columns = max(T, count)
-    allowed = F.pad(allowed, (0, columns - (T - 1)))
-    # each candidate gets a random number of 0 .. 1, and all else gets -1: the candidates with the
-    # largest numbers are the anchors
-    random_numbers = torch.rand(len(allowed), max_length, generator=generator)
-    random_numbers = F.pad(random_numbers, (0, columns - max_length))  # or cut, where that is < 0
-    random_numbers = random_numbers.to(allowed.device).masked_fill(~allowed, -1.0)
-    largest, positions = random_numbers.topk(count, dim=1)
-    # fillers get the position T, so that they are sorted to the end, and then 0
-    positions = torch.where(largest >= 0, positions, T)
-    positions = positions.sort(dim=1).values
+    B, T = supervised.shape
+    candidates = supervised[:, :-1] & supervised[:, 1:]
+    candidates = F.pad(candidates, (0, 1))  # the last token has none after it
+    random_numbers = torch.rand(B, max_length, generator=generator)
+    random_numbers = F.pad(random_numbers, (0, T - max_length))  # cut to T where T is less
+
+    # the candidates in random order, and all other positions behind them
+    random_numbers = random_numbers.to(supervised.device)
+    random_numbers = random_numbers.masked_fill(~candidates, -1.0)
+    positions = random_numbers.argsort(dim=1, descending=True)[:, :count]
+    real = candidates.gather(1, positions)
+
+    # ascending, those that are not real at the end: for the sorting they stand at T
+    positions = torch.where(real, positions, T).sort(dim=1).values
     real = positions < T
     return torch.where(real, positions, 0), real
 

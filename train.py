@@ -252,7 +252,7 @@ def block_forward(run, tokens, supervised, generator, trained_module=None):
 
     # what the step and its log are made of
     right_up_to = (correct & inside).long().cumprod(-1)
-    operations = training_operations(drafter, *tokens.shape, config.num_anchors, target)
+    operations = training_operations(drafter, *tokens.shape, anchors.shape[1], target)
     sums = BlockSums(
         loss=loss.detach().double(),
         weight=used_weights.sum().double(),
