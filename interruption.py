@@ -2,11 +2,17 @@
 Ctrl-C and SIGTERM during training: the step under way ends first, in every process.
 """
 import contextlib
+import os
 import signal
+import sys
+import threading
 
 import torch
 
 from parallel import sum_over_ranks
+
+# torchrun sends SIGTERM when another process has died, and SIGKILL 30 seconds later
+PATIENCE_S = 20.0
 
 
 @contextlib.contextmanager
@@ -21,10 +27,50 @@ def stop_signals():
     for number in (signal.SIGTERM, signal.SIGINT):
         previous[number] = signal.signal(number, receive)
     try:
-        yield received
+        with end_if_stuck():
+            yield received
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def end_if_stuck():
+    """Under torchrun: a process that is still here long after SIGTERM says so in one line and ends.
+
+    It waits in NCCL for a process that has died. Python runs no handler of a signal meanwhile. But
+    the number of the signal is written into a pipe at once, and a thread that reads the pipe can
+    act.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    previous_writer = signal.set_wakeup_fd(writer)
+    has_ended = threading.Event()
+    threading.Thread(target=watch, args=(reader, has_ended), daemon=True).start()
+    try:
+        yield
+    finally:
+        has_ended.set()
+        signal.set_wakeup_fd(previous_writer)
+        os.close(writer)  # then the thread finds the end of the pipe
+
+
+def watch(reader, has_ended):
+    """Wait for SIGTERM to come through the pipe; end the process if it does not end by itself."""
+    with open(reader, "rb", buffering=0) as pipe:
+        number = pipe.read(1)
+        while number not in (b"", bytes([signal.SIGTERM])):
+            number = pipe.read(1)
+        if has_ended.wait(PATIENCE_S):
+            return
+    sys.stderr.write(
+        f"error: process {os.environ['RANK']} was told to end, and its step does not come to an "
+        "end, as if another process had died: --resume goes on from the last checkpoint\n")
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def any_rank_received(received, device):

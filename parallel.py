@@ -21,8 +21,8 @@ def join_processes(device):
     """Join the processes that torchrun started, if it did.
 
     If one of them dies, torchrun ends the others on its node with a non-zero status: at once, or
-    30 seconds later where they hang in NCCL, which waits for ever. NCCL's watchdog ends what no
-    torchrun does, after 10 minutes.
+    where they hang in NCCL, which waits for ever, 20 seconds later (interruption.py). NCCL's
+    watchdog ends what no torchrun does, after 10 minutes.
     """
     if "RANK" not in os.environ:
         return

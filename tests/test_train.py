@@ -878,6 +878,40 @@ def test_resume_after_a_signal(small_run, monkeypatch, tmp_path, number):
     assert_same(train_into(folder, config, resume=True), expected)
 
 
+HANGS = """
+import ctypes, os, signal, sys, threading, time
+import interruption
+interruption.PATIENCE_S = 1.0
+with interruption.stop_signals():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(float(sys.argv[1]))
+    # as in NCCL: a call that Python cannot interrupt. The mutex is locked twice and never free.
+    mutex = ctypes.create_string_buffer(128)
+    ctypes.CDLL(None).pthread_mutex_lock(mutex)
+    if sys.argv[2] == "hangs":
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)
+time.sleep(1.5)
+"""
+
+
+@pytest.mark.parametrize("what, is_under_torchrun, status", (
+    ("hangs", True, 1), ("ends", True, 0), ("ends", False, 0)))
+def test_a_process_that_hangs_ends_with_one_line(what, is_under_torchrun, status):
+    """A process that waits in NCCL for one that died, until torchrun kills it without a word; or
+    one that is ended although its step came to an end in time."""
+    environment = dict(os.environ, RANK="1")
+    if is_under_torchrun:
+        environment["TORCHELASTIC_RUN_ID"] = "any"
+    command = [sys.executable, "-c", HANGS, "0.1", what]
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert process.returncode == status
+    lines = process.stderr.splitlines()
+    assert len(lines) == status
+    if status:
+        assert lines[0].startswith("error: process 1 was told to end")
+        assert "--resume" in lines[0]
+
+
 def test_resume_refuses_another_run(small_run, tmp_path):
     """Failure 12: a run that overwrites another one, or goes on with other settings."""
     config, _ = small_run
