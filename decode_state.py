@@ -31,15 +31,20 @@ class DecodeState:
     How can that be, as what is written into S cannot be undone? S is kept only at multiples of K
     tokens. Beside it stand the inputs of the delta rule (q k v g beta) for the tokens since then,
     the *tail*. They stand in a buffer for two chunks of K tokens, the *window*. A forward writes
-    its block behind the tail, and runs both chunks from S:
+    its block after the tail, and runs both chunks from S:
 
         position 37, K = 16         |      first chunk      |      second chunk      |
         S after 32 tokens           | 32 .. 36  | 37 .. 47  | 48 .. 52 |  53 .. 63   |
                                     |   tail    |        block         |   unused    |
 
-    The tail has less than K tokens, and tail and block together have K to 2 K - 1. So the block
-    always fills the first chunk and never leaves the second. The forward has the outputs of the
-    block then, and on the way S_chunk_end, the state at the end of the first chunk.
+    Three things always hold:
+
+        A token's place in the window is its position minus 32, the position of S.
+        The tail has less than K tokens; tail and block together have K to 2 K - 1.
+        So the block fills the first chunk and never leaves the second.
+
+    The forward has the outputs of the block then, and on the way S_chunk_end, the state at the end
+    of the first chunk.
 
     commit(n) moves the position to 37 + n, past one multiple of K at most. There are two cases.
 
@@ -58,11 +63,12 @@ class DecodeState:
                                     |tail|      next block       |      unused       |
 
     So old guesses do no harm. The places from the position on are written by the next block, which
-    fills the first chunk: S_chunk_end never holds anything old. What is old stands behind the
-    block, where no row of the block sees it: the delta rule is causal.
+    fills the first chunk: S_chunk_end never holds anything old. What is old stands after the
+    block, and no row of the block sees it: the delta rule is causal.
 
     position     tokens committed; a tensor, so that a round has static shapes (for CUDA graphs)
-    keys         and values of each full-attention layer; a mask hides from a row what is behind it
+    keys         and values of each full-attention layer; a mask hides from a row what comes after
+                 it
     S            of each linear layer, after `position` rounded down to a multiple of K
     S_chunk_end  the same at the next multiple of K, as the last forward computed it
     window       q k v g beta of the 2 K tokens from S on, side by side in one tensor
@@ -75,7 +81,7 @@ class DecodeState:
     For one K, bits do not depend on how a sequence was cut into blocks. All forwards of blocks have
     one shape. Chunks begin at multiples of K, so a token always has the same place in its chunk,
     and the same tokens before it. If it stands in the second chunk, that starts from S_chunk_end,
-    which has the very bits of the S that is adopted later. What stands behind it is multiplied by
+    which has the very bits of the S that is adopted later. What comes after it is multiplied by
     exact zeros. And the bulk of a prompt was read before, in the same way whatever follows.
     docs/exactness.md has it in full.
     """
@@ -144,14 +150,14 @@ class DecodeState:
         assert self.empty or self.forward_is_block, \
             f"{T} tokens for a state that takes {self.forward_rows} rows after its prompt"
         offsets = self.all_positions[:T]
-        self.positions = self.position + offsets                             # in the sequence
+        self.row_positions = self.position + offsets                         # in the sequence
         tail = self.position % self.forward_rows
         self.window_places = tail + offsets                                  # in the window
-        self.rotary = (self.cos.index_select(0, self.positions),
-                       self.sin.index_select(0, self.positions))
+        self.rotary = (self.cos.index_select(0, self.row_positions),
+                       self.sin.index_select(0, self.row_positions))
         self.mask = None
         if self.forward_is_block:
-            self.mask = self.all_positions <= self.positions[:, None]        # (K, length)
+            self.mask = self.all_positions <= self.row_positions[:, None]    # (K, length)
 
     def commit(self, n):
         """Adopt the first n rows, an int or a tensor of 0 .. K, of the last forward.
@@ -208,7 +214,7 @@ class LinearLayerState:
             o, S = delta_step(q, k, v, g, beta, self.S)
             self.S_chunk_end.copy_(S)
         else:
-            # write the block behind the tail
+            # write the block after the tail
             inputs = [x.to(self.S.dtype).flatten(2) for x in (q, k, v, g, beta)]
             self.window.index_copy_(1, state.window_places, torch.cat(inputs, -1))
             # run the two chunks of the window, and keep the outputs of the block
@@ -243,8 +249,8 @@ class FullLayerState:
         For a block: the whole buffer, and (K, length). For a prompt's bulk, before which there is
         nothing: its own k and v, and None for a causal mask.
         """
-        self.keys.index_copy_(2, self.state.positions, k)
-        self.values.index_copy_(2, self.state.positions, v)
+        self.keys.index_copy_(2, self.state.row_positions, k)
+        self.values.index_copy_(2, self.state.row_positions, v)
         if not self.state.forward_is_block:
             return k, v, None
         return self.keys, self.values, self.state.mask

@@ -68,7 +68,7 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, state_after_chunks=No
 
     Shapes as above. S None: zeros. chunk: tokens of a chunk. Returns o in v's dtype, and the state
     after so many chunks (None: after all) in fp32 or wider. The last chunk is padded with tokens of
-    beta = g = 0, which write nothing and fade nothing: the state has the same bits without them.
+    beta = g = 0, which write nothing and fade nothing: they change no bit of the state.
 
     How. All vectors are rows. Let S be the state before a chunk, and let token t write W_t: it adds
     k_t^T W_t to the state. First a chunk of two tokens. By the definition
@@ -82,28 +82,35 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, state_after_chunks=No
         fade_t   = exp(g_1 + .. + g_t)
         decay_ts = exp(g_s+1 + .. + g_t) = fade_t / fade_s
 
-        W_t = beta_t (v_t - fade_t k_t S - sum over s < t of decay_ts (k_t . k_s) W_s)
+    (1) W_t = beta_t (v_t - fade_t k_t S - sum over s < t of decay_ts (k_t . k_s) W_s)
 
-    These are linear equations for all W_t of the chunk. Take each of W, k, v as a matrix with a row
-    for each token. Let [x] be the diagonal matrix of the x_t: in front of a matrix it multiplies
-    row t by x_t, behind it column t. Let * multiply entry by entry. The equations, with the sum
-    brought to the left side:
+    These are linear equations for all W_t of the chunk. As matrices:
 
-        (I + A) W = [beta] (v - [fade] k S)      A = [beta] (decay * k k^T), below the diagonal only
+        W, k, v, q      a row for each token of the chunk: C rows
+        decay           (C, C), row t and column s
+        [x]             the diagonal matrix of the x_t: [x] k is k with row t times x_t
+        X * Y           the product entry by entry
 
-    For two tokens A has one entry, beta_2 decay_21 (k_2 . k_1), at row 2 and column 1. Solved:
+    (2) (I + A) W = [beta] (v - [fade] k S)
+        A = [beta] (decay * k k^T) below the diagonal, and 0 elsewhere
 
-        W = U - Y S        U = M v        Y = M [fade] k        with M = (I + A)^-1 [beta]
+    which is (1) with its sum brought to the left side. For two tokens A has one entry that is not
+    0: beta_2 decay_21 (k_2 . k_1), at row 2 and column 1. Solved:
+
+    (3) W = U - Y S        M = (I + A)^-1 [beta]        (C, C)
+                           U = M v                      (C, Dv)
+                           Y = M [fade] k               (C, D)
 
     U and Y do not depend on S, so they are computed for all chunks in parallel. What remains from
     chunk to chunk is W, and the state after the chunk of C tokens:
 
-        S <- fade_C S + sum over s of decay_Cs k_s^T W_s
+    (4) S <- fade_C S + sum over s of decay_Cs k_s^T W_s
 
     With all W known, the outputs follow for all chunks in parallel. Query t finds S, and what
     tokens s <= t wrote:
 
-        o = D^-0.5 ([fade] q S + P W)            P = decay * q k^T, up to the diagonal and with it
+    (5) o = D^-0.5 ([fade] q S + P W)
+        P = decay * q k^T up to the diagonal and with it, and 0 above
 
     Source: arXiv 2412.06464, section 3.3, which writes the inverse out (the WY form).
     """
@@ -132,8 +139,8 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, state_after_chunks=No
     fade_of_chunk = log_fade[..., -1:].exp()[..., None]                      # (B Hv, N, 1, 1)
     decay_to_end = (log_fade[..., -1:] - log_fade).exp()                     # (B Hv, N, C)
 
-    # A is needed below the diagonal only. The solver reads nothing else, and takes the diagonal as
-    # 1: so it solves with I + A.
+    # (2), (3). The solver reads A below the diagonal only and takes the diagonal as 1: so it solves
+    # with I + A, whatever else stands in A.
     A = (k @ k.mT).mul_(decay).mul_(beta[..., None])                        # [beta] (decay * k k^T)
     identity = torch.eye(chunk, dtype=dtype, device=device).expand_as(A)
     M = torch.linalg.solve_triangular(A, identity, upper=False, unitriangular=True)
@@ -144,8 +151,8 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, state_after_chunks=No
     k_to_end = k * decay_to_end[..., None]
     k_to_end_T = k_to_end.mT                                                 # (B Hv, N, D, C)
 
-    # From chunk to chunk. unbind, not an index: where a target is trained (data/nano does that),
-    # the gradient of U[:, i] would be a tensor as large as U, in every chunk.
+    # (3), (4), from chunk to chunk. unbind, not an index: where a target is trained (data/nano does
+    # that), the gradient of U[:, i] would be a tensor as large as U, in every chunk.
     if S is None:
         S = q.new_zeros(B * Hv, D, Dv)
     else:
@@ -169,7 +176,7 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, state_after_chunks=No
             S = torch.baddbmm(S * fade_of_chunk[i], k_to_end_T[i], W)
     S_after = S if state_after_chunks == N else states[state_after_chunks]
 
-    # the outputs of all chunks at once: D^-0.5 ([fade] q S + P W)
+    # (5): the outputs of all chunks at once
     scale = D ** -0.5
     states = torch.stack(states, 1)                                          # (B Hv, N, D, Dv)
     writes = torch.stack(writes, 1).flatten(0, 1)                            # (B Hv N, C, Dv)

@@ -12,8 +12,10 @@ engines load; beside it stand log.jsonl, and loss, tau and acceptance as a pictu
 writes; nodes share the file system that out_dir is on.
 
 The defaults below are the recipe of the published drafter for Qwen3.5-0.8B, "Phase 1.2" of the
-project la-draftery. A file in config/ holds what another run changes.
+project la-draftery; config/phase1_2.py repeats them with reasons. A file in config/ holds what
+another run changes.
 """
+import functools
 import math
 import os
 import subprocess
@@ -226,12 +228,8 @@ def block_forward(run, tokens, supervised, generator, trained_module=None):
     # blocks at random places of the responses, what they should guess, and what each slot weighs
     anchors, real = sample_anchors(
         supervised, config.num_anchors, generator, config.max_length)
-    gamma = config.gamma
-    dpace_smoothing = None
-    if config.weighting == "dpace":
-        gamma = math.inf  # exp(-(k-1) / inf) = 1: weights say 1 or 0, and D-PACE finds its own
-        dpace_smoothing = config.dpace_smoothing
-    labels, weights = block_labels(tokens, supervised, anchors, real, drafter.block_size, gamma)
+    labels, weights = block_labels(
+        tokens, supervised, anchors, real, drafter.block_size, config.gamma)
     inside = weights > 0  # slots that count
 
     # the drafter: all blocks at once. Its weights are fp32, its products bf16 where dtype says so.
@@ -241,14 +239,17 @@ def block_forward(run, tokens, supervised, generator, trained_module=None):
         hidden = trained_module(features, embedded, anchors, config.attention == "flex")
 
     # the target's head and the loss, in one pass that also yields the gradient by hidden
+    chunk_loss_function = compiled_chunk_loss if config.compile else chunk_loss
+    if config.weighting == "dpace":
+        chunk_loss_function = functools.partial(
+            chunk_loss_function, dpace_smoothing=config.dpace_smoothing)
     loss, _, correct, used_weights = block_loss(
         hidden,
         target.head_weight,
         labels,
         weights,
         config.guesses_at_once,
-        dpace_smoothing,
-        compiled_chunk_loss if config.compile else chunk_loss)
+        chunk_loss_function)
 
     # what the step and its log are made of
     right_up_to = (correct & inside).long().cumprod(-1)

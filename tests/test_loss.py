@@ -1,6 +1,7 @@
 """
 Anchors, labels, weights and the loss of training blocks.
 """
+import functools
 import itertools
 import math
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import block_labels, block_loss, dpace_weights, sample_anchors
+from model import block_labels, block_loss, chunk_loss, dpace_weights, sample_anchors
 from tests.common import K, V, apart, random_normal, tokens_of
 
 # ------------------------------------------------------------------------------------------------
@@ -163,6 +164,11 @@ def prefix_of(weights):
     return (weights > 0).double().cumprod(-1)
 
 
+def with_smoothing(smoothing):
+    """chunk_loss with D-PACE's weights, or as it is (None)."""
+    return functools.partial(chunk_loss, dpace_smoothing=smoothing)
+
+
 @pytest.mark.parametrize("smoothing", (None, 0.5))
 @pytest.mark.parametrize("guesses_at_once", (1, 40, 1000))
 def test_loss_and_gradient_equal_slow_loop(guesses_at_once, smoothing):
@@ -171,7 +177,7 @@ def test_loss_and_gradient_equal_slow_loop(guesses_at_once, smoothing):
     hidden, head, labels, weights = loss_inputs()
     if smoothing is not None:
         weights = prefix_of(weights)
-    inputs = (hidden, head, labels, weights, guesses_at_once, smoothing)
+    inputs = (hidden, head, labels, weights, guesses_at_once, with_smoothing(smoothing))
     loss, nll, correct, used = block_loss(*inputs)
     (3 * loss).backward()
     grad = hidden.grad
@@ -237,7 +243,7 @@ def test_loss_never_holds_all_logits(smoothing):
     backward."""
     inputs = loss_inputs()
     with LargestTensor() as largest:
-        loss, *_ = block_loss(*inputs, 40, smoothing)
+        loss, *_ = block_loss(*inputs, 40, with_smoothing(smoothing))
         loss.backward()
     two_blocks = 2 * (K - 1) * V  # 40 rows, rounded down to whole blocks
     assert two_blocks <= largest.size

@@ -8,11 +8,15 @@ import urllib.request
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import bench
 from benchmarks import serve
-from chat import chat_prompt, stop_ids
+from chat import chat_prompt, stop_ids, tokenizer_fingerprint
+from checkpoint import load_target
 from configurator import configure
+from data.nano import nested
 from data.nano.problems import boxed, problems
 from draft_decode import timed_generate
 from tests.common import NANO_TARGET, nano, read_jsonl, shipped, write_jsonl
@@ -305,3 +309,38 @@ def test_bench_serve_figures(monkeypatch):
     interval = serve.estimate(serve.mean, x)  # by the normal distribution: mean +- 1.96 * 2 / 20
     assert interval["low"] == pytest.approx(x.mean() - 0.196, abs=0.03)
     assert interval["high"] == pytest.approx(x.mean() + 0.196, abs=0.03)
+
+# ------------------------------------------------------------------------------------------------
+# the target as engines read it
+
+
+def test_nested_target_is_the_same_target(main, tmp_path):
+    """A folder for SGLang that has other weights, another template or other stop ids, or lacks what
+    SGLang reads: the interval of full layers, eos and tie at the top, a tower."""
+    folder = str(tmp_path / "nested")
+    assert main(nested, f"--out_dir={folder}").endswith(f"wrote {folder}\n")
+    flat = load_target(NANO_TARGET)
+    same = load_target(folder)
+    assert same.config == flat.config
+    for name, weight in flat.state_dict().items():
+        assert torch.equal(same.state_dict()[name], weight), name
+    assert tokenizer_fingerprint(folder) == tokenizer_fingerprint(NANO_TARGET)
+
+    config = AutoConfig.from_pretrained(folder)
+    assert config.architectures == ["Qwen3_5ForConditionalGeneration"]
+    assert config.eos_token_id == 504
+    assert config.tie_word_embeddings
+    assert config.vision_config.depth == 1
+    assert config.vision_config.out_hidden_size == config.text_config.hidden_size
+    interval = config.text_config.full_attention_interval
+    for i, kind in enumerate(config.text_config.layer_types):
+        assert (kind == "full_attention") == ((i + 1) % interval == 0)
+
+    # other people's loaders
+    ids = torch.tensor([AutoTokenizer.from_pretrained(folder)("How many pens?").input_ids])
+    published = AutoModelForCausalLM.from_pretrained(NANO_TARGET, dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert torch.equal(loaded(ids).logits, published(ids).logits)
+
+    assert "nested form already" in main(nested, f"--target={folder}")
+    assert "no config.json" in main(nested, f"--target={tmp_path}")

@@ -3,6 +3,7 @@ Training: batches, one step, and runs that are interrupted, killed, resumed or s
 """
 import argparse
 import errno
+import functools
 import itertools
 import math
 import os
@@ -29,7 +30,7 @@ from checkpoint import load_drafter, newest_checkpoint
 from configurator import configure
 from draft_decode import Generation, Piece
 from flops import training_operations
-from model import block_labels, block_loss, sample_anchors
+from model import block_labels, block_loss, chunk_loss, sample_anchors
 from target import Target
 from tests.common import (K, NANO_DRAFTER, NANO_TARGET, ROOT, V, apart, nano, nano_copy, phase_1_2,
                           read_jsonl, small_drafter, small_target, tokens_of, write_config)
@@ -304,12 +305,11 @@ def test_step_has_the_loss_of_its_keys(small_run, seen, weighting):
     loss, sums = train.block_forward(run, tokens, supervised, torch.Generator())
 
     labels, weights = block_labels(tokens, supervised, seen["anchors"], seen["real"], K, gamma=3.0)
-    smoothing = None
+    form = None
     if weighting == "dpace":
-        weights = (weights > 0).float()
-        smoothing = 0.25
+        form = functools.partial(chunk_loss, dpace_smoothing=0.25)
     expected, _, _, used = block_loss(
-        seen["hidden"], run.target.head_weight, labels, weights, dpace_smoothing=smoothing)
+        seen["hidden"], run.target.head_weight, labels, weights, chunk_loss_function=form)
     assert torch.equal(loss, expected)
     assert sums.loss == loss.item()
     assert sums.weight.item() == pytest.approx(used.sum().item())
@@ -349,7 +349,7 @@ def test_step_hands_its_keys_on(small_run, monkeypatch, key, value, expected):
         given.update(use_flex=use_flex, products=run.drafter.fc(features).dtype)
         return hidden
 
-    def keep_loss(hidden, head, labels, weights, guesses_at_once, smoothing, chunk_loss):
+    def keep_loss(hidden, head, labels, weights, guesses_at_once, chunk_loss):
         given.update(guesses_at_once=guesses_at_once, chunk_loss=chunk_loss)
         return block_loss(hidden, head, labels, weights)
 

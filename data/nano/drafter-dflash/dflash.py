@@ -82,7 +82,7 @@ class DFlashDraftModel(PreTrainedModel):
 
     # Decoding: one block a sequence. A cache holds the keys and values of each layer, by position.
     # write_context() writes those of committed positions, which stay. decode_block() writes those
-    # of its block behind them, for this one forward: the next write_context() starts at the same
+    # of its block after them, for this one forward: the next write_context() starts at the same
     # position and writes over them.
 
     def new_cache(self, batch, length):
@@ -187,8 +187,8 @@ def block_visibility(anchors, T, K, attention_window=None):
     attention_window positions up to its own: itself included, and none after it.
     """
     def visible(batch, head, query, key):
-        anchor = anchors[batch, query // K]
-        before_anchor = key < anchor  # an anchor is less than T, so this is never a slot of a block
+        anchor_position = anchors[batch, query // K]
+        before_anchor = key < anchor_position  # which is less than T, so this is never a slot
         block_of_query = query // K
         block_of_key = (key - T) // K
         in_own_block = (key >= T) & (block_of_key == block_of_query)
@@ -196,8 +196,8 @@ def block_visibility(anchors, T, K, attention_window=None):
         if attention_window is not None:
             # By position in the sequence. For keys of other blocks it is wrong, but those are not
             # in `seen` anyway.
-            query_position = anchor + query % K
-            key_position_in_own_block = anchor + (key - T) % K
+            query_position = anchor_position + query % K
+            key_position_in_own_block = anchor_position + (key - T) % K
             key_position = torch.where(key < T, key, key_position_in_own_block)
             not_later = key_position <= query_position
             not_too_old = key_position > query_position - attention_window
@@ -252,7 +252,7 @@ def attention_by_anchor_groups(
         key_numbers = torch.cat((context_numbers, T + query_numbers))
         mask = visible(batch, 0, query_numbers[:, None], key_numbers)         # (B, queries, keys)
 
-        # Several query heads share a key head. Their queries are put behind one another, as if they
+        # Several query heads share a key head. Their queries are put one after another, as if they
         # were more queries of one head, and the mask is repeated for them. So no key is copied.
         stacked = q[:, :, own].unflatten(1, (-1, heads_per_key))
         stacked = stacked.flatten(2, 3)                     # (B, Hkv, heads_per_key * queries, D)
@@ -355,7 +355,7 @@ class Attention(nn.Module):
         """Decoding. x (B, K, width) at positions (K,).
 
         keys and values (B, Hkv, length, D): this layer's part of the cache. It holds the context of
-        all positions before the block; the block's own are written behind it.
+        all positions before the block; the block's own are written after it.
         """
         k, v = self.keys_values(x, rotary)
         write_at(keys, positions, k)
@@ -488,9 +488,9 @@ def sample_anchors(supervised, count, generator, max_length):
     candidates = supervised[:, :-1] & supervised[:, 1:]
     candidates = F.pad(candidates, (0, 1))  # the last token has none after it
     random_numbers = torch.rand(B, max_length, generator=generator)
-    random_numbers = F.pad(random_numbers, (0, T - max_length))  # cut to T where T is less
+    random_numbers = F.pad(random_numbers, (0, T - max_length))  # a width below 0 cuts
 
-    # the candidates in random order, and all other positions behind them
+    # the candidates in random order, and after them all other positions
     random_numbers = random_numbers.to(supervised.device)
     random_numbers = random_numbers.masked_fill(~candidates, -1.0)
     positions = random_numbers.argsort(dim=1, descending=True)[:, :count]
@@ -523,23 +523,6 @@ def block_labels(tokens, supervised, anchors, real, K, gamma):
     weights = inside * real[:, :, None] * decay
     return labels, weights
 
-
-def dpace_weights(q, inside, smoothing):
-    """D-PACE: weights (N, K-1) that follow the drafter's own confidence instead of a fixed decay.
-
-        s_i = (1 - a) q_i + a            a: smoothing, of 0 .. 1
-        w_j = sum over m >= j of  s_1 s_2 .. s_m
-
-    q (N, K-1) are the probabilities of the true tokens, inside (N, K-1) is false past the response.
-    With a = 0, w_j is the derivative of the expected accepted length by log q_j. The weights are
-    constants for the gradient of the loss.
-    Source: arXiv 2605.18810. There the loss is divided by the size of a batch, here by the sum of
-    all weights.
-    """
-    smoothed = (1 - smoothing) * q + smoothing
-    products = (smoothed * inside).cumprod(-1)
-    return products.flip(-1).cumsum(-1).flip(-1)  # w_j: the sum of all products from j to the end
-
 # --------------------------------------------------------------------------------------------------
 # training: the loss
 #
@@ -566,7 +549,6 @@ def block_loss(
         labels,
         weights,
         guesses_at_once=1024,
-        dpace_smoothing=None,
         chunk_loss_function=None):
     """The loss of training blocks, as a *sum* of weight * nll.
 
@@ -576,10 +558,8 @@ def block_loss(
     hidden (B, A, K, width)     from the drafter's forward
     head (V, width)             the target's, frozen
     labels, weights (B, A, K-1) from block_labels()
-    guesses_at_once             guesses whose logits exist at once, rounded to whole blocks, as
-                                D-PACE weighs the slots of a block together
-    dpace_smoothing             None, or D-PACE's a; then any weight above 0 says: this slot counts
-    chunk_loss_function         chunk_loss (None), or a compiled one
+    guesses_at_once             guesses whose logits exist at once, rounded to whole blocks
+    chunk_loss_function         chunk_loss (None), or a form of it: compiled, or with D-PACE
 
     Returns the scalar loss and, for each slot, all (B, A, K-1): the nll, whether the greedy guess
     is right, and the weight that was used.
@@ -593,7 +573,6 @@ def block_loss(
         labels.flatten(0, 1),
         weights.flatten(0, 1),
         guesses_at_once,
-        dpace_smoothing,
         chunk_loss_function)
     shape = weights.shape
     return loss, nll.view(shape), correct.view(shape), used_weights.view(shape)
@@ -610,7 +589,6 @@ class FrozenHeadLoss(torch.autograd.Function):
             labels,
             weights,
             guesses_at_once,
-            dpace_smoothing,
             chunk_loss_function):
         head = head.to(hidden.dtype)
         wants_grad = ctx.needs_input_grad[0]
@@ -623,7 +601,6 @@ class FrozenHeadLoss(torch.autograd.Function):
                 head,
                 labels[part],
                 weights[part],
-                dpace_smoothing,
                 wants_grad))
         nll, correct, used_weights, grads = zip(*chunks)
         nll = torch.cat(nll)
@@ -636,14 +613,17 @@ class FrozenHeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, loss_grad, *_):
         grad, = ctx.saved_tensors
-        return grad * loss_grad, None, None, None, None, None, None
+        return grad * loss_grad, None, None, None, None, None
 
 
-def chunk_loss(hidden, head, labels, weights, dpace_smoothing, wants_grad):
+def chunk_loss(hidden, head, labels, weights, wants_grad, dpace_smoothing=None):
     """One chunk of N blocks: hidden (N, K-1, width), labels and weights (N, K-1).
 
     Returns nll, whether the greedy guess is right, the weights used, all (N, K-1), and the gradient
     of the sum of weights * nll with respect to hidden, None if it is not wanted.
+
+    dpace_smoothing: D-PACE's a, if the weights used are to be those of dpace_weights(). Of the
+    given weights it then only counts which ones are above 0.
 
     The fp32 tensor z (N, K-1, V) is used three times: it holds the logits, then their exponentials,
     then the gradient with respect to the logits. If hidden is bf16, both products with the head are
@@ -679,3 +659,23 @@ def chunk_loss(hidden, head, labels, weights, dpace_smoothing, wants_grad):
     z = z.to(hidden.dtype).flatten(0, 1)
     grad = z @ head
     return nll, correct, weights, grad.view_as(hidden)
+
+# --------------------------------------------------------------------------------------------------
+# training: weights that follow the drafter, in place of the decay (weighting = "dpace")
+
+
+def dpace_weights(q, inside, smoothing):
+    """D-PACE: weights (N, K-1) that follow the drafter's own confidence instead of a fixed decay.
+
+        s_i = (1 - a) q_i + a            a: smoothing, of 0 .. 1
+        w_j = sum over m >= j of  s_1 s_2 .. s_m
+
+    q (N, K-1) are the probabilities of the true tokens, inside (N, K-1) is false past the response.
+    With a = 0, w_j is the derivative of the expected accepted length by log q_j. The weights are
+    constants for the gradient of the loss.
+    Source: arXiv 2605.18810. There the loss is divided by the size of a batch, here by the sum of
+    all weights.
+    """
+    smoothed = (1 - smoothing) * q + smoothing
+    products = (smoothed * inside).cumprod(-1)
+    return products.flip(-1).cumsum(-1).flip(-1)  # w_j: the sum of all products from j to the end
