@@ -62,9 +62,9 @@ class DecodeState:
         S after 48 tokens           | 48 |     49 .. 63     | 64 |                   |
                                     |tail|      next block       |      unused       |
 
-    So old guesses do no harm. The places from the position on are written by the next block, which
-    fills the first chunk: S_chunk_end never holds anything old. What is old stands after the
-    block, and no row of the block sees it: the delta rule is causal.
+    So rejected guesses do no harm. Those in the first chunk are written over by the next block,
+    before anything is computed from them. Those after the next block are seen by none of its rows:
+    the delta rule is causal.
 
     position     tokens committed; a tensor, so that a round has static shapes (for CUDA graphs)
     keys         and values of each full-attention layer; a mask hides from a row what comes after
@@ -78,12 +78,9 @@ class DecodeState:
     drafter's block, as a forward verifies one block. With forward_rows 1 the window is not used,
     and delta_step runs: the fastest way for the target alone.
 
-    For one K, bits do not depend on how a sequence was cut into blocks. All forwards of blocks have
-    one shape. Chunks begin at multiples of K, so a token always has the same place in its chunk,
-    and the same tokens before it. If it stands in the second chunk, that starts from S_chunk_end,
-    which has the very bits of the S that is adopted later. What comes after it is multiplied by
-    exact zeros. And the bulk of a prompt was read before, in the same way whatever follows.
-    docs/exactness.md has it in full.
+    For one K, bits do not depend on how a sequence was cut into blocks: chunks begin at multiples
+    of K, so a token always has the same place in its chunk and the same tokens before it.
+    docs/exactness.md has the argument in full.
     """
 
     def __init__(self, target, batch, length, forward_rows=16):
@@ -227,7 +224,7 @@ class LinearLayerState:
                 window_beta,
                 self.S,
                 chunk=state.forward_rows,
-                state_after_chunks=1)
+                chunks_until_state=1)
             self.S_chunk_end.copy_(S)
             o = o.index_select(1, state.window_places)
         return o.to(v.dtype)

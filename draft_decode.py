@@ -141,7 +141,7 @@ class Decoder:
         features, logits = self.target.prefill(prompt, self.state, self.layer_ids)
         if self.drafter is not None:
             self.drafter.write_context(features, self.cache, 0)
-        noise = self.noise_at(self.state.position[None])
+        noise = self.noise_at(self.state.position[None])  # the token at this place is chosen now
         self.anchor.copy_(choose(logits, self.sampling, self.sampling.temperature, noise))
         return self.anchor.item()
 

@@ -63,12 +63,12 @@ CPU_CHUNK = 64
 CUDA_CHUNK = 128
 
 
-def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, state_after_chunks=None):
+def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, chunks_until_state=None):
     """The same in chunks: parallel inside a chunk, one update of S from chunk to chunk.
 
     Shapes as above. S None: zeros. chunk: tokens of a chunk. Returns o in v's dtype, and the state
-    after so many chunks (None: after all) in fp32 or wider. The last chunk is padded with tokens of
-    beta = g = 0, which write nothing and fade nothing: they change no bit of the state.
+    after chunks_until_state chunks (None: after all) in fp32 or wider. The last chunk is padded
+    with tokens of beta = g = 0, which write nothing and fade nothing: they change no bit of S.
 
     How. All vectors are rows. Let S be the state before a chunk, and let token t write W_t: it adds
     k_t^T W_t to the state. First a chunk of two tokens. By the definition
@@ -79,8 +79,8 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, state_after_chunks=No
     since token 2 finds S faded twice, and what token 1 wrote faded once. With more tokens, token t
     finds S times fade_t, and what token s < t wrote times decay_ts:
 
-        fade_t   = exp(g_1 + .. + g_t)
-        decay_ts = exp(g_s+1 + .. + g_t) = fade_t / fade_s
+        fade_t   = exp(g_1 + g_2 + .. + g_t)
+        decay_ts = fade_t / fade_s = exp of the sum of all g after token s, up to token t
 
     (1) W_t = beta_t (v_t - fade_t k_t S - sum over s < t of decay_ts (k_t . k_s) W_s)
 
@@ -88,7 +88,8 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, state_after_chunks=No
 
         W, k, v, q      a row for each token of the chunk: C rows
         decay           (C, C), row t and column s
-        [x]             the diagonal matrix of the x_t: [x] k is k with row t times x_t
+        [x]             the diagonal matrix of the x_t. [x] k has row t times x_t, in the code
+                        k * x[..., None]. M [x] has column t times x_t: M * x[..., None, :]
         X * Y           the product entry by entry
 
     (2) (I + A) W = [beta] (v - [fade] k S)
@@ -157,28 +158,26 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, state_after_chunks=No
         S = q.new_zeros(B * Hv, D, Dv)
     else:
         S = S.to(dtype).flatten(0, 1)
-    if state_after_chunks is None:
-        state_after_chunks = N
+    if chunks_until_state is None:
+        chunks_until_state = N
     U = U.unbind(1)
     Y = Y.unbind(1)
     k_to_end_T = k_to_end_T.unbind(1)
     fade_of_chunk = fade_of_chunk.unbind(1)
-    states = []  # states[i] is the state after i chunks, with which chunk i begins
+    states = [S]  # states[i] is the state after i chunks, with which chunk i begins
     writes = []
     for i in range(N):
-        states.append(S)
-        W = torch.baddbmm(U[i], Y[i], S, alpha=-1)                           # U - Y S
+        W = torch.baddbmm(U[i], Y[i], states[i], alpha=-1)                   # U - Y S
         writes.append(W)
-        # Decoding wants the state after the first of two chunks. Then the state after the second
-        # is not computed.
-        is_last = i == N - 1
-        if not is_last or state_after_chunks == N:
-            S = torch.baddbmm(S * fade_of_chunk[i], k_to_end_T[i], W)
-    S_after = S if state_after_chunks == N else states[state_after_chunks]
+        # the last state only if it is asked for: decoding asks for that after the first of two
+        if i + 1 < N or chunks_until_state == N:
+            faded = states[i] * fade_of_chunk[i]
+            states.append(torch.baddbmm(faded, k_to_end_T[i], W))
+    S_after = states[chunks_until_state]
 
     # (5): the outputs of all chunks at once
     scale = D ** -0.5
-    states = torch.stack(states, 1)                                          # (B Hv, N, D, Dv)
+    states = torch.stack(states[:N], 1)                                      # (B Hv, N, D, Dv)
     writes = torch.stack(writes, 1).flatten(0, 1)                            # (B Hv N, C, Dv)
     o = (q @ states).mul_(fade[..., None] * scale).flatten(0, 1)             # (B Hv N, C, Dv)
     o = o.baddbmm_(P.flatten(0, 1), writes, alpha=scale)

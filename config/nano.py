@@ -14,13 +14,13 @@ target_layer_ids = (3, 7, 10)       # two full-attention layers, and the last la
 # the loss
 num_anchors = 12
 # optimisation
-batch_size = 8                      # many small steps: tau 9.7; in the same time, 16 samples of 24
-                                    # anchors gave 8.5
+batch_size = 8                      # many small steps; in the same time, 16 samples of 24 anchors
+                                    # gave a tau of 8.5 in place of 9.7
 accumulation = 1
 max_length = 256
 length_multiple = 64
-sort_window = 1                     # samples of one length are one kind of problem: a batch of them
-                                    # gave tau 6.2 against 8.1
+sort_window = 1                     # batches of mixed lengths: samples of one length are one kind
+                                    # of problem here, and batches of them gave 6.2 in place of 8.5
 epochs = 3.5
 lr = 1.4e-3                         # small models like large steps
 eval_every = 100

@@ -23,7 +23,7 @@ num_heads = 8
 num_kv_heads = 2
 head_dim = 256
 intermediate_size = 3584
-target_layer_ids = (3, 7, 11, 15, 19)       # full-attention layers; 23, the last, may not be one
+target_layer_ids = (3, 7, 11, 15, 19)       # full-attention layers, but not 23, the last one
 block_size = 16
 mask_token_id = None                        # the first id after the tokenizer: 248077
 # the loss

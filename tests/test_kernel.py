@@ -107,9 +107,9 @@ def test_kernel_any_split_in_two_calls(T):
 
 @pytest.mark.parametrize("chunks", (0, 1, 2, 3))
 def test_kernel_keeps_the_state_of_an_earlier_chunk(chunks):
-    """Failure 8: state_after_chunks=1 returns the state after the window, not after one chunk."""
+    """Failure 8: chunks_until_state=1 returns the state after the window, not after one chunk."""
     inputs, S = kernel_inputs(48)
-    _, state = gated_delta_rule(*inputs, S, chunk=16, state_after_chunks=chunks)
+    _, state = gated_delta_rule(*inputs, S, chunk=16, chunks_until_state=chunks)
     S_true = S
     if chunks > 0:
         _, S_true = recurrent_gated_delta_rule(*first(inputs, 16 * chunks), S)

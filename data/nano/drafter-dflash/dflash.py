@@ -188,7 +188,7 @@ def block_visibility(anchors, T, K, attention_window=None):
     """
     def visible(batch, head, query, key):
         anchor_position = anchors[batch, query // K]
-        before_anchor = key < anchor_position  # which is less than T, so this is never a slot
+        before_anchor = key < anchor_position  # a slot's number is T or more: never before it
         block_of_query = query // K
         block_of_key = (key - T) // K
         in_own_block = (key >= T) & (block_of_key == block_of_query)
@@ -208,59 +208,6 @@ def block_visibility(anchors, T, K, attention_window=None):
 
 # Compiled, as the plain function would form all scores; once for each T, as shapes are static.
 compiled_flex_attention = torch.compile(flex_attention, dynamic=False)
-
-
-@torch.compiler.disable  # its shapes follow the data
-def attention_by_anchor_groups(
-        q,
-        context_k,
-        context_v,
-        block_k,
-        block_v,
-        anchors,
-        visible,
-        group_size=8):
-    """Training's attention for CPUs. Returns (B, H, A K, D).
-
-    q (B, H, A K, D) are the slots of the blocks; context_k, context_v (B, Hkv, T, D) the context;
-    block_k, block_v (B, Hkv, A K, D) the blocks' own; visible comes from block_visibility().
-
-    Anchors are taken in groups of neighbours. A group needs its own blocks, and the context before
-    its last anchor only: anchors ascend, so early groups multiply few keys.
-    """
-    B, A = anchors.shape
-    K = q.shape[2] // A
-    T = context_k.shape[2]
-    heads_per_key = q.shape[1] // block_k.shape[1]
-    device = q.device
-    batch = torch.arange(B, device=device)[:, None, None]
-    all_slots = torch.arange(A * K, device=device)
-
-    outputs = []
-    for first in range(0, A, group_size):
-        # the slots of the blocks of this group, and how many tokens of context they can see
-        own = slice(first * K, (first + group_size) * K)
-        seen_tokens = int(anchors[:, first:first + group_size].max())
-        seen_k = context_k[:, :, :seen_tokens]
-        seen_v = context_v[:, :, :seen_tokens]
-        keys = torch.cat((seen_k, block_k[:, :, own]), 2)
-        values = torch.cat((seen_v, block_v[:, :, own]), 2)
-
-        # queries and keys by the numbers that block_visibility() gives them, for the mask
-        query_numbers = all_slots[own]
-        context_numbers = torch.arange(seen_tokens, device=device)
-        key_numbers = torch.cat((context_numbers, T + query_numbers))
-        mask = visible(batch, 0, query_numbers[:, None], key_numbers)         # (B, queries, keys)
-
-        # Several query heads share a key head. Their queries are put one after another, as if they
-        # were more queries of one head, and the mask is repeated for them. So no key is copied.
-        stacked = q[:, :, own].unflatten(1, (-1, heads_per_key))
-        stacked = stacked.flatten(2, 3)                     # (B, Hkv, heads_per_key * queries, D)
-        mask = mask[:, None].repeat(1, 1, heads_per_key, 1)  # (B, 1, heads_per_key * queries, keys)
-        o = F.scaled_dot_product_attention(stacked, keys, values, mask)
-        o = o.unflatten(2, (heads_per_key, -1))
-        outputs.append(o.flatten(1, 2))
-    return torch.cat(outputs, 2)
 
 # --------------------------------------------------------------------------------------------------
 # layers
@@ -558,7 +505,8 @@ def block_loss(
     hidden (B, A, K, width)     from the drafter's forward
     head (V, width)             the target's, frozen
     labels, weights (B, A, K-1) from block_labels()
-    guesses_at_once             guesses whose logits exist at once, rounded to whole blocks
+    guesses_at_once             guesses whose logits exist at once, rounded to whole blocks, which
+                                only dpace_weights() needs
     chunk_loss_function         chunk_loss (None), or a form of it: compiled, or with D-PACE
 
     Returns the scalar loss and, for each slot, all (B, A, K-1): the nll, whether the greedy guess
@@ -679,3 +627,59 @@ def dpace_weights(q, inside, smoothing):
     smoothed = (1 - smoothing) * q + smoothing
     products = (smoothed * inside).cumprod(-1)
     return products.flip(-1).cumsum(-1).flip(-1)  # w_j: the sum of all products from j to the end
+
+# --------------------------------------------------------------------------------------------------
+# training: attention on CPUs, with the result of flex_attention
+
+
+@torch.compiler.disable  # its shapes follow the data
+def attention_by_anchor_groups(
+        q,
+        context_k,
+        context_v,
+        block_k,
+        block_v,
+        anchors,
+        visible,
+        group_size=8):
+    """Training's attention for CPUs. Returns (B, H, A K, D).
+
+    q (B, H, A K, D) are the slots of the blocks; context_k, context_v (B, Hkv, T, D) the context;
+    block_k, block_v (B, Hkv, A K, D) the blocks' own; visible comes from block_visibility().
+
+    Anchors are taken in groups of neighbours. A group needs its own blocks, and the context before
+    its last anchor only: anchors ascend, so early groups multiply few keys.
+    """
+    B, A = anchors.shape
+    K = q.shape[2] // A
+    T = context_k.shape[2]
+    heads_per_key = q.shape[1] // block_k.shape[1]
+    device = q.device
+    batch = torch.arange(B, device=device)[:, None, None]
+    all_slots = torch.arange(A * K, device=device)
+
+    outputs = []
+    for first in range(0, A, group_size):
+        # the slots of the blocks of this group, and how many tokens of context they can see
+        own = slice(first * K, (first + group_size) * K)
+        seen_tokens = int(anchors[:, first:first + group_size].max())
+        seen_k = context_k[:, :, :seen_tokens]
+        seen_v = context_v[:, :, :seen_tokens]
+        keys = torch.cat((seen_k, block_k[:, :, own]), 2)
+        values = torch.cat((seen_v, block_v[:, :, own]), 2)
+
+        # queries and keys by the numbers that block_visibility() gives them, for the mask
+        query_numbers = all_slots[own]
+        context_numbers = torch.arange(seen_tokens, device=device)
+        key_numbers = torch.cat((context_numbers, T + query_numbers))
+        mask = visible(batch, 0, query_numbers[:, None], key_numbers)         # (B, queries, keys)
+
+        # Several query heads share a key head. Their queries are put one after another, as if they
+        # were more queries of one head, and the mask is repeated for them. So no key is copied.
+        stacked = q[:, :, own].unflatten(1, (-1, heads_per_key))
+        stacked = stacked.flatten(2, 3)                     # (B, Hkv, heads_per_key * queries, D)
+        mask = mask[:, None].repeat(1, 1, heads_per_key, 1)  # (B, 1, heads_per_key * queries, keys)
+        o = F.scaled_dot_product_attention(stacked, keys, values, mask)
+        o = o.unflatten(2, (heads_per_key, -1))
+        outputs.append(o.flatten(1, 2))
+    return torch.cat(outputs, 2)
