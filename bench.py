@@ -5,6 +5,7 @@ raw rounds and pictures go to out_dir.
     python bench.py acceptance                      # the shipped nano pair on held-out prompts
     python bench.py acceptance --limit=20 --drafter=out/nano-dflash
     python bench.py acceptance --prompts=FILE.jsonl # lines with "question" and, if known, "answer"
+    python bench.py acceptance --prompts=plain      # nano's arithmetic; or refusals
     python bench.py speedup                         # prompt by prompt, against the target alone
     python bench.py speedup --prompts=math500 --limit=64 --max_new_tokens=2048 --target=DIR \\
         --drafter=DIR --hf
@@ -38,7 +39,8 @@ device = "cuda" if torch.cuda.is_available() else "cpu"  # cpu or cuda
 dtype = "float32" if device == "cpu" else "bfloat16"     # of weights and activations
 compile = False                         # compile the layers: a minute or two once, then faster
 # on which prompts
-prompts = "nano"                        # nano, math500, gsm8k, humaneval, FILE.jsonl, random:64:256
+prompts = "nano"                        # nano, plain, refusals, math500, gsm8k, humaneval,
+                                        # FILE.jsonl, random:64:256
 limit = 0                               # prompts at most; 0: as many as take about two minutes
 max_new_tokens = 512                    # of an answer
 thinking = False                        # let a target that can think do so

@@ -1,6 +1,6 @@
 """
-The prompts that are measured: the nano task's held-out problems, three public data sets, a file of
-JSON lines, or random token ids. And whether an answer's boxed result is the known one.
+The prompts that are measured: held-out texts of the nano task, three public data sets, a file of
+JSON lines, or random token ids. And whether an answer is right.
 """
 import itertools
 import json
@@ -8,9 +8,11 @@ import os
 import random
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 
 from chat import chat_prompt
 from data.nano.problems import boxed, problems
+from data.nano.refusals import REFUSAL, REFUSED_EXAMPLES
 from data.questions import SUFFIX
 from data.samples import read_source
 
@@ -58,6 +60,8 @@ def random_prompts(name, count, vocab_size):
 # ------------------------------------------------------------------------------------------------
 # questions by name
 
+# the nano task, by name of the prompts: word problems, arithmetic and equations
+NANO = {"nano": "words", "plain": "plain"}
 PUBLIC = {  # name: (hub id, its configuration)
     "math500": ("HuggingFaceH4/MATH-500", None),
     "gsm8k": ("openai/gsm8k", "main"),
@@ -66,13 +70,17 @@ PUBLIC = {  # name: (hub id, its configuration)
 
 
 def load_questions(name, count):
-    """[(question, known answer or None)]: "nano" is the nano task's test split; math500, gsm8k and
-    humaneval come from the hub, or with ":PATH" from a copy of their files; all else is a file of
-    JSON lines. ValueError names what cannot be read."""
+    """[(question, known answer or None)]: "nano" and "plain" are the test split of these two parts
+    of the nano task, and "refusals" the hand-written texts to be refused, at most all of them;
+    math500, gsm8k and humaneval come from the hub, or with ":PATH" from a copy of their files; all
+    else is a file of JSON lines. ValueError names what cannot be read."""
     if count < 1:
         raise ValueError(f"limit = {count}: measure at least one prompt")
-    if name == "nano":
-        return [(question, answer) for question, _, answer in problems("test", count)]
+    if name in NANO:
+        rows = problems("test", count, task=NANO[name])
+        return [(question, answer) for question, _, answer in rows]
+    if name == "refusals":
+        return [(text, REFUSAL) for text in REFUSED_EXAMPLES[:count]]
     if os.path.isfile(name):
         return read_questions(name, count)
     return public_questions(name, count)
@@ -82,8 +90,8 @@ def public_questions(name, count):
     """The first questions of a public data set: "math500", or "math500:PATH" of a copy."""
     data_set, _, copy = name.partition(":")
     if data_set not in PUBLIC:
-        raise ValueError(f"prompts = {name!r} is none of nano, {', '.join(PUBLIC)}, "
-                         "nor a file of JSON lines nor random:64:256")
+        raise ValueError(f"prompts = {name!r} is none of nano, plain, refusals, "
+                         f"{', '.join(PUBLIC)}, nor a file of JSON lines nor random:64:256")
     if copy and not os.path.exists(copy):
         raise ValueError(f"prompts = {name!r}: there is no file or folder {copy!r}")
     hub_id, configuration = PUBLIC[data_set]
@@ -136,8 +144,13 @@ def read_questions(path, count):
 
 
 def is_correct(text, answer):
-    """Whether the boxed result of a text is the known answer, as text, as a whole number or as
-    mathematics. None: only math-verify can tell, and it is not installed."""
+    """Whether the boxed result of a text is the known answer, as text, as a number or as
+    mathematics. None: only math-verify can tell, and it is not installed.
+
+    A text to be refused is answered rightly by the refusal alone, word for word.
+    """
+    if answer == REFUSAL:
+        return text.strip() == REFUSAL
     result = boxed(text)
     if result is None:
         return False
@@ -145,8 +158,10 @@ def is_correct(text, answer):
     answer = str(answer).strip()
     if result == answer:
         return True
-    if is_whole_number(result) and is_whole_number(answer):
-        return int(result) == int(answer)
+    if "remainder" in answer:
+        return False  # two numbers and a word, which were compared as text
+    if is_number(result) and is_number(answer):
+        return Fraction(result) == Fraction(answer)
     try:  # imported here, as it costs a second that most runs need not pay
         from math_verify import parse, verify
     except ImportError:
@@ -154,5 +169,6 @@ def is_correct(text, answer):
     return bool(verify(parse(f"${answer}$"), parse(f"${result}$")))
 
 
-def is_whole_number(text):
-    return re.fullmatch(r"[+-]?[0-9]+", text) is not None
+def is_number(text):
+    """Whether a text is a whole number or a fraction of two, as "-7" and "16/3"."""
+    return re.fullmatch(r"[+-]?[0-9]+(/0*[1-9][0-9]*)?", text) is not None

@@ -169,7 +169,7 @@ def untrained():
 @functools.cache
 def questions():
     """64 word problems that neither of the pair has seen."""
-    return [question for question, _, _ in problems("val", 64)]
+    return [question for question, _, _ in problems("val", 64, task="words")]
 
 # ------------------------------------------------------------------------------------------------
 # drafters that know the answer

@@ -637,7 +637,7 @@ def test_bench_prompts_by_name(tmp_path):
             (f"math500:{tmp_path}/gsm8k.jsonl", "row 1 is none of math500"),
             ("gsm8k:nowhere", "no file"),
             ("gsm8k", "hub does not give"),
-            ("mbpp", "none of nano, math500, gsm8k, humaneval")):
+            ("mbpp", "none of nano, plain, refusals, math500, gsm8k, humaneval")):
         with pytest.raises(ValueError, match=hint):
             load_questions(name, 9)
 
@@ -676,6 +676,11 @@ def test_bench_accuracy_without_math_verify(monkeypatch):
             ("\\boxed{007}", "7", True),
             ("\\boxed{8}", "7", False),
             ("no box", "7", False),
+            ("\\boxed{16/3}", "16/3", True),
+            ("\\boxed{32/6}", "16/3", True),
+            ("\\boxed{5}", "16/3", False),
+            ("\\boxed{14 remainder 2}", "14 remainder 2", True),
+            ("\\boxed{14}", "14 remainder 2", False),
             ("\\boxed{0.5}", "\\frac{1}{2}", None)):
         assert is_correct(text, answer) is verdict, text
 

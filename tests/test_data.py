@@ -5,12 +5,14 @@ import functools
 import http.server
 import json
 import os
+import random
 import re
 import shutil
 import statistics
 import threading
 import time
 import urllib.request
+from fractions import Fraction
 from types import SimpleNamespace
 
 import pyarrow.parquet
@@ -25,9 +27,10 @@ from configurator import configure
 from data import conversations, regenerate
 from data.math240k import prepare as math240k
 from data.math500 import prepare as math500
-from data.nano import make_tokenizer, pretrain
+from data.nano import make_tokenizer, plain, pretrain
 from data.nano import prepare as nano_prepare
 from data.nano.problems import boxed, problem, problems, split_of
+from data.nano.refusals import REFUSAL, REFUSED_EXAMPLES, normal_form, refused_text
 from data.samples import Samples, write_samples
 from draft_decode import Generation, generate
 from sampling import Sampling
@@ -115,19 +118,36 @@ def test_rows_at_the_edge_of_the_vocabulary(tmp_path, vocab_size, is_inside):
 # the nano task: problems, tokenizer, chat template, answers
 
 
-def test_problems_are_disjoint_and_right():
+@pytest.mark.parametrize("task", ("words", "plain", "refusals", "mix"))
+def test_problems_are_disjoint(task):
     """A question in two splits, another stream at every run, a box that is not the answer."""
-    splits = {name: list(problems(name, 60)) for name in ("train", "val", "test")}
+    splits = {name: list(problems(name, 60, task=task)) for name in ("train", "val", "test")}
     asked = set()
     for name, rows in splits.items():
         for question, solution, answer in rows:
             asked.add(question)
             assert split_of(question) == name
             assert boxed(solution) == answer
-            check_sums(solution)
+            assert (answer is None) == (solution == REFUSAL)
     assert len(asked) == 180
-    assert list(problems("train", 10, start=50)) == splits["train"][50:]
-    assert problem(7) == problem(7)
+    assert list(problems("train", 10, start=50, task=task)) == splits["train"][50:]
+    assert problem(7, task) == problem(7, task)
+
+
+def test_mix_has_all_tasks():
+    """A task that is never trained, or that crowds out the others."""
+    rows = list(problems("train", 2000))
+    refused = sum(answer is None for _, _, answer in rows)
+    assert 300 < refused < 450
+    with pytest.raises(ValueError, match="use words, plain, refusals or mix"):
+        next(problems("train", 1, task="nano"))
+
+
+def test_word_problems_are_right():
+    """A step that teaches a wrong sum."""
+    for seed in range(3000):
+        _, solution, _ = problem(seed, "words")
+        check_sums(solution)
 
 
 def check_sums(solution):
@@ -136,6 +156,92 @@ def check_sums(solution):
     assert sums, solution
     for left, right in sums:
         assert eval(left) == int(right), solution
+
+
+SIGNS = {  # of a calculation, and the words that stand for it
+    "+": ("+", "plus", "add", "sum", "together"),
+    "-": ("-", "−", "minus", "subtract", "difference", "take", "less"),
+    "*": ("*", "x", "×", "times", "multipl", "product"),
+    "/": ("/", "÷", "divide", "quotient", "go into", "over"),
+}
+
+
+@pytest.mark.parametrize("kind", plain.KINDS)
+def test_plain_problems_are_right(kind):
+    """An answer or a step that teaches wrong arithmetic; a number outside the stated ranges."""
+    for seed in range(3000):
+        question, steps, answer = kind(random.Random(seed))
+        if kind is plain.equation:
+            check_equation(question, str(answer))
+        else:
+            check_calculation(question, str(answer))
+        for step in steps:
+            sides = re.sub(r".*: |\d*[a-zA-Z] = |\.$", "", step).split(" = ")
+            values = [eval(side) for side in sides if "less" not in side]
+            assert len(set(values)) <= 1, (question, step)
+
+
+def check_calculation(question, answer):
+    """The answer is that of Python's own arithmetic."""
+    a, b = map(int, re.findall(r"[0-9]+", question))
+    text = question.lower()
+    if re.search(r"subtract|take [0-9]|go into", text):
+        a, b = b, a
+    found = []
+    for sign, names in SIGNS.items():
+        if any(re.search(r"(?<![a-z])" + re.escape(name), text) for name in names):
+            found.append(sign)
+    assert len(found) == 1, (question, found)
+    if found == ["/"]:
+        quotient, remainder = divmod(a, b)
+        expected = f"{quotient} remainder {remainder}" if remainder else str(quotient)
+        assert b <= 12 and a <= 999 and (a >= b or a == 0), question
+    else:
+        expected = str(eval(f"{a} {found[0]} {b}"))
+        assert a <= 999 and b <= 999, question
+    assert answer == expected, question
+
+
+def check_equation(question, answer):
+    """The answer makes both sides of the equation in the question equal."""
+    letter_of = r"(?<![a-zA-Z])([a-zA-Z])(?![a-zA-Z])"
+    pattern = r"(?:[0-9]+ ?[+*-]? ?)*" + letter_of + r"[-+ 0-9]*= ?[0-9]+"
+    found = re.search(pattern, question)
+    left, right = found[0].split("=")
+    left = re.sub(r"([0-9]) ?(?=[a-zA-Z])", r"\1*", left)
+    left = left.replace(found[1], "solution")
+    assert eval(left, {"solution": Fraction(answer)}) == int(right), question
+
+
+def test_refused_texts():
+    """A held-out text, or a question that the target should answer, is taught as a refusal; texts
+    that are too long for the context; too few different ones."""
+    _, tokenizer = nano()
+    texts = {refused_text(random.Random(seed)) for seed in range(5000)}
+    assert len(texts) > 4000
+    assert len(REFUSED_EXAMPLES) >= 20
+    forms = {normal_form(text) for text in texts}
+    for example in REFUSED_EXAMPLES:
+        assert normal_form(example) not in forms
+    for text in texts:
+        assert text.strip()
+        calculation = re.fullmatch(r"([0-9]+) ?([-+*/x]) ?([0-9]+)[ =?]*", text)
+        if calculation:
+            assert is_beyond(*calculation.groups()), text
+    longest = max(texts, key=len)
+    assert len(chat_prompt(tokenizer, longest)) < 300
+    # and a longer stream of the mix, by text alone
+    asked = {question for question, _, answer in problems("train", 20_000) if answer is not None}
+    assert not asked & texts
+
+
+def is_beyond(a, sign, b):
+    """Whether a calculation lies outside the ranges that plain.py states."""
+    if sign in "+-":
+        return int(a) > 999 or int(b) > 999
+    if sign in "*x":
+        return len(a) + len(b) > 4
+    return int(a) > 999 or not 1 <= int(b) <= 12 or int(a) < int(b)
 
 
 def test_boxed_answer_has_balanced_braces():
@@ -215,7 +321,7 @@ def test_chat_prompt_has_the_empty_thought():
 def test_prepared_rows_begin_with_chat_prompt():
     """Failure 9: rows of another template than decoding's; answers that are not the target's."""
     target, tokenizer = nano()
-    asked = questions()[:3]
+    asked = [question for question, _, _ in problems("val", 3)]
     answered = nano_prepare.answer_questions(
         target, tokenizer, asked, max_new_tokens=160, batch_size=2)
     shipped = [row for row in shipped_answers() if row["split"] == "val"]

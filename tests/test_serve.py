@@ -97,7 +97,7 @@ def test_bench_serve(run_bench, monkeypatch, served, tmp_path):
     """A server's failures averaged into its speed or accuracy, or counted for the other; an answer
     that is not the target's. Both arms are one real server, one of them behind a server that fails
     in every way there is."""
-    by_length = sorted(problems("test", 30), key=lambda problem: len(problem[1]))
+    by_length = sorted(problems("test", 30, task="words"), key=lambda problem: len(problem[1]))
     good = by_length[:2]
     rows = [{"question": question, "answer": answer} for question, _, answer in good]
     rows += [{"question": fault, "answer": "1"} for fault in FAULTS]

@@ -28,9 +28,9 @@ target = os.path.join(ROOT, "data", "nano", "target")               # whose answ
 out_dir = os.path.join(ROOT, "data", "nano")                        # where the rows go
 answers = os.path.join(ROOT, "data", "nano", "answers.jsonl.gz")    # of split, question, answer
 fresh = False           # let the target answer; else read what it said when the repository was made
-train_rows = 6000       # training problems, from number `skip` on
+train_rows = 12_000     # training problems of the mix, from number `skip` on
 val_rows = 200          # problems of the split val
-skip = 200_000          # training problems passed over; pretraining saw the first 105,600
+skip = 400_000          # training problems passed over; pretraining saw the first 320,000
 batch_size = 256        # prompts of one length that are answered in lockstep
 max_new_tokens = 160    # tokens of an answer at most
 device = "cpu"          # cpu or cuda
@@ -76,25 +76,27 @@ def read_answers(path):
 def write_answers(target, tokenizer, config):
     """Ask the target and write its answers, but for those that did not end or that do not survive
     as text."""
-    training = list(problems("train", config.train_rows, config.skip))
-    held_out = list(problems("val", config.val_rows))
+    asked = []  # (split, question)
+    for question, _, _ in problems("train", config.train_rows, config.skip):
+        asked.append(("train", question))
+    for question, _, _ in problems("val", config.val_rows):
+        asked.append(("val", question))
+    questions = [question for _, question in asked]
+    answered = answer_questions(
+        target, tokenizer, questions, config.max_new_tokens, config.batch_size)
+
     lines = []
-    for split, rows in (("train", training), ("val", held_out)):
-        questions = [question for question, _, _ in rows]
-        answered = answer_questions(
-            target, tokenizer, questions, config.max_new_tokens, config.batch_size)
-        for question, (_, token_ids) in zip(questions, answered):
-            text = tokenizer.decode(token_ids, skip_special_tokens=True)
-            if tokenizer.encode(text + tokenizer.eos_token) == token_ids:
-                row = {"split": split, "question": question, "answer": text}
-                lines.append(json.dumps(row) + "\n")
+    for (split, question), (_, token_ids) in zip(asked, answered):
+        text = tokenizer.decode(token_ids, skip_special_tokens=True)
+        if tokenizer.encode(text + tokenizer.eos_token) == token_ids:
+            row = {"split": split, "question": question, "answer": text}
+            lines.append(json.dumps(row) + "\n")
     # no time of writing in it: the same answers give the same bytes
     content = gzip.compress("".join(lines).encode(), mtime=0)
     with open(config.answers + ".tmp", "wb") as f:
         f.write(content)
     os.replace(config.answers + ".tmp", config.answers)
-    asked = len(training) + len(held_out)
-    print(f"{config.answers}: {len(lines):,} answers of {asked:,}")
+    print(f"{config.answers}: {len(lines):,} answers of {len(asked):,}")
 
 
 def answer_questions(target, tokenizer, questions, max_new_tokens, batch_size):

@@ -1,9 +1,9 @@
 """
-Trains the nano target from nothing: a Qwen3.5-shaped hybrid of 12 layers that solves the problems
-of problems.py.
+Trains the nano target from nothing: a Qwen3.5-shaped hybrid of 12 layers that learns the mix of
+problems.py: word problems, plain arithmetic, and texts to refuse.
 
-    python data/nano/pretrain.py                    # an hour or two on two cores
-    python data/nano/pretrain.py --device=cuda      # minutes
+    python data/nano/pretrain.py                                     # some hours on two cores
+    python data/nano/pretrain.py --device=cuda --micro_batch=128     # minutes
 
 It writes data/nano/target. Run again after an interruption it goes on from its last save. Every
 batch is a pure function of (seed, step).
@@ -30,8 +30,8 @@ from target import Target
 out_dir = os.path.join(ROOT, "data", "nano", "target")  # has the tokenizer; gets config and weights
 state_path = os.path.join(ROOT, "out", "pretrain.pt")   # weights and moments of the run so far
 device = "cpu"              # cpu or cuda
-steps = 1100                # optimizer steps
-batch_size = 96             # problems a step, about 118 tokens each
+steps = 2500                # optimizer steps
+batch_size = 128            # problems a step, about 89 tokens each
 num_layers = 12             # three linear, one full, repeated
 hidden_size = 128           # channels of the residual stream
 intermediate_size = 384     # channels of the SwiGLU
