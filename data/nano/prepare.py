@@ -28,9 +28,9 @@ target = os.path.join(ROOT, "data", "nano", "target")               # whose answ
 out_dir = os.path.join(ROOT, "data", "nano")                        # where the rows go
 answers = os.path.join(ROOT, "data", "nano", "answers.jsonl.gz")    # of split, question, answer
 fresh = False           # let the target answer; else read what it said when the repository was made
-train_rows = 12_000     # training problems of the mix, from number `skip` on
+train_rows = 12_000     # training problems of the drafter's mix, from number `skip` on
 val_rows = 200          # problems of the split val
-skip = 400_000          # training problems passed over; pretraining saw the first 320,000
+skip = 500_000          # training problems passed over; pretraining saw the first 320,000
 batch_size = 256        # prompts of one length that are answered in lockstep
 max_new_tokens = 160    # tokens of an answer at most
 device = "cpu"          # cpu or cuda
@@ -77,9 +77,9 @@ def write_answers(target, tokenizer, config):
     """Ask the target and write its answers, but for those that did not end or that do not survive
     as text."""
     asked = []  # (split, question)
-    for question, _, _ in problems("train", config.train_rows, config.skip):
+    for question, _, _ in problems("train", config.train_rows, config.skip, "drafter"):
         asked.append(("train", question))
-    for question, _, _ in problems("val", config.val_rows):
+    for question, _, _ in problems("val", config.val_rows, task="drafter"):
         asked.append(("val", question))
     questions = [question for _, question in asked]
     answered = answer_questions(

@@ -24,15 +24,18 @@ from data.nano.common import pick
 from data.nano.refusals import REFUSAL, refused_text
 
 KINDS = {"words": words.KINDS, "plain": plain.KINDS}
-# What target and drafter learn: the tasks of 20 seeds in a row, over and over. Word problems are
-# the largest share, as they have the most kinds. Refusals are short and need fewer.
-MIX = ("words",) * 9 + ("plain",) * 7 + ("refusals",) * 4
+# The tasks of 20 seeds in a row, over and over. The target needs the most practice in plain
+# arithmetic. Its drafter needs word problems most: they have the most kinds and the longest answers.
+MIXES = {
+    "target": ("words",) * 7 + ("plain",) * 10 + ("refusals",) * 3,
+    "drafter": ("words",) * 13 + ("plain",) * 5 + ("refusals",) * 2}
+TASKS = ("words", "plain", "refusals")
 
 
-def problems(split: str, count: int, start: int = 0, task: str = "mix"):
+def problems(split: str, count: int, start: int = 0, task: str = "target"):
     """Yields (question, solution, answer) number start .. start + count - 1 of a split's problems.
 
-    task is words, plain, refusals, or the mix of them. The answer is the text in the box; it is
+    task is words, plain, refusals, or a mix of them: target or drafter. The answer is the text in the box; it is
     None for refusals, which have no box. The stream of a split and task is fixed and has no
     question twice, so calls with adjoining ranges never share a question. Skipping costs as much as
     generating. One val or test problem costs fifty, as the other seeds belong to the training
@@ -40,8 +43,8 @@ def problems(split: str, count: int, start: int = 0, task: str = "mix"):
     """
     if split not in ("train", "val", "test"):
         raise ValueError(f"split is {split!r}; use train, val or test")
-    if task != "mix" and task not in MIX:
-        raise ValueError(f"task is {task!r}; use words, plain, refusals or mix")
+    if task not in MIXES and task not in TASKS:
+        raise ValueError(f"task is {task!r}; use words, plain, refusals, target or drafter")
     seen = set()
     seed = 0
     while len(seen) < start + count:
@@ -54,11 +57,12 @@ def problems(split: str, count: int, start: int = 0, task: str = "mix"):
             yield question, solution, answer
 
 
-def problem(seed: int, task: str = "mix") -> tuple[str, str, str | None]:
+def problem(seed: int, task: str = "target") -> tuple[str, str, str | None]:
     """(question, worked solution, answer or None), a pure function of the seed and the task."""
     r = random.Random(f"nano-{seed}")
-    if task == "mix":
-        task = MIX[seed % len(MIX)]
+    if task in MIXES:
+        mix = MIXES[task]
+        task = mix[seed % len(mix)]
     if task == "refusals":
         return refused_text(r), REFUSAL, None
     kind = pick(r, KINDS[task])
