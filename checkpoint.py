@@ -235,7 +235,8 @@ def drafter_config(
         kv_heads,
         head_dim,
         mlp,
-        block_size=16):
+        block_size=16,
+        initializer_range=0.02):
     """The Qwen3Config of a new drafter; ValueError if the target has no such layers.
 
     Its rope_theta is the target's. The target's partial rotary factor is not: the drafter rotates
@@ -263,6 +264,7 @@ def drafter_config(
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
+        initializer_range=initializer_range,
         rope_parameters={"rope_type": "default", "rope_theta": target_config.rope_theta},
         rms_norm_eps=target_config.rms_norm_eps,
         vocab_size=target_config.vocab_size,

@@ -54,6 +54,7 @@ num_heads = 8                               # of its attention
 num_kv_heads = 2                            # of its keys and values
 head_dim = 256                              # channels of a head
 intermediate_size = 3584                    # channels of the MLP
+initializer_range = 0.02                    # standard deviation of the first weights
 target_layer_ids = (3, 7, 11, 15, 19)       # target layers whose outputs are the features
 block_size = 16                             # K: the anchor and K - 1 guesses
 mask_token_id: int | None = None            # id of the mask; None: the first after the tokenizer
@@ -509,7 +510,8 @@ def new_drafter(config, target_config, mask_token_id):
     """An untrained drafter by the settings of a run; always the same for a seed."""
     shape = drafter_config(
         target_config, config.num_layers, config.target_layer_ids, mask_token_id, config.num_heads,
-        config.num_kv_heads, config.head_dim, config.intermediate_size, config.block_size)
+        config.num_kv_heads, config.head_dim, config.intermediate_size, config.block_size,
+        config.initializer_range)
     torch.manual_seed(config.seed)
     return DFlashDraftModel(shape).to(config.device)
 

@@ -25,7 +25,7 @@ from data.nano.refusals import REFUSAL, refused_text
 
 KINDS = {"words": words.KINDS, "plain": plain.KINDS}
 # The tasks of 20 seeds in a row, over and over. The target needs the most practice in plain
-# arithmetic. Its drafter needs word problems most: they have the most kinds and the longest answers.
+# arithmetic, its drafter in word problems: they have the most kinds and the longest answers.
 MIXES = {
     "target": ("words",) * 7 + ("plain",) * 10 + ("refusals",) * 3,
     "drafter": ("words",) * 13 + ("plain",) * 5 + ("refusals",) * 2}
@@ -35,11 +35,11 @@ TASKS = ("words", "plain", "refusals")
 def problems(split: str, count: int, start: int = 0, task: str = "target"):
     """Yields (question, solution, answer) number start .. start + count - 1 of a split's problems.
 
-    task is words, plain, refusals, or a mix of them: target or drafter. The answer is the text in the box; it is
-    None for refusals, which have no box. The stream of a split and task is fixed and has no
-    question twice, so calls with adjoining ranges never share a question. Skipping costs as much as
-    generating. One val or test problem costs fifty, as the other seeds belong to the training
-    split.
+    task is words, plain, refusals, or a mix of them: target or drafter. The answer is the text in
+    the box; it is None for refusals, which have no box. The stream of a split and task is fixed and
+    has no question twice, so calls with adjoining ranges never share a question. Skipping costs as
+    much as generating. One val or test problem costs fifty, as the other seeds belong to the
+    training split.
     """
     if split not in ("train", "val", "test"):
         raise ValueError(f"split is {split!r}; use train, val or test")
