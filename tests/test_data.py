@@ -118,7 +118,7 @@ def test_rows_at_the_edge_of_the_vocabulary(tmp_path, vocab_size, is_inside):
 # the nano task: problems, tokenizer, chat template, answers
 
 
-@pytest.mark.parametrize("task", ("words", "plain", "refusals", "mix"))
+@pytest.mark.parametrize("task", ("words", "plain", "refusals", "target", "drafter"))
 def test_problems_are_disjoint(task):
     """A question in two splits, another stream at every run, a box that is not the answer."""
     splits = {name: list(problems(name, 60, task=task)) for name in ("train", "val", "test")}
@@ -134,12 +134,13 @@ def test_problems_are_disjoint(task):
     assert problem(7, task) == problem(7, task)
 
 
-def test_mix_has_all_tasks():
-    """A task that is never trained, or that crowds out the others."""
-    rows = list(problems("train", 2000))
+@pytest.mark.parametrize("mix, share", (("target", 0.15), ("drafter", 0.10)))
+def test_mix_has_all_tasks(mix, share):
+    """A task that is never trained, or that crowds out the others; the mixes exchanged."""
+    rows = list(problems("train", 2000, task=mix))
     refused = sum(answer is None for _, _, answer in rows)
-    assert 300 < refused < 450
-    with pytest.raises(ValueError, match="use words, plain, refusals or mix"):
+    assert refused / 2000 == pytest.approx(share, abs=0.03)
+    with pytest.raises(ValueError, match="use one of words, plain, refusals, tok"):
         next(problems("train", 1, task="nano"))
 
 
@@ -321,7 +322,7 @@ def test_chat_prompt_has_the_empty_thought():
 def test_prepared_rows_begin_with_chat_prompt():
     """Failure 9: rows of another template than decoding's; answers that are not the target's."""
     target, tokenizer = nano()
-    asked = [question for question, _, _ in problems("val", 3)]
+    asked = [question for question, _, _ in problems("val", 3, task="drafter")]
     answered = nano_prepare.answer_questions(
         target, tokenizer, asked, max_new_tokens=160, batch_size=2)
     shipped = [row for row in shipped_answers() if row["split"] == "val"]

@@ -111,7 +111,7 @@ def train_tokenizer() -> Tokenizer:
 
 def corpus():
     """Questions, solutions, and what is in every row and so deserves a merge: names of roles."""
-    for question, solution, _ in problems("train", PROBLEMS):
+    for question, solution, _ in problems("train", PROBLEMS, task="tokenizer"):
         yield question
         yield solution
         yield "user\n"

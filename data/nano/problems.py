@@ -24,9 +24,11 @@ from data.nano.common import pick
 from data.nano.refusals import REFUSAL, refused_text
 
 KINDS = {"words": words.KINDS, "plain": plain.KINDS}
-# The tasks of 20 seeds in a row, over and over. The target needs the most practice in plain
-# arithmetic, its drafter in word problems: they have the most kinds and the longest answers.
+# The tasks of 20 seeds in a row, over and over, for each of those that learn. The target needs the
+# most practice in plain arithmetic, its drafter in word problems: they have the most kinds and the
+# longest answers.
 MIXES = {
+    "tokenizer": ("words",) * 9 + ("plain",) * 7 + ("refusals",) * 4,
     "target": ("words",) * 7 + ("plain",) * 10 + ("refusals",) * 3,
     "drafter": ("words",) * 13 + ("plain",) * 5 + ("refusals",) * 2}
 TASKS = ("words", "plain", "refusals")
@@ -35,7 +37,7 @@ TASKS = ("words", "plain", "refusals")
 def problems(split: str, count: int, start: int = 0, task: str = "target"):
     """Yields (question, solution, answer) number start .. start + count - 1 of a split's problems.
 
-    task is words, plain, refusals, or a mix of them: target or drafter. The answer is the text in
+    task is words, plain, refusals, or a mix of them, a key of MIXES. The answer is the text in
     the box; it is None for refusals, which have no box. The stream of a split and task is fixed and
     has no question twice, so calls with adjoining ranges never share a question. Skipping costs as
     much as generating. One val or test problem costs fifty, as the other seeds belong to the
@@ -44,7 +46,7 @@ def problems(split: str, count: int, start: int = 0, task: str = "target"):
     if split not in ("train", "val", "test"):
         raise ValueError(f"split is {split!r}; use train, val or test")
     if task not in MIXES and task not in TASKS:
-        raise ValueError(f"task is {task!r}; use words, plain, refusals, target or drafter")
+        raise ValueError(f"task is {task!r}; use one of {', '.join((*TASKS, *MIXES))}")
     seen = set()
     seed = 0
     while len(seen) < start + count:
