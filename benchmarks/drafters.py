@@ -43,20 +43,21 @@ class Oracle:
     def new_cache(self, batch, length):
         if self.drafter:
             return self.drafter.new_cache(batch, length)
+        return self.tokens.new_zeros(0, 2, batch, 0)  # of no layer
 
     def write_context(self, features, cache, position):
         if self.drafter:
             self.drafter.write_context(features, cache, position)
 
     def draft_logits(self, anchor, target, cache, position):
-        """Logits (1, K-1, V) whose largest are those of the known guesses."""
+        """Logits (B, K-1, V) whose largest are those of the known guesses."""
         if self.drafter:
             logits = self.drafter.draft_logits(anchor, target, cache, position)
         else:
-            shape = (1, self.block_size - 1, self.vocab_size)
+            shape = (len(anchor), self.block_size - 1, self.vocab_size)
             logits = torch.zeros(shape, device=anchor.device)
-        guesses = self.tokens.index_select(0, position + self.slots)
-        return logits.scatter_(-1, guesses[None, :, None], CERTAIN)
+        guesses = self.tokens[position[:, None] + self.slots]                # (B, K-1)
+        return logits.scatter_(-1, guesses[:, :, None], CERTAIN)
 
 
 def probability_for(tau, block_size):

@@ -832,7 +832,7 @@ def test_bench_oracle_is_right_as_often_as_asked(p):
     oracle.learn([1] * 30, answer, p)
     right = 0
     for first in range(0, 375, K - 1):
-        logits = oracle.draft_logits(torch.tensor([1]), target, None, torch.tensor(29 + first))
+        logits = oracle.draft_logits(torch.tensor([1]), target, None, torch.tensor([29 + first]))
         guesses = logits.argmax(-1)[0].tolist()
         right += sum(a == b for a, b in zip(guesses, answer[first:first + K - 1], strict=True))
     assert right / 375 == pytest.approx(p, abs=0.08)

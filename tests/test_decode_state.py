@@ -40,7 +40,7 @@ def decode(target, x, prompt_length, cuts, forward_rows=K):
         all_features.append(features[:, :n])
         all_logits.append(target.logits(hidden)[:, :n])
         position += n
-    assert state.position.item() == T
+    assert (state.position == T).all()
     return torch.cat(all_logits, 1), torch.cat(all_features, 1)
 
 
