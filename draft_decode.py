@@ -196,9 +196,11 @@ def count_accepted(guesses, choices):
 
 @dataclass
 class Piece:
-    """What one forward of the target adds to the answer: tokens, and how many were guesses."""
+    """What one forward of the target adds to the answer: tokens, how many of them were guesses, and
+    whether the answer ends with them."""
     tokens: list
     accepted: int
+    is_last: bool = False
 
 
 def generate(target, drafter, prompt_ids, max_new_tokens, stops=(), forward_rows=None,
@@ -308,7 +310,7 @@ class Answer:
         self.tokens_left -= len(tokens)
         if self.tokens_left == 0:
             self.has_ended = True
-        return Piece(tokens, min(accepted, len(tokens)))
+        return Piece(tokens, min(accepted, len(tokens)), self.has_ended)
 
 
 def round_up_to_power_of_two(n):
