@@ -43,6 +43,7 @@ prompts = "nano"                        # nano, plain, refusals, math500, gsm8k,
                                         # FILE.jsonl, random:64:256
 limit = 0                               # prompts at most; 0: as many as take about two minutes
 max_new_tokens = 512                    # of an answer
+slots: tuple[int] = ()                  # sequences decoded at once; empty: 1, throughput 1 to 32
 thinking = False                        # let a target that can think do so
 # how tokens are chosen
 temperature = 0.0                       # of the target's choice; 0 is greedy

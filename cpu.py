@@ -2,8 +2,8 @@
 What only the kernels of a CPU need. On a GPU none of this runs.
 
 Two things. Large frozen weights are packed once into the order in which oneDNN reads them, so that
-products with few rows run faster. And elementwise functions are applied row by row where torch
-would split one row over two threads, as that would make a row's bits depend on its place.
+products with few rows run faster. And elementwise functions are applied to few rows at a time where
+torch would split one row over two threads, as that would make a row's bits depend on its place.
 """
 import torch
 import torch.nn as nn
@@ -62,13 +62,16 @@ def pack_weight(weight):
 
 
 def rowwise(function, x):
-    """function(x), elementwise, for x (B, T, ...); row by row for a block of few rows on a CPU.
+    """function(x), elementwise, for x (B, T, ...); few rows at a time for blocks on a CPU.
 
     Threads split a large tensor at any element, also inside a row. At the seam scalar code takes
     over from vector code and rounds exp differently. Then the bits of a row would depend on where
-    in the block it stands.
+    among the rows of all B blocks it stands. So torch is given no more than one thread takes. A
+    prompt, which has more than 64 rows, is read alone and needs none of this.
     """
-    rows = x.shape[0] * x.shape[1]
-    if x.device.type != "cpu" or x.numel() <= PARALLEL_ELEMENTS or rows > 64:
+    if x.device.type != "cpu" or x.numel() <= PARALLEL_ELEMENTS or x.shape[1] > 64:
         return function(x)
-    return torch.stack([function(row) for row in x.flatten(0, 1)]).view(x.shape)
+    rows = x.flatten(0, 1)
+    rows_at_once = max(1, PARALLEL_ELEMENTS // rows[0].numel())
+    parts = [function(part) for part in rows.split(rows_at_once)]
+    return torch.cat(parts).view(x.shape)

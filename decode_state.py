@@ -14,6 +14,8 @@ it what the next few tokens write.
 Shapes: B batch, K rows of a forward, H heads of queries and keys, Hv heads of values, D and Dv
 their widths.
 """
+import copy
+
 import torch
 import torch.nn.functional as F
 
@@ -22,11 +24,12 @@ from target import conv_channels, delta_rule_widths, delta_step, gated_delta_rul
 
 
 class DecodeState:
-    """What decoding remembers of B sequences at one common position, for at most `length` tokens.
+    """What decoding remembers of B sequences, each for at most `length` tokens.
 
     A forward of a block of K rows, an anchor and guesses, never changes the committed sequence.
-    commit(n) then makes the first n of them part of it, the same n in all B sequences. (A prompt
-    is committed as a whole.) No copy of S is kept for each token, and no second forward is needed.
+    commit(n) then makes the first n of them part of it; each sequence has its own n and its own
+    position. (A prompt is committed as a whole.) No copy of S is kept for each token, and no second
+    forward is needed.
 
     How can that be, as what is written into S cannot be undone? S is kept only at multiples of K
     tokens. Beside it stand the inputs of the delta rule (q k v g beta) for the tokens since then,
@@ -66,7 +69,7 @@ class DecodeState:
     before anything is computed from them. Those after the next block are seen by none of its rows:
     the delta rule is causal.
 
-    position     tokens committed; a tensor, so that a round has static shapes (for CUDA graphs)
+    position     tokens committed, (B,); a tensor, so that a round has static shapes (CUDA graphs)
     keys         and values of each full-attention layer; a mask hides from a row what comes after
                  it
     S            of each linear layer, after `position` rounded down to a multiple of K
@@ -96,7 +99,7 @@ class DecodeState:
         window_length = 0 if forward_rows == 1 else 2 * forward_rows
         conv_length = config.linear_conv_kernel_dim - 1 + forward_rows
 
-        self.position = torch.zeros((), dtype=torch.long, device=weight.device)
+        self.position = torch.zeros(batch, dtype=torch.long, device=weight.device)
         kv_shape = (full_layers, batch, config.num_key_value_heads, length, config.head_dim)
         self.keys = weight.new_zeros(kv_shape)
         self.values = weight.new_zeros(kv_shape)
@@ -113,21 +116,39 @@ class DecodeState:
         rotary_dim = int(config.head_dim * config.partial_rotary_factor)
         self.cos, self.sin = rotary_table(self.all_positions, rotary_dim, config.rope_theta)
 
-        # each layer's part, as views of these tensors
-        self.layers = []
+        self.layers = self.layer_states(config)
+        self.reset()
+
+    def layer_states(self, config):
+        """Each layer's part, as views of the tensors above."""
+        layers = []
         next_linear = 0
         next_full = 0
         for kind in config.layer_types:
             if kind == "linear_attention":
-                self.layers.append(LinearLayerState(self, next_linear, config))
+                layers.append(LinearLayerState(self, next_linear, config))
                 next_linear += 1
             else:
-                self.layers.append(FullLayerState(self, next_full))
+                layers.append(FullLayerState(self, next_full))
                 next_full += 1
-        self.reset()
+        return layers
+
+    def sequence(self, index, config):
+        """A DecodeState of one of the B sequences, on the same memory: to read a prompt into it."""
+        one = copy.copy(self)
+        here = slice(index, index + 1)
+        one.position = self.position[here]
+        one.keys = self.keys[:, here]
+        one.values = self.values[:, here]
+        one.S = self.S[:, here]
+        one.S_chunk_end = self.S_chunk_end[:, here]
+        one.window = self.window[:, here]
+        one.conv = self.conv[:, here]
+        one.layers = one.layer_states(config)
+        return one
 
     def reset(self):
-        """Begin anew with an empty sequence.
+        """Begin anew with empty sequences.
 
         Keys and values stay, as the mask hides them.
         """
@@ -147,36 +168,39 @@ class DecodeState:
         assert self.empty or self.forward_is_block, \
             f"{T} tokens for a state that takes {self.forward_rows} rows after its prompt"
         offsets = self.all_positions[:T]
-        self.row_positions = self.position + offsets                         # in the sequence
+        self.row_positions = self.position[:, None] + offsets                # (B, T)
         tail = self.position % self.forward_rows
-        self.window_places = tail + offsets                                  # in the window
-        self.rotary = (self.cos.index_select(0, self.row_positions),
-                       self.sin.index_select(0, self.row_positions))
+        self.window_places = tail[:, None] + offsets                         # (B, T)
+        self.rotary = (self.cos[self.row_positions], self.sin[self.row_positions])
         self.mask = None
         if self.forward_is_block:
-            self.mask = self.all_positions <= self.row_positions[:, None]    # (K, length)
+            self.mask = self.all_positions <= self.row_positions[..., None]  # (B, K, length)
 
     def commit(self, n):
-        """Adopt the first n rows, an int or a tensor of 0 .. K, of the last forward.
+        """Adopt the first n rows, an int or a tensor (B,) of 0 .. K, of the last forward.
 
         After the forward of a prompt's bulk n is all of its rows. Everything is written in place:
         a CUDA graph of a round holds the addresses of these tensors.
         """
         self.empty = False
+        n = torch.zeros_like(self.position) + n                              # (B,)
         if self.forward_is_block:
             K = self.forward_rows
             # Does the first chunk of the window hold committed tokens only?
-            chunk_is_complete = self.position % K + n >= K
-            torch.where(chunk_is_complete, self.S_chunk_end, self.S, out=self.S)
+            chunk_is_complete = self.position % K + n >= K                   # (B,)
+            state_is_complete = chunk_is_complete[:, None, None, None]
+            torch.where(state_is_complete, self.S_chunk_end, self.S, out=self.S)
             if K > 1:
+                window_is_complete = chunk_is_complete[:, None, None]
                 first_chunk = self.window[:, :, :K]
                 second_chunk = self.window[:, :, K:]
-                self.window[:, :, :K] = torch.where(chunk_is_complete, second_chunk, first_chunk)
+                self.window[:, :, :K] = torch.where(window_is_complete, second_chunk, first_chunk)
             # The convolution's memory is [the last tokens before the block | the block]. With n
             # rows adopted, the last tokens are those that begin n places later.
             past_length = self.conv.shape[2] - K
-            last_tokens = n + self.all_positions[:past_length]
-            self.conv[:, :, :past_length] = self.conv.index_select(2, last_tokens)
+            last_tokens = n[:, None] + self.all_positions[:past_length]      # (B, past_length)
+            past = self.conv[:, :, :past_length]
+            past.copy_(self.conv.gather(2, last_tokens[:, :, None].expand_as(past)))
         self.position += n
 
 
@@ -213,7 +237,9 @@ class LinearLayerState:
         else:
             # write the block after the tail
             inputs = [x.to(self.S.dtype).flatten(2) for x in (q, k, v, g, beta)]
-            self.window.index_copy_(1, state.window_places, torch.cat(inputs, -1))
+            inputs = torch.cat(inputs, -1)
+            places = state.window_places[:, :, None]
+            self.window.scatter_(1, places.expand_as(inputs), inputs)
             # run the two chunks of the window, and keep the outputs of the block
             window_q, window_k, window_v, window_g, window_beta = self.window.split(self.widths, -1)
             o, S = gated_delta_rule(
@@ -226,7 +252,7 @@ class LinearLayerState:
                 chunk=state.forward_rows,
                 chunks_until_state=1)
             self.S_chunk_end.copy_(S)
-            o = o.index_select(1, state.window_places)
+            o = o.gather(1, places[..., None].expand_as(v))
         return o.to(v.dtype)
 
 
@@ -243,11 +269,12 @@ class FullLayerState:
 
         Returns the keys and values to attend to, and the mask of what each row sees.
 
-        For a block: the whole buffer, and (K, length). For a prompt's bulk, before which there is
-        nothing: its own k and v, and None for a causal mask.
+        For a block: the whole buffer, and (B, K, length). For a prompt's bulk, before which there
+        is nothing: its own k and v, and None for a causal mask.
         """
-        self.keys.index_copy_(2, self.state.row_positions, k)
-        self.values.index_copy_(2, self.state.row_positions, v)
+        index = self.state.row_positions[:, None, :, None].expand_as(k)
+        self.keys.scatter_(2, index, k)
+        self.values.scatter_(2, index, v)
         if not self.state.forward_is_block:
             return k, v, None
         return self.keys, self.values, self.state.mask

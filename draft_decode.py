@@ -21,6 +21,7 @@ import contextlib
 import itertools
 import sys
 import time
+from collections import deque
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -56,40 +57,44 @@ color = sys.stdout.isatty()                 # accepted guesses green, the target
 
 
 class Decoder:
-    """Decodes one sequence of at most `length` tokens, round by round.
+    """Decodes B sequences of at most `length` tokens, round by round.
 
     drafter         None: the target alone
     forward_rows    K, the rows of a forward of the target. With a drafter it is its block size
+    batch           B. Each of these places holds a sequence at its own position, or is idle
 
-    A round has static shapes and keeps its positions in tensors. So on CUDA it is captured as a
-    graph, which all later rounds replay, also those of later prompts. A round waits for the device
-    only once. A graph holds the addresses of its tensors, so what one round leaves to the next is
-    written in place.
+    The bits of a sequence depend neither on its place nor on the others: they share its forwards,
+    and nothing else. A round has static shapes and keeps its positions in tensors. So on CUDA it is
+    captured as a graph, which all later rounds replay, also those of later prompts. A round waits
+    for the device only once. A graph holds the addresses of its tensors, so what one round leaves
+    to the next is written in place.
     """
 
-    def __init__(self, target, drafter, length, forward_rows, sampling):
+    def __init__(self, target, drafter, length, forward_rows, sampling, batch=1):
         self.target = target
         self.drafter = drafter
         self.sampling = sampling
-        self.state = DecodeState(target, 1, length, forward_rows)
+        self.state = DecodeState(target, batch, length, forward_rows)
         self.layer_ids = ()                 # the target's layers that give the features
         if drafter is not None:
             self.layer_ids = drafter.target_layer_ids
-            self.cache = drafter.new_cache(1, length)
+            self.cache = drafter.new_cache(batch, length)
         device = target.embed_tokens.weight.device
-        self.block = torch.zeros(1, forward_rows, dtype=torch.long, device=device)
-        self.anchor = torch.zeros(1, dtype=torch.long, device=device)
+        self.block = torch.zeros(batch, forward_rows, dtype=torch.long, device=device)
+        self.anchor = torch.zeros(batch, dtype=torch.long, device=device)
+        self.is_active = torch.zeros(batch, dtype=torch.long, device=device)  # 1, or 0 if idle
         self.offsets = torch.arange(forward_rows, device=device)
         self.graph = None
         self.is_warm = False
 
     def run_round(self):
-        """One round. Returns [guesses accepted, the target's choice after each of the K rows]."""
+        """One round. Returns (B, 1 + K): the number of accepted guesses, and the target's choice
+        after each of the K rows."""
         target, drafter, state = self.target, self.drafter, self.state
         sampling = self.sampling
         # The anchor stands at state.position. Row k of the target chooses the token at position
         # + 1 + k, so noise is wanted for these K positions.
-        noise = self.noise_at(state.position + 1 + self.offsets)             # (K, V) or None
+        noise = self.noise_at(state.position[:, None] + 1 + self.offsets)    # (B, K, V) or None
 
         # 1. draft: guesses for the K - 1 positions after the anchor. Without a drafter these rows
         #    stay token 0 for ever; they are there for the shape only.
@@ -99,8 +104,8 @@ class Decoder:
 
         # 2. verify: row k of the forward chooses the token after it
         features, hidden = target(self.block, state, self.layer_ids)
-        logits = target.logits(hidden)                                       # (1, K, V)
-        choices = choose(logits, sampling, sampling.temperature, noise)      # (1, K)
+        logits = target.logits(hidden)                                       # (B, K, V)
+        choices = choose(logits, sampling, sampling.temperature, noise)      # (B, K)
 
         # 3. accept: the guesses before the first wrong one, then the target's choice after them
         if drafter is None:
@@ -113,40 +118,51 @@ class Decoder:
         #    new anchor goes through the target in the next round.) The drafter's context grows by
         #    the same rows. As shapes must not vary, it is given the features of all K. Those of
         #    rejected rows stand from the new anchor's place on, where the next round writes over
-        #    them before it reads. commit comes last, since it moves the position.
+        #    them before it reads. commit comes last, since it moves the position. An idle place
+        #    runs along and commits nothing.
         if drafter is not None:
             drafter.write_context(features, self.cache, state.position)
-        state.commit(accepted[0] + 1)
-        return torch.cat((accepted, choices[0]))
+        state.commit((accepted + 1) * self.is_active)
+        return torch.cat((accepted[:, None], choices), 1)
 
     def guesses(self, noise):
-        """The drafter's guesses (1, K-1): greedy, or with the target's noise at these positions."""
+        """The drafter's guesses (B, K-1): greedy, or with the target's noise at these positions."""
         logits = self.drafter.draft_logits(
             self.anchor, self.target, self.cache, self.state.position)
         if noise is None or self.sampling.draft_temperature == 0:
             return logits.argmax(-1)
         # K - 1 guesses for the first K - 1 positions; at the last one only the target chooses
-        return choose(logits, self.sampling, self.sampling.draft_temperature, noise[:-1])
+        return choose(logits, self.sampling, self.sampling.draft_temperature, noise[:, :-1])
 
     def noise_at(self, positions):
-        """(positions, V), or None where tokens are chosen greedily."""
+        """Noise (..., V) for positions (...), or None where tokens are chosen greedily."""
         if self.sampling.temperature == 0:
             return None
         return gumbel_noise(self.sampling.seed, positions, self.target.config.vocab_size)
 
-    def prefill(self, prompt_ids):
-        """Read a prompt. Returns the target's token after it, which is the first anchor."""
-        self.state.reset()
+    def prefill(self, place, prompt_ids):
+        """Read a prompt into one of the places, and leave the others as they are. Returns the
+        target's token after it, which is the first anchor."""
+        state = self.state.sequence(place, self.target.config)
+        state.reset()
         prompt = torch.tensor([prompt_ids], device=self.anchor.device)
-        features, logits = self.target.prefill(prompt, self.state, self.layer_ids)
+        start = state.position.clone()
+        features, logits = self.target.prefill(prompt, state, self.layer_ids)
         if self.drafter is not None:
-            self.drafter.write_context(features, self.cache, 0)
-        noise = self.noise_at(self.state.position[None])  # the token at this place is chosen now
-        self.anchor.copy_(choose(logits, self.sampling, self.sampling.temperature, noise))
-        return self.anchor.item()
+            cache = self.cache[:, :, place:place + 1]
+            self.drafter.write_context(features, cache, start)
+        noise = self.noise_at(state.position)  # the token at this position is chosen now
+        first = choose(logits, self.sampling, self.sampling.temperature, noise)
+        self.anchor[place] = first[0]
+        self.is_active[place] = 1
+        return first.item()
+
+    def end(self, place):
+        """A sequence has ended: its place is idle until the next prompt."""
+        self.is_active[place] = 0
 
     def next_round(self):
-        """Run a round; returns its tokens as a list, and how many of them were guesses."""
+        """Run a round. Returns for each place its tokens as a list, and how many were guesses."""
         if not self.is_warm or not self.anchor.is_cuda:
             # Without a GPU a round just runs. On CUDA so does the first: it compiles and warms up.
             self.outcome = self.run_round()
@@ -159,9 +175,11 @@ class Decoder:
                 with torch.cuda.graph(self.graph):
                     self.outcome = self.run_round()
             self.graph.replay()
-        accepted, *choices = self.outcome.tolist()  # the one wait for the device
-        # guesses that were accepted are the target's choices, so these hold all tokens
-        return choices[:accepted + 1], accepted
+        outcomes = []
+        for accepted, *choices in self.outcome.tolist():  # the one wait for the device
+            # guesses that were accepted are the target's choices, so these hold all tokens
+            outcomes.append((choices[:accepted + 1], accepted))
+        return outcomes
 
 
 def count_accepted(guesses, choices):
@@ -178,64 +196,121 @@ def count_accepted(guesses, choices):
 
 @dataclass
 class Piece:
-    """What one forward of the target adds to the answer: tokens, and how many were guesses."""
+    """What one forward of the target adds to the answer: tokens, how many of them were guesses, and
+    whether the answer ends with them."""
     tokens: list
     accepted: int
+    is_last: bool = False
 
 
-@torch.inference_mode()
 def generate(target, drafter, prompt_ids, max_new_tokens, stops=(), forward_rows=None,
              sampling=Sampling(), decoders=None):
     """Yields the answer in Pieces: first the one token that the prompt's forward chose, which has
-    no guess in it, then a piece for each round.
+    no guess in it, then a piece for each round. The arguments are those of generate_many.
+    """
+    prompts = [prompt_ids]
+    for _, piece in generate_many(
+            target, drafter, prompts, max_new_tokens, 1, stops, forward_rows, sampling, decoders):
+        yield piece
 
-    prompt_ids      list of token ids, at least one
+
+@torch.inference_mode()
+def generate_many(target, drafter, prompts, max_new_tokens, slots, stops=(), forward_rows=None,
+                  sampling=Sampling(), decoders=None):
+    """Decodes many prompts, up to `slots` at once. Yields (index of the prompt, Piece).
+
+    prompts         lists of token ids, each of at least one
     drafter         a DFlashDraftModel or whatever has its block_size, target_layer_ids, new_cache,
                     write_context and draft_logits; None: the target alone
-    stops           token ids that end the answer
-    forward_rows    rows of a forward; None: the drafter's block size, 16 without a drafter. 1 is
-                    the fastest way for the target alone. Its products have another shape and round
-                    otherwise, so it is equal up to rounding only, not to the bit.
+    stops           token ids that end an answer
+    forward_rows    rows of a forward for each sequence; None: the drafter's block size, 16 without
+                    a drafter. 1 is the fastest way for the target alone. Its products have another
+                    shape and round otherwise, so it is equal up to rounding only, not to the bit.
     decoders        a dict that keeps Decoders, and with them their graphs, for later calls with the
                     same target; one generation at a time may use it
 
-    Ends after a stop id, after max_new_tokens, or at the target's context limit. What a round
-    returns past the end is dropped.
+    An answer ends after a stop id, after max_new_tokens, or at the target's context limit. What a
+    round returns past the end is dropped. For the same number of slots an answer has the same bits
+    whatever the other prompts are. Raises ValueError for a prompt that cannot be continued, before
+    any is read.
     """
     if forward_rows is None:
         forward_rows = drafter.block_size if drafter is not None else 16
-    # How many tokens may be returned: prompt, answer and one block have to fit into the target's
-    # context. Forwards of one row leave room for 16 as well, so that answers end at the same token.
-    block_room = max(forward_rows, 16)
-    longest = target.config.max_position_embeddings
-    limit = min(max_new_tokens, longest - len(prompt_ids) - block_room)
-    check_request(prompt_ids, max_new_tokens, limit, target.config)
-    # The buffer's length. There are few different ones, so that prompts share buffers and graphs.
-    length = round_up_to_power_of_two(len(prompt_ids) + limit + block_room)
-    length = min(max(256, length), longest)
-
     if decoders is None:
         decoders = {}
-    key = (drafter, length, forward_rows, sampling)
-    if key not in decoders:
-        decoders[key] = Decoder(target, drafter, length, forward_rows, sampling)
-    decoder = decoders[key]
 
-    tokens = [decoder.prefill(prompt_ids)]
-    accepted = 0
-    returned = 0  # tokens so far
-    while True:
-        # what lies past the limit or past a stop id is dropped
-        tokens = tokens[:limit - returned]
+    # Prompts whose sequences need a buffer of the same length are decoded together. There are few
+    # lengths, so buffers and graphs are shared.
+    by_length = {}
+    for index, prompt_ids in enumerate(prompts):
+        answer = Answer(index, prompt_ids, target.config, forward_rows, max_new_tokens, stops)
+        by_length.setdefault(answer.buffer_length, []).append(answer)
+    for length, answers in by_length.items():
+        key = (drafter, length, forward_rows, sampling, slots)
+        if key not in decoders:
+            decoders[key] = Decoder(target, drafter, length, forward_rows, sampling, slots)
+        yield from decode_in_slots(decoders[key], answers, slots)
+
+
+def decode_in_slots(decoder, waiting, slots):
+    """Yields (index, Piece) of the Answers that wait, in the order in which they become known."""
+    decoder.is_active.zero_()  # an earlier generation may have been left in the midst
+    waiting = deque(waiting)
+    running = {}  # the Answer in each slot that is not idle
+    while waiting or running:
+        # a free slot reads the next prompt
+        for slot in range(slots):
+            while waiting and slot not in running:
+                answer = waiting.popleft()
+                token = decoder.prefill(slot, answer.prompt_ids)
+                yield answer.index, answer.add([token], 0)
+                if answer.has_ended:
+                    decoder.end(slot)
+                else:
+                    running[slot] = answer
+
+        # one round for all; a slot whose answer has ended becomes free
+        outcomes = decoder.next_round() if running else []
+        for slot, (tokens, accepted) in enumerate(outcomes):
+            if slot not in running:
+                continue
+            answer = running[slot]
+            yield answer.index, answer.add(tokens, accepted)
+            if answer.has_ended:
+                decoder.end(slot)
+                del running[slot]
+
+
+class Answer:
+    """An answer as it grows: how long it may become, and whether it has ended."""
+
+    def __init__(self, index, prompt_ids, config, forward_rows, max_new_tokens, stops):
+        self.index = index
+        self.prompt_ids = prompt_ids
+        self.stops = stops
+        self.has_ended = False
+        # How many tokens may be returned: prompt, answer and one block have to fit into the
+        # target's context. Forwards of one row leave room for 16 as well, so that answers end at
+        # the same token.
+        block_room = max(forward_rows, 16)
+        longest = config.max_position_embeddings
+        self.tokens_left = min(max_new_tokens, longest - len(prompt_ids) - block_room)
+        check_request(prompt_ids, max_new_tokens, self.tokens_left, config)
+        length = round_up_to_power_of_two(len(prompt_ids) + self.tokens_left + block_room)
+        self.buffer_length = min(max(256, length), longest)
+
+    def add(self, tokens, accepted):
+        """The Piece of a round's tokens, without what lies past the limit or past a stop id."""
+        tokens = tokens[:self.tokens_left]
         for i, token in enumerate(tokens):
-            if token in stops:
+            if token in self.stops:
                 tokens = tokens[:i + 1]
+                self.has_ended = True
                 break
-        yield Piece(tokens, min(accepted, len(tokens)))
-        returned += len(tokens)
-        if tokens[-1] in stops or returned == limit:
-            return
-        tokens, accepted = decoder.next_round()
+        self.tokens_left -= len(tokens)
+        if self.tokens_left == 0:
+            self.has_ended = True
+        return Piece(tokens, min(accepted, len(tokens)), self.has_ended)
 
 
 def round_up_to_power_of_two(n):

@@ -93,14 +93,13 @@ class DFlashDraftModel(PreTrainedModel):
         return self.fc.weight.new_zeros(shape)
 
     def write_context(self, features, cache, position):
-        """Write the keys and values of features (B, T, ...) into the cache, from `position` on.
+        """Write the keys and values of features (B, T, ...) into the cache, from position (B,) on.
 
-        position is an int or a tensor. Of a verified block the features of all K slots may
-        be given: those of rejected guesses are overwritten by the next block before anything sees
-        them.
+        Of a verified block the features of all K slots may be given: those of rejected guesses are
+        overwritten by the next block before anything sees them.
         """
         T = features.shape[1]
-        positions = position + torch.arange(T, device=features.device)
+        positions = position[:, None] + torch.arange(T, device=features.device)  # (B, T)
         context = self.context(features)
         rotary = self.rotary(positions)
         for layer, (keys, values) in zip(self.layers, cache):  # views, written in place
@@ -109,18 +108,19 @@ class DFlashDraftModel(PreTrainedModel):
             write_at(values, positions, v)
 
     def draft_logits(self, anchor, target, cache, position):
-        """Logits (B, K-1, V) of the guesses for the tokens after the anchors (B,) at `position`."""
+        """Logits (B, K-1, V) of the guesses for the tokens after the anchors (B,) at position (B,).
+        """
         embedded = self.embed_block(anchor, target.embed_tokens.weight)
         hidden = self.decode_block(embedded, cache, position)
         return target.logits(hidden[:, 1:])  # slot 0, the anchor, guesses nothing
 
     def decode_block(self, embedded, cache, position):
-        """Hidden states (B, K, width) of one embedded block whose anchor stands at `position`.
+        """Hidden states (B, K, width) of one embedded block a sequence.
 
-        The cache holds the context of all positions before it.
+        Its anchor stands at position (B,). The cache holds the context of all positions before it.
         """
         K = embedded.shape[1]
-        positions = position + torch.arange(K, device=embedded.device)
+        positions = position[:, None] + torch.arange(K, device=embedded.device)  # (B, K)
         rotary = self.rotary(positions)
         x = embedded
         for layer, (keys, values) in zip(self.layers, cache):
@@ -299,7 +299,7 @@ class Attention(nn.Module):
         return self.o_proj(o.flatten(3))
 
     def decode(self, x, rotary, keys, values, positions):
-        """Decoding. x (B, K, width) at positions (K,).
+        """Decoding. x (B, K, width) at positions (B, K).
 
         keys and values (B, Hkv, length, D): this layer's part of the cache. It holds the context of
         all positions before the block; the block's own are written after it.
@@ -311,9 +311,9 @@ class Attention(nn.Module):
         # What block_visibility() says, for one block: all up to the block's last slot, and in a
         # sliding layer only the last positions up to the slot's own.
         key_position = torch.arange(keys.shape[2], device=x.device)
-        query_position = positions[:, None]
-        mask = key_position <= positions[-1]
-        mask = mask.expand(len(positions), -1)                               # (K, length)
+        query_position = positions[:, :, None]
+        last_position = positions[:, -1:, None]
+        mask = key_position <= last_position.expand_as(query_position)       # (B, K, length)
         if self.attention_window is not None:
             mask = mask & (key_position <= query_position)
             mask = mask & (key_position > query_position - self.attention_window)
@@ -361,9 +361,10 @@ def to_fp32(x):
 
 
 def write_at(buffer, positions, x):
-    """Write x (B, T, Hkv, D) into a buffer (B, Hkv, length, D) at positions (T,)."""
+    """Write x (B, T, Hkv, D) into a buffer (B, Hkv, length, D) at positions (B, T)."""
     x = x.transpose(1, 2).to(buffer.dtype)
-    buffer.index_copy_(2, positions, x)
+    index = positions[:, None, :, None].expand_as(x)
+    buffer.scatter_(2, index, x)
 
 
 def rotary_table(positions, dim, theta):
@@ -401,8 +402,8 @@ def rotate(x, rotary):
 def masked_attention(q, k, v, mask):
     """Attention (B, H, K, D) of a few queries to a whole buffer; a mask says what each one sees.
 
-    q (B, H, K, D); k, v (B, Hkv, length, D); mask (K, length), true where a query sees a key. Keys
-    that it does not see weigh exactly zero. The softmax is in fp32. It is written out as two
+    q (B, H, K, D); k, v (B, Hkv, length, D); mask (B, K, length), true where a query sees a key.
+    Keys that it does not see weigh exactly zero. The softmax is in fp32. It is written out as two
     products because for so few queries library kernels take several times as long on a GPU.
     """
     B, H, K, D = q.shape
@@ -411,7 +412,7 @@ def masked_attention(q, k, v, mask):
     stacked = q.reshape(B, Hkv, -1, D)                              # (B, Hkv, H/Hkv * K, D)
     scores = to_fp32(stacked @ k.mT) * D ** -0.5
     scores = scores.unflatten(2, (-1, K))                           # (B, Hkv, H/Hkv, K, length)
-    scores = scores.masked_fill(~mask, -torch.inf)
+    scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
     weights = scores.softmax(-1).to(v.dtype)
     o = weights.flatten(2, 3) @ v
     return o.view(B, H, K, D)

@@ -93,7 +93,7 @@ def mask_unlikely(scores, top_k, top_p):
 
 
 def gumbel_noise(seed, positions, vocab_size):
-    """Standard Gumbel noise (P, vocab_size) in fp32 for P absolute positions (P,).
+    """Standard Gumbel noise (..., vocab_size) in fp32 for absolute positions (...).
 
     A pure function of (seed, position, token id), like a hash: no generator has a state that a
     different order of calls could change.
@@ -103,7 +103,7 @@ def gumbel_noise(seed, positions, vocab_size):
     # token id i adds i times 2^64 divided by the golden ratio (negative: see mix_bits)
     token_ids = torch.arange(vocab_size, device=positions.device)
     token_offsets = token_ids * -0x61c8864680b583eb
-    bits = mix_bits(position_keys[:, None] + token_offsets)
+    bits = mix_bits(position_keys[..., None] + token_offsets)
     # the upper 52 bits as a number strictly between 0 and 1: at 0 and 1 the noise is infinite
     upper_bits = (bits >> 12) & ((1 << 52) - 1)
     uniform = (upper_bits.double() + 0.5) * 2.0 ** -52

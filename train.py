@@ -33,7 +33,7 @@ from checkpoint import drafter_config, load_drafter, load_target, newest_checkpo
 from configurator import configure
 from console import survive_closed_output
 from data.samples import Samples
-from draft_decode import timed_generate
+from draft_decode import generate_many
 from flops import training_operations
 from interruption import any_rank_received, stop_signals
 from model import DFlashDraftModel, block_labels, block_loss, chunk_loss, sample_anchors
@@ -609,6 +609,9 @@ def ensure_data(config):
 # the command
 
 
+DECODE_SLOTS = 8  # prompts decoded at once: more is faster, and each takes memory
+
+
 def decode_held_out(config, folder, samples, stops):
     """tau of real greedy decoding on held-out prompts, all tokens over all rounds.
 
@@ -617,17 +620,19 @@ def decode_held_out(config, folder, samples, stops):
     """
     target = load_target(config.target, config.device, config.dtype)
     drafter = load_drafter(folder, target.config, config.device, config.dtype)
-    decoders = {}  # buffers and graphs that prompts share
-    token_count = 0
-    round_count = 0
+    prompts = []
     for i in range(min(config.decode_prompts, len(samples))):
         tokens_of_sample, mask = samples[i]
-        prompt_ids = tokens_of_sample[:int(mask.argmax())].tolist()  # up to the answer
-        answer = timed_generate(
-            target, drafter, prompt_ids, config.decode_tokens, stops, decoders=decoders)
-        round_count += len(answer.rounds)
-        for piece in answer.rounds:
+        prompts.append(tokens_of_sample[:int(mask.argmax())].tolist())  # up to the answer
+    token_count = 0
+    round_count = 0
+    has_begun = set()
+    for index, piece in generate_many(
+            target, drafter, prompts, config.decode_tokens, DECODE_SLOTS, stops):
+        if index in has_begun:
+            round_count += 1
             token_count += len(piece.tokens)
+        has_begun.add(index)  # its first piece is the prompt's own token, in no round
     return token_count / max(1, round_count)
 
 

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from benchmarks import pictures
 from benchmarks.common import (accuracy_text, decode_in_turns, decoding_arms, load,
-                               mean_round_length, sampling_of, setup_of, speed_text, summarize)
+                               mean_round_length, sampling_of, setup_of, slots_of, speed_text,
+                               summarize)
 from benchmarks.journal import Journal
 from benchmarks.machine import card, print_card, print_row
 from draft_decode import Piece, generate, timed_generate
@@ -21,9 +22,10 @@ def run(config):
     setup = setup_of(config, workload.prompts, workload.stops)
     journal = Journal(config, "acceptance", setup)
     arms = decoding_arms(config, workload)
-    rows = decode_in_turns(arms, workload.prompts, journal)
+    slots = slots_of(config)
+    rows = decode_in_turns(arms, workload.prompts, journal, slots)
     figures = summarize(rows, workload.tokenizer, workload.drafter.block_size)
-    report = {"command": "acceptance"} | figures
+    report = {"command": "acceptance", "slots": slots} | figures
     report["transcript"] = None  # random ids have no text
     number = median_prompt(rows)
     if workload.tokenizer and number is not None:
@@ -107,7 +109,7 @@ def timed_rounds(config, workload, drafter, forward_rows, prompt_ids):
 
 
 def transcript(config, workload, number):
-    """One answer as text, with times.
+    """One answer as text, with times; it is decoded once more, by itself.
 
     prompt     its number                 question   its text
     first      the token of the prefill, which is in no round

@@ -8,14 +8,16 @@ An arm is a way of decoding. Three are always there:
     target_same_shape  the target alone, its forwards of as many rows: must return the same tokens
     target             the target alone, one row a step: our fastest mode, the speed to beat
 
+With --slots=B an arm decodes B sequences at once, and tokens/s are those of all of them.
+
 tau, the acceptance length, is the number of tokens returned in a round, the target's own
 included. micro: all tokens over all rounds. macro: the mean over prompts of each prompt's tau.
 Tokens past the end of an answer do not count, and neither does the first token, which the prefill
 made and no round.
 """
-import functools
 import hashlib
 import json
+import time
 from collections.abc import Callable
 from statistics import median
 from typing import NamedTuple
@@ -25,7 +27,7 @@ from benchmarks.prompts import is_correct, load_prompts
 from benchmarks.timing import in_turn, progress
 from chat import load_tokenizer, stop_ids
 from checkpoint import load_drafter, load_target
-from draft_decode import timed_generate
+from draft_decode import Generation, generate_many
 from sampling import Sampling
 
 
@@ -63,6 +65,16 @@ def sampling_of(config):
                     config.draft_temperature)
 
 
+def slots_of(config):
+    """How many sequences are decoded at once, by the key of that name; 1 where it is empty."""
+    if not config.slots:
+        return 1
+    if len(config.slots) > 1 or config.slots[0] < 1:
+        raise ValueError(f"slots = {config.slots}: give one number of sequences to decode at once, "
+                         "at least 1; only throughput takes several")
+    return config.slots[0]
+
+
 def setup_of(config, prompts, stops):
     """What a report was made from; a journal goes on only if this is the same."""
     rows = [{"ids": prompt.ids, "answer": prompt.answer} for prompt in prompts]
@@ -72,7 +84,7 @@ def setup_of(config, prompts, stops):
         "dtype": config.dtype, "compile": config.compile,
         "prompts": config.prompts, "count": len(prompts), "digest": digest[:16],
         "max_new_tokens": config.max_new_tokens, "stops": sorted(stops),
-        "thinking": config.thinking}
+        "thinking": config.thinking, "slots": config.slots}
     return setup | vars(sampling_of(config))
 
 
@@ -81,7 +93,7 @@ def setup_of(config, prompts, stops):
 
 
 class Arm(NamedTuple):
-    decode: Callable   # from a prompt's token ids to a Generation
+    decode: Callable   # from the token ids of some prompts to a Generation of each
     repeats: int       # of each prompt; the median time counts
 
 
@@ -89,12 +101,14 @@ def decoding_arms(config, workload, repeats=1):
     """The three arms of the module's docstring. They share what they allocate and compile."""
     block_size = workload.drafter.block_size
     sampling = sampling_of(config)
+    slots = slots_of(config)
     decoders = {}
 
     def arm(drafter, forward_rows, repeats):
-        def decode(prompt_ids):
-            return timed_generate(workload.target, drafter, prompt_ids, config.max_new_tokens,
-                                  workload.stops, forward_rows, sampling, decoders)
+        def decode(prompts):
+            return timed_generate_many(
+                workload.target, drafter, prompts, config.max_new_tokens, slots, workload.stops,
+                forward_rows, sampling, decoders)
         return Arm(decode, repeats)
 
     return {"speculative": arm(workload.drafter, block_size, repeats),
@@ -102,33 +116,80 @@ def decoding_arms(config, workload, repeats=1):
             "target": arm(None, 1, repeats)}
 
 
-def decode_in_turns(arms, prompts, journal):
+def timed_generate_many(target, drafter, prompts, max_new_tokens, slots, stops, forward_rows,
+                        sampling, decoders):
+    """The Generations of prompts, decoded `slots` at a time; the arguments of generate_many().
+
+    Rounds are timed, reading prompts is not. A round is one of several sequences and takes the same
+    time whatever they are. So a prompt's seconds are its share in those of all rounds, by the
+    number of its own. The sum over prompts is the time that really passed.
+    """
+    tokens = [[] for _ in prompts]
+    rounds = [[] for _ in prompts]
+    seconds = 0.0
+    pieces = generate_many(
+        target, drafter, prompts, max_new_tokens, slots, stops, forward_rows, sampling, decoders)
+    while True:
+        began = time.perf_counter()
+        index, piece = next(pieces, (None, None))
+        elapsed = time.perf_counter() - began
+        is_prompt = piece is not None and not tokens[index]
+        if not is_prompt:
+            seconds += elapsed
+        if piece is None:
+            break
+        if not is_prompt:
+            rounds[index].append(piece)
+        tokens[index].extend(piece.tokens)
+
+    seconds_a_round = seconds / max(1, sum(map(len, rounds)))
+    generations = []
+    for number in range(len(prompts)):
+        share = len(rounds[number]) * seconds_a_round
+        generations.append(Generation(tokens[number], rounds[number], share))
+    return generations
+
+
+def portions(count, slots):
+    """The numbers of prompts, in portions that are decoded together: one by one in one slot. In
+    several a portion is long enough that few slots wait for its last answers, and short enough that
+    an interruption loses little."""
+    size = 1 if slots == 1 else 8 * slots
+    return [range(first, min(first + size, count)) for first in range(0, count, size)]
+
+
+def decode_in_turns(arms, prompts, journal, slots=1):
     """Decodes every prompt by every arm; the arms' order alternates. Returns a row a prompt:
 
     {"answer": the known one, ARM: {"tokens", "rounds", "seconds", "repeats"}, ..}, where rounds are
     pairs [guesses accepted, tokens returned] and seconds is the median of the repeats.
     """
     warm = False
+    turn = 0
 
-    def measure(number):
+    def measure(numbers):
         nonlocal warm
         if not warm:  # nobody pays for the first use of a kernel, a graph or a compiler
             for arm in arms.values():
-                arm.decode(prompts[0].ids)
+                arm.decode([prompts[0].ids])
             warm = True
-        generations = {name: [] for name in arms}
+        portion = [prompts[number].ids for number in numbers]
+        repeats = {name: [] for name in arms}  # for each repeat the Generations of the portion
         for repeat in range(max(arm.repeats for arm in arms.values())):
-            for name in in_turn(arms, number + repeat):
+            for name in in_turn(arms, turn + repeat):
                 if repeat < arms[name].repeats:
-                    generations[name].append(arms[name].decode(prompts[number].ids))
-        row = {"answer": prompts[number].answer}
-        for name in arms:
-            row[name] = arm_row(generations[name])
-        return row
+                    repeats[name].append(arms[name].decode(portion))
+        rows = []
+        for i, number in enumerate(numbers):
+            row = {"answer": prompts[number].answer}
+            for name in arms:
+                row[name] = arm_row([generations[i] for generations in repeats[name]])
+            rows.append(row)
+        return rows
 
     rows = []
-    for number in progress(range(len(prompts))):
-        rows.append(journal.row(number, functools.partial(measure, number)))
+    for turn, numbers in enumerate(progress(portions(len(prompts), slots))):
+        rows += journal.rows_of(numbers, measure)
     return rows
 
 
@@ -236,4 +297,7 @@ def accuracy_text(report):
 
 
 def speed_text(report):
-    return ", ".join(f"{speed:,.0f} {arm}" for arm, speed in report["tokens_per_s"].items())
+    text = ", ".join(f"{speed:,.0f} {arm}" for arm, speed in report["tokens_per_s"].items())
+    if report["slots"] > 1:
+        text += f"; {report['slots']} sequences at once, all of them together"
+    return text

@@ -12,51 +12,62 @@ CERTAIN = 1e9  # a logit so large that no noise changes the choice
 
 
 class Oracle:
-    """Replays the known answer to a prompt, each guess wrong with probability 1 - p.
+    """Replays known answers to prompts, each guess wrong with probability 1 - p.
 
     So tau is 1 + p + p^2 + .. + p^(K-1) for every target. A drafter that is given along is run and
-    its guesses are overruled: then a round costs what it costs with that drafter. One Oracle serves
-    many prompts; `learn` tells it the next one's answer.
+    its guesses are overruled: then a round costs what it costs with that drafter.
+
+    prompts     how many answers it knows at a time; `learn` tells it one of them. It is not told
+                which sequence is in which place, so it looks the anchor up: the first answer with
+                this token at this position is replayed. Where two answers share it, the guesses
+                may be the other one's, and are right or wrong by luck.
     """
 
-    def __init__(self, target, drafter=None, block_size=16):
+    def __init__(self, target, drafter=None, block_size=16, prompts=1):
         device = target.embed_tokens.weight.device
         self.block_size = block_size
         self.drafter = drafter
         self.target_layer_ids = drafter.target_layer_ids if drafter else ()
         self.vocab_size = target.config.vocab_size
         length = target.config.max_position_embeddings
-        self.tokens = torch.zeros(length, dtype=torch.long, device=device)  # by absolute position
+        # by absolute position: the answers, and what is guessed there
+        self.tokens = torch.zeros(prompts, length, dtype=torch.long, device=device)
+        self.guesses = torch.zeros_like(self.tokens)
         self.slots = torch.arange(1, block_size, device=device)
 
-    def learn(self, prompt_ids, answer, p):
-        """The answer's tokens, to be guessed right with probability p each."""
+    def learn(self, prompt_ids, answer, p, number=0):
+        """The answer to prompt `number`, whose tokens are to be guessed right with probability p
+        each."""
         answer = torch.tensor(answer)
         generator = torch.Generator().manual_seed(len(prompt_ids))
         wrong = torch.rand(len(answer), generator=generator) >= p
         start = len(prompt_ids)
         guesses = torch.where(wrong, (answer + 1) % self.vocab_size, answer)
-        self.tokens[start:start + len(answer)] = guesses
+        self.tokens[number, start:start + len(answer)] = answer
+        self.guesses[number, start:start + len(answer)] = guesses
 
     # what a Decoder asks of a drafter
 
     def new_cache(self, batch, length):
         if self.drafter:
             return self.drafter.new_cache(batch, length)
+        return self.tokens.new_zeros(0, 2, batch, 0)  # of no layer
 
     def write_context(self, features, cache, position):
         if self.drafter:
             self.drafter.write_context(features, cache, position)
 
     def draft_logits(self, anchor, target, cache, position):
-        """Logits (1, K-1, V) whose largest are those of the known guesses."""
+        """Logits (B, K-1, V) whose largest are those of the known guesses."""
         if self.drafter:
             logits = self.drafter.draft_logits(anchor, target, cache, position)
         else:
-            shape = (1, self.block_size - 1, self.vocab_size)
+            shape = (len(anchor), self.block_size - 1, self.vocab_size)
             logits = torch.zeros(shape, device=anchor.device)
-        guesses = self.tokens.index_select(0, position + self.slots)
-        return logits.scatter_(-1, guesses[None, :, None], CERTAIN)
+        is_its_own = self.tokens[:, position] == anchor                      # (prompts, B)
+        number = is_its_own.long().argmax(0)                                 # (B,); the first one
+        guesses = self.guesses[number[:, None], position[:, None] + self.slots]  # (B, K-1)
+        return logits.scatter_(-1, guesses[:, :, None], CERTAIN)
 
 
 def probability_for(tau, block_size):

@@ -7,19 +7,20 @@ Whether output with a drafter equals three others, token by token:
 
 for good and bad drafters, several temperatures and several dtypes. Where two outputs part, the
 margin between the scores of the two tokens is printed: rounding only turns over what is close.
+
+With --slots=B all decode B sequences at once, but for transformers.
 """
-import functools
 import math
 from typing import NamedTuple
 
 import torch
 
-from benchmarks.common import load, setup_of
+from benchmarks.common import load, portions, setup_of, slots_of, timed_generate_many
 from benchmarks.drafters import Oracle, random_drafter
 from benchmarks.journal import Journal
 from benchmarks.peer import peer_answer, transformers_peer
 from benchmarks.timing import progress
-from draft_decode import first_difference, timed_generate
+from draft_decode import first_difference
 from sampling import Sampling, gumbel_noise, perturbed_scores
 from decode_state import DecodeState
 
@@ -28,6 +29,7 @@ def run(config):
     report_rows = []
     detailed_rows = []
     journal = None
+    slots = slots_of(config)
     for dtype in config.dtypes:
         workload = load(config, default_count=4, dtype=dtype)
         setup = setup_of(config, workload.prompts, workload.stops)
@@ -40,18 +42,25 @@ def run(config):
             sampling = Sampling(temperature, config.top_k, config.top_p, config.seed,
                                 config.draft_temperature)
             comparison = Comparison(config, workload, drafters, peer, sampling)
+            prompts_by_name = {}
+            for number, prompt in enumerate(workload.prompts):
+                prompts_by_name[f"{dtype} {temperature} {number}"] = prompt.ids
+
+            def measure(names):
+                return comparison.measure([prompts_by_name[name] for name in names])
+
+            names = list(prompts_by_name)
             prompt_rows = []
-            for number in progress(range(len(workload.prompts))):
-                name = f"{dtype} {temperature} {number}"
-                measure = functools.partial(comparison.measure, workload.prompts[number].ids)
-                prompt_rows.append(journal.row(name, measure))
+            for numbers in progress(portions(len(names), slots)):
+                portion = [names[number] for number in numbers]
+                prompt_rows += journal.rows_of(portion, measure)
             for row, differences in summarize(prompt_rows):
                 row |= {"temperature": temperature, "dtype": dtype}
                 report_rows.append(row)
                 detailed_rows.append(row | {"differences": differences})
     journal.close(detailed_rows)
     print_table(report_rows)
-    return {"command": "exactness", "rows": report_rows}, setup
+    return {"command": "exactness", "slots": slots, "rows": report_rows}, setup
 
 
 def drafters_of(config, workload):
@@ -69,8 +78,9 @@ def drafters_of(config, workload):
         raise ValueError(f"{config.drafter} drafts blocks of {trained.block_size}; exactness "
                          f"compares drafters of {block_size}: give such a one, "
                          "or --drafter=random")
+    portion_length = len(portions(len(workload.prompts), slots_of(config))[0])
     for name in ("oracle", "wrong"):
-        drafters[name] = Oracle(workload.target, block_size=block_size)
+        drafters[name] = Oracle(workload.target, block_size=block_size, prompts=portion_length)
     return drafters
 
 
@@ -92,34 +102,47 @@ class Comparison:
         self.peer = peer
         self.sampling = sampling
         self.block_size = workload.drafter.block_size
+        self.slots = slots_of(config)
         self.decoders = {}
 
-    def decode(self, drafter, prompt_ids, forward_rows):
-        return timed_generate(self.workload.target, drafter, prompt_ids,
-                              self.config.max_new_tokens, self.workload.stops, forward_rows,
-                              self.sampling, self.decoders)
+    def decode(self, drafter, prompts, forward_rows):
+        """A Generation of each prompt."""
+        return timed_generate_many(
+            self.workload.target, drafter, prompts, self.config.max_new_tokens, self.slots,
+            self.workload.stops, forward_rows, self.sampling, self.decoders)
 
-    def measure(self, prompt_ids):
-        """The journal's row of one prompt: the Differences, and [tokens, rounds] by drafter."""
+    def measure(self, prompts):
+        """The journal's rows of some prompts, lists of token ids: for each the Differences, and
+        [tokens, rounds] by drafter."""
         others = {
-            "fixed shape": self.decode(None, prompt_ids, self.block_size).tokens,
-            "one row": self.decode(None, prompt_ids, 1).tokens}
-        if self.peer is not None and self.sampling.temperature == 0:
-            others["transformers"] = peer_answer(
-                self.peer, prompt_ids, self.config.max_new_tokens, self.workload.stops,
-                self.block_size)
-        for name, p in (("oracle", self.config.oracle), ("wrong", 0.0)):
-            self.drafters[name].learn(prompt_ids, others["fixed shape"], p)
-        differences = []
-        counts = {}
+            "fixed shape": self.decode(None, prompts, self.block_size),
+            "one row": self.decode(None, prompts, 1)}
+        for number, prompt_ids in enumerate(prompts):
+            answer = others["fixed shape"][number].tokens
+            for name, p in (("oracle", self.config.oracle), ("wrong", 0.0)):
+                self.drafters[name].learn(prompt_ids, answer, p, number)
+        ours = {}
         for name, drafter in self.drafters.items():
-            tokens, rounds, _ = self.decode(drafter, prompt_ids, self.block_size)
-            counts[name] = [sum(len(result.tokens) for result in rounds), len(rounds)]
-            for against, other in others.items():
-                position = first_difference(tokens, other)
-                margin = self.margin(prompt_ids, tokens, other, position)
-                differences.append(Difference(name, against, position, margin))
-        return {"differences": differences, "rounds": counts}
+            ours[name] = self.decode(drafter, prompts, self.block_size)
+
+        rows = []
+        for number, prompt_ids in enumerate(prompts):
+            answers = {against: other[number].tokens for against, other in others.items()}
+            if self.peer is not None and self.sampling.temperature == 0:
+                answers["transformers"] = peer_answer(
+                    self.peer, prompt_ids, self.config.max_new_tokens, self.workload.stops,
+                    self.block_size)
+            differences = []
+            counts = {}
+            for name in self.drafters:
+                tokens, rounds, _ = ours[name][number]
+                counts[name] = [sum(len(result.tokens) for result in rounds), len(rounds)]
+                for against, other in answers.items():
+                    position = first_difference(tokens, other)
+                    margin = self.margin(prompt_ids, tokens, other, position)
+                    differences.append(Difference(name, against, position, margin))
+            rows.append({"differences": differences, "rounds": counts})
+        return rows
 
     @torch.inference_mode()
     def margin(self, prompt_ids, tokens, other, position):

@@ -51,10 +51,18 @@ class Journal:
 
     def row(self, number, measure):
         """The row of that number: as it was kept, or as measure() makes it now."""
-        if number not in self.rows:
-            self.rows[number] = {"prompt": number} | measure()
-            self.append(self.rows[number])
-        return self.rows[number]
+        row, = self.rows_of([number], lambda missing: [measure()])
+        return row
+
+    def rows_of(self, numbers, measure):
+        """The rows of these numbers: as they were kept, and the others as measure(their numbers)
+        makes them now, all at once."""
+        missing = [number for number in numbers if number not in self.rows]
+        if missing:
+            for number, row in zip(missing, measure(missing), strict=True):
+                self.rows[number] = {"prompt": number} | row
+                self.append(self.rows[number])
+        return [self.rows[number] for number in numbers]
 
     def close(self, rows):
         """All is measured: `rows`, in the form that readers want, become OUT_DIR/NAME.jsonl."""

@@ -138,7 +138,7 @@ def our_arms(target, drafter, tokens, count):
 
     arms = {}
     for name, decoder in decoders.items():
-        decoder.prefill(tokens[0, :CONTEXT].tolist())
+        decoder.prefill(0, tokens[0, :CONTEXT].tolist())
         arms[name] = functools.partial(decode, decoder)
     return arms
 

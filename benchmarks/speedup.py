@@ -9,8 +9,8 @@ from statistics import median
 
 from benchmarks import pictures
 from benchmarks.common import (Arm, accuracy_text, answered_texts, both_arms, decode_in_turns,
-                               decoding_arms, load, mean_round_length, setup_of, share, speed_text,
-                               summarize, tokens_per_second)
+                               decoding_arms, load, mean_round_length, setup_of, share, slots_of,
+                               speed_text, summarize, tokens_per_second)
 from benchmarks.journal import Journal
 from benchmarks.machine import card, print_card, print_row
 from benchmarks.peer import peer_answer, transformers_peer
@@ -24,6 +24,9 @@ def run(config):
     if config.hf and config.temperature:
         raise ValueError("--hf compares with transformers' greedy generate: "
                          "leave --temperature at 0")
+    slots = slots_of(config)
+    if config.hf and slots > 1:
+        raise ValueError("--hf times transformers' generate of one sequence: leave --slots at 1")
     workload = load(config, default_count=8 if config.hf else 24)
     setup = setup_of(config, workload.prompts, workload.stops)
     setup |= {"repeats": config.repeats, "hf": config.hf}
@@ -31,7 +34,7 @@ def run(config):
     arms = decoding_arms(config, workload, config.repeats)
     if config.hf:
         arms["transformers"] = transformers_arm(config, workload)
-    rows = decode_in_turns(arms, workload.prompts, journal)
+    rows = decode_in_turns(arms, workload.prompts, journal, slots)
     add_gains(rows)
     report = report_of(config, workload, rows)
     pictures.speedup(os.path.join(config.out_dir, "speedup.png"), rows, report)
@@ -49,14 +52,15 @@ def transformers_arm(config, workload):
         return peer_answer(peer, prompt_ids, max_new_tokens, workload.stops,
                            workload.drafter.block_size)
 
-    def decode(prompt_ids):
+    def decode(prompts):
+        prompt_ids, = prompts  # one at a time
         start = time.perf_counter()
         answer(prompt_ids, 1)
         prefilled = time.perf_counter()
         tokens = answer(prompt_ids, config.max_new_tokens)
         end = time.perf_counter()
         seconds = (end - prefilled) - (prefilled - start)
-        return Generation(tokens, [], max(0.0, seconds))
+        return [Generation(tokens, [], max(0.0, seconds))]
 
     return Arm(decode, config.repeats)
 
@@ -80,7 +84,7 @@ def report_of(config, workload, rows):
         raise ValueError("every answer ended with its first token, so there is no round to time: "
                          "use other prompts")
     figures = summarize(rows, workload.tokenizer, workload.drafter.block_size)
-    report = {"command": "speedup"} | figures | {
+    report = {"command": "speedup", "slots": slots_of(config)} | figures | {
         "faster": sum(gain > 1 for gain in gains), "timed": len(gains),
         "geomean": math.exp(sum(map(math.log, gains)) / len(gains)),
         "min": min(gains), "median": median(gains), "max": max(gains)}
@@ -133,11 +137,14 @@ def method(config, report):
     thinking = "on" if config.thinking else "off"
     compiled = ", compiled" if config.compile else ""
     card = report["card"]
+    at_a_time = "one sequence at a time"
+    if report["slots"] > 1:
+        at_a_time = f"{report['slots']} sequences at once in both arms, tokens/s of all of them"
     return (f"Method: {report['prompts']} prompts of {config.prompts}, {choice}, at most "
             f"{config.max_new_tokens} new tokens, thinking {thinking}; target {config.target}, "
             f"drafter {config.drafter}; {config.dtype} on {card['device']}, torch "
             f"{card['torch']}{compiled}; baseline: the same code's fastest target-only mode, one "
-            f"row a step; one sequence at a time, both arms in one process, prompt by prompt in "
+            f"row a step; {at_a_time}, both arms in one process, prompt by prompt in "
             f"alternating order after a warm-up, median of {config.repeats}; every round is "
             f"timed, the first draft too, the prefill is not; tokens past a stop or the limit do "
             f"not count.")

@@ -9,9 +9,10 @@ data/conversations.py.
 
 A drafter guesses what this target says, right or wrong; answers of another model cost it
 acceptance. The first form asks an OpenAI-compatible server, SGLang's or vLLM's, many prompts at a
-time. The second decodes one prompt after another.
+time. The second decodes as many at once as it has slots; one after another above temperature 0, as
+each prompt has noise of its own then.
 
-Answers are kept in the prompts' order in OUT.part. After an interruption the same command goes on
+Answers are kept in OUT.part as soon as they end. After an interruption the same command goes on
 from there.
 """
 import collections
@@ -37,7 +38,8 @@ from checkpoint import load_drafter, load_target
 from configurator import configure
 from data.conversations import UnusableRow, read_conversation
 from data.samples import read_source
-from draft_decode import timed_generate
+from draft_decode import Answer as GrowingAnswer
+from draft_decode import generate_many
 from sampling import Sampling
 
 prompts = ""                    # hub id, file or folder: question, problem, prompt or messages
@@ -49,6 +51,7 @@ retries = 6                     # of a request that a busy or restarting server 
 timeout = 3600.0                # seconds until a request counts as not answered
 target = "Qwen/Qwen3.5-0.8B"    # without a server: folder or hub id of the target
 drafter = ""                    # without a server: of a drafter, for speed; empty: none
+slots = 32                      # without a server: prompts decoded at once, if greedily
 device = "cuda" if torch.cuda.is_available() else "cpu"  # without a server: cpu or cuda
 dtype = "float32" if device == "cpu" else "bfloat16"     # without a server: of weights, activations
 temperature = 0.0               # of the target's choice; 0 is greedy
@@ -72,33 +75,37 @@ def regenerate(config):
     """Answer all prompts; returns {what became of a prompt: how many}."""
     has_files = config.prompts and config.out
     server_is_complete = bool(config.server) == bool(config.model)
-    if not has_files or not server_is_complete or config.in_flight < 1:
+    if not has_files or not server_is_complete or min(config.in_flight, config.slots) < 1:
         raise ValueError("give --prompts and --out, --server with --model or neither, and "
-                         "in_flight of at least 1")
+                         "in_flight and slots of at least 1")
     if os.path.exists(config.out):
         raise ValueError(f"{config.out} is there already: remove it, or give another --out")
     prompts = read_prompts(config.prompts)
     os.makedirs(os.path.dirname(os.path.abspath(config.out)), exist_ok=True)
     part = config.out + ".part"
-    done = resume(part, part_header(config), prompts)
+    answered = resume(part, part_header(config), prompts)
 
-    waiting = [prompt.messages for prompt in prompts[done:]]
+    waiting = {}  # messages by the number of their prompt
+    for number, prompt in enumerate(prompts):
+        if number not in answered:
+            waiting[number] = prompt.messages
     if config.server:
-        answers = map_in_order(functools.partial(ask, config), waiting, config.in_flight)
+        ask_one = functools.partial(ask, config)
+        answers = zip(waiting, map_in_order(ask_one, waiting.values(), config.in_flight))
     else:
-        answers = map(make_decoder(config), waiting)
-    bar = tqdm(answers, initial=done, total=len(prompts), unit="prompt",
+        answers = decode_here(config, waiting)
+    bar = tqdm(answers, initial=len(answered), total=len(prompts), unit="prompt",
                disable=not sys.stderr.isatty())
     with open(part, "a") as f:
-        for messages, answer in zip(waiting, bar):
+        for number, answer in bar:
             # A refusal may concern this prompt alone, which may be longer than the context. When
             # the first prompt is refused, the refusal is taken to concern all.
-            if done == 0 and answer.is_refused():
+            if number == 0 and answer.is_refused():
                 raise ValueError(f"the first prompt is {answer.why_none}")
-            row = {"prompt": messages, "answer": answer.text, "why": answer.why_none}
+            row = {"number": number, "prompt": prompts[number].messages, "answer": answer.text,
+                   "why": answer.why_none}
             f.write(json.dumps(row) + "\n")
             f.flush()
-            done += 1
     return finish(part, config.out, prompts)
 
 # --------------------------------------------------------------------------------------------------
@@ -216,8 +223,9 @@ def map_in_order(function, items, width):
                 future.cancel()
 
 
-def make_decoder(config):
-    """A function from messages to an Answer that decodes here."""
+def decode_here(config, waiting):
+    """Decode the answers to prompts, {number: messages}. Yields (number, Answer): first of those
+    that are refused, then of the others as they end."""
     target = load_target(config.target, config.device, config.dtype)
     tokenizer = load_tokenizer(config.target)
     stops = stop_ids(tokenizer)
@@ -225,33 +233,52 @@ def make_decoder(config):
     forward_rows = 1  # without a drafter one row a step, the target's fastest mode
     if config.drafter:
         drafter = load_drafter(config.drafter, target.config, config.device, config.dtype)
-        forward_rows = None  # the drafter's own
-    # A decoder made for one prompt serves the next one of that length too, with the same sampling.
-    # Sampled prompts have noise of their own, so nothing could be shared.
-    decoders = {} if config.temperature == 0 else None
+        forward_rows = drafter.block_size
 
-    def decode(messages):
+    token_ids = {}  # of prompts that can be answered, by number
+    for number, messages in waiting.items():
         try:
             prompt = chat_prompt(tokenizer, messages, config.thinking)
-            # a seed for each prompt, as all prompts would share their noise otherwise
-            seed = zlib.crc32(str(prompt).encode())
-            sampling = Sampling(config.temperature, seed=seed)
-            tokens = timed_generate(
-                target, drafter, prompt, config.max_new_tokens, stops, forward_rows, sampling,
-                decoders=decoders).tokens
+            # this refuses what generate_many would refuse together with all other prompts
+            GrowingAnswer(number, prompt, target.config, forward_rows, config.max_new_tokens, stops)
         except ValueError as error:
-            return Answer(None, f"refused: {error}")
-        if tokens[-1] not in stops:
-            return Answer(None, "did not end")
-        text = tokenizer.decode(tokens[:-1])
-        if tokenizer.encode(text) != tokens[:-1]:
-            return Answer(None, "does not survive as text")
-        return Answer(text)
+            yield number, Answer(None, f"refused: {error}")
+        else:
+            token_ids[number] = prompt
 
-    return decode
+    # Greedy answers go together. Sampled ones do not: each prompt has a seed of its own, as all
+    # would share their noise otherwise, and so nothing that is kept for one serves another.
+    if config.temperature == 0:
+        batches = [(list(token_ids), Sampling())]
+    else:
+        batches = []
+        for number, prompt in token_ids.items():
+            seed = zlib.crc32(str(prompt).encode())
+            batches.append(([number], Sampling(config.temperature, seed=seed)))
+    for numbers, sampling in batches:
+        prompts = [token_ids[number] for number in numbers]
+        slots = min(config.slots, len(prompts))
+        tokens = [[] for _ in prompts]
+        for index, piece in generate_many(
+                target, drafter, prompts, config.max_new_tokens, slots, stops, forward_rows,
+                sampling):
+            tokens[index].extend(piece.tokens)
+            if piece.is_last:
+                yield numbers[index], text_answer(tokenizer, tokens[index], stops)
+                tokens[index] = None  # there may be hundreds of thousands
+
+
+def text_answer(tokenizer, tokens, stops):
+    """The Answer of an answer's tokens; None where they did not end or do not survive as text."""
+    if tokens[-1] not in stops:
+        return Answer(None, "did not end")
+    text = tokenizer.decode(tokens[:-1])
+    if tokenizer.encode(text) != tokens[:-1]:
+        return Answer(None, "does not survive as text")
+    return Answer(text)
 
 # --------------------------------------------------------------------------------------------------
-# OUT.part: a first line that says how it was made, then a line for each prompt. OUT in the end
+# OUT.part: a first line that says how it was made, then a line for each answer. OUT in the end
 
 
 def part_header(config):
@@ -266,35 +293,45 @@ def part_header(config):
 
 
 def resume(part, header, prompts):
-    """How many prompts OUT.part answers already; a torn last line is cut off.
+    """The numbers of the prompts that OUT.part answers already; a torn last line is cut off.
 
     ValueError when it was made in another way or from other prompts.
     """
     if not os.path.exists(part) or not os.path.getsize(part):
         with open(part, "w") as f:
             f.write(json.dumps(header) + "\n")
-        return 0
+        return set()
     with open(part, "rb+") as f:
         lines = [line for line in f if line.endswith(b"\n")]
         f.truncate(sum(map(len, lines)))
     rows = [json.loads(line) for line in lines]
-    is_same = rows[:1] == [header] and len(rows) <= len(prompts) + 1
-    for row, prompt in zip(rows[1:], prompts):
-        is_same = is_same and row["prompt"] == prompt.messages
+    is_same = rows[:1] == [header]
+    answered = set()
+    for row in rows[1:]:
+        number = row.get("number", len(prompts))
+        is_same = is_same and number < len(prompts) and row["prompt"] == prompts[number].messages
+        answered.add(number)
     if not is_same:
         raise ValueError(f"{part} was made from other prompts or in another way ({rows[:1]}): "
                          "remove it, or give another --out")
-    return len(rows) - 1
+    return answered
 
 
 def finish(part, out, prompts):
-    """Write the conversations that have an answer from OUT.part to OUT, whole, and remove OUT.part.
-    Returns {what became of a prompt: how many}."""
+    """Write the conversations that have an answer from OUT.part to OUT, whole and in the prompts'
+    order, and remove OUT.part. Returns {what became of a prompt: how many}."""
     counts = collections.Counter()
-    with open(part) as answered, open(out + ".tmp", "w") as f:
-        next(answered)  # the header
-        for prompt, line in zip(prompts, answered):
-            row = json.loads(line)
+    with open(part, "rb") as answered, open(out + ".tmp", "w") as f:
+        line_starts = {}  # by the number of the prompt
+        line = answered.readline()  # the header
+        while line:
+            start = answered.tell()
+            line = answered.readline()
+            if line:
+                line_starts[json.loads(line)["number"]] = start
+        for number, prompt in enumerate(prompts):
+            answered.seek(line_starts[number])
+            row = json.loads(answered.readline())
             outcome = row["why"] or "answered"
             counts[outcome.partition(":")[0]] += 1
             if row["why"] is None:

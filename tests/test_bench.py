@@ -14,7 +14,7 @@ import draft_decode
 from benchmarks import (acceptance, animation, common, curve, drafters, exactness, figures, machine,
                         speed, speedup, timing)
 from benchmarks.acceptance import transcript
-from benchmarks.common import Arm, Workload, decode_in_turns, summarize
+from benchmarks.common import Arm, Workload, decode_in_turns, summarize, timed_generate_many
 from benchmarks.drafters import probability_for
 from benchmarks.journal import Journal
 from benchmarks.peer import peer_answer
@@ -62,9 +62,12 @@ SAMPLING = Sampling(temperature=0.7, top_k=5, top_p=0.9, seed=3, draft_temperatu
 
 @pytest.fixture
 def requests(monkeypatch):
-    """What bench.py asks of timed_generate, which here decodes nothing: a list of
+    """What bench.py asks of a decoder, which here decodes nothing: a list of
     (max_new_tokens, stops, sampling, dtypes of the models)."""
     requests = []
+
+    def keep_many(target, drafter, prompts, max_new_tokens, slots, *rest):
+        return [keep(target, drafter, prompt, max_new_tokens, *rest) for prompt in prompts]
 
     def keep(target, drafter, prompt_ids, max_new_tokens, stops=(), forward_rows=None,
              sampling=None, decoders=None, on_piece=None):
@@ -81,8 +84,10 @@ def requests(monkeypatch):
     def keep_generate(*request):
         return iter([keep(*request)])
 
-    for module in (common, acceptance, exactness, curve):
+    for module in (acceptance, curve):
         monkeypatch.setattr(module, "timed_generate", keep)
+    for module in (common, exactness):
+        monkeypatch.setattr(module, "timed_generate_many", keep_many)
     monkeypatch.setattr(acceptance, "generate", keep_generate)
     return requests
 
@@ -102,7 +107,7 @@ def test_bench_keys_arrive_where_tokens_are_chosen(
     has the same form, of another run than was asked for."""
     probabilities = []
 
-    def learn(self, prompt_ids, answer, p):
+    def learn(self, prompt_ids, answer, p, number=0):
         probabilities.append(p)
 
     monkeypatch.setattr(drafters.Oracle, "learn", learn)
@@ -148,7 +153,7 @@ def test_bench_loads_by_its_keys(config, monkeypatch):
 
 
 SETUP_KEYS = ("target", "drafter", "device", "dtype", "compile", "prompts", "max_new_tokens",
-              "thinking", "temperature", "top_k", "top_p", "seed", "draft_temperature")
+              "thinking", "slots", "temperature", "top_k", "top_p", "seed", "draft_temperature")
 
 
 @pytest.mark.parametrize("key", SETUP_KEYS)
@@ -255,10 +260,10 @@ def test_bench_tau_by_hand(tmp_path):
     def arm(drafters):
         requests = iter([0, 0, 1, 2])  # the first is the warm-up
 
-        def decode(prompt_ids):
+        def decode(prompts):
             number = next(requests)
             limit, stops = ends[number]
-            return timed_generate(small_target(), drafters[number], prompt_ids, limit, stops)
+            return [timed_generate(small_target(), drafters[number], prompts[0], limit, stops)]
         return Arm(decode, 1)
 
     arms = {"speculative": arm(oracles), "target_same_shape": arm([None] * 3),
@@ -340,6 +345,7 @@ def printed_lines(capsys):
 
 
 REPORT = {  # every figure is another number
+    "slots": 1,
     "prompts": 8,
     "timed": 7,
     "faster": 6,
@@ -400,8 +406,9 @@ def test_bench_speedup_prints_its_figures(config, monkeypatch, capsys):
     method = speedup.method(config, REPORT)
     for part in ("8 prompts of nano", "temperature 0.7, top_k 5, top_p 0.9, seed 3",
                  "at most 77 new tokens", "thinking on", "bfloat16 on D, torch T, compiled",
-                 "median of 5"):
+                 "median of 5", "one sequence at a time"):
         assert part in method
+    assert "4 sequences at once" in speedup.method(config, REPORT | {"slots": 4})
 
 
 def test_bench_card_prints_its_figures(capsys):
@@ -433,7 +440,7 @@ def test_bench_time_of_transformers_by_hand(config, monkeypatch):
     workload = Workload(None, small_drafter(), None, [], ())
     arm = speedup.transformers_arm(config, workload)
     assert arm.repeats == 4
-    assert arm.decode([1, 2]) == Generation([7] * 9, [], 4.0)
+    assert arm.decode([[1, 2]]) == [Generation([7] * 9, [], 4.0)]
 
 
 def test_bench_boxed_and_faster_by_hand(config, monkeypatch):
@@ -475,9 +482,9 @@ def test_bench_arms_take_turns(tmp_path):
     calls = []
 
     def arm(name, repeats):
-        def decode(prompt_ids):
-            calls.append((name, prompt_ids[0]))
-            return draft_decode.Generation([1], [], 0.0)
+        def decode(prompts):
+            calls.append((name, prompts[0][0]))
+            return [draft_decode.Generation([1], [], 0.0)]
         return Arm(decode, repeats)
 
     prompts = [Prompt([10]), Prompt([11])]
@@ -506,6 +513,86 @@ def test_bench_times_the_first_draft(monkeypatch):
     generation = timed_generate(small_target(), drafter, prompt, 20)
     assert len(generation.rounds) == 5
     assert generation.seconds == 5.0 * 5
+
+
+def test_bench_shares_the_time_of_slots(monkeypatch):
+    """Failure 15: with several slots the time of a round counted once for each sequence, or that of
+    reading a prompt counted; a sum that is not the time that passed."""
+    clock = [0.0]
+    rounds_run = []
+    prefill = draft_decode.Decoder.prefill
+    next_round = draft_decode.Decoder.next_round
+
+    def slow_prefill(self, place, prompt_ids):
+        clock[0] += 100.0
+        return prefill(self, place, prompt_ids)
+
+    def slow_round(self):
+        clock[0] += 5.0
+        rounds_run.append(self.is_active.sum().item())
+        return next_round(self)
+
+    monkeypatch.setattr(draft_decode.Decoder, "prefill", slow_prefill)
+    monkeypatch.setattr(draft_decode.Decoder, "next_round", slow_round)
+    monkeypatch.setattr(common.time, "perf_counter", lambda: clock[0])
+    prompts = [tokens_of(length).tolist() for length in (4, 20, 9)]
+    generations = timed_generate_many(
+        small_target(), None, prompts, 7, 2, (), K, Sampling(), {})
+    assert rounds_run == [2] * 6 + [1] * 6  # the third prompt has a slot for itself
+    assert [len(generation.rounds) for generation in generations] == [6, 6, 6]
+    assert [generation.seconds for generation in generations] == [20.0, 20.0, 20.0]
+    for prompt, generation in zip(prompts, generations):
+        expected = timed_generate(small_target(), None, prompt, 7, (), K)
+        assert generation.tokens == expected.tokens
+        assert generation.rounds == expected.rounds
+
+
+def test_bench_portions_of_prompts(tmp_path):
+    """A prompt that is measured twice or not at all with several slots; a resumed run that decodes
+    what it has, or rows under other numbers."""
+    assert common.portions(3, 1) == [range(0, 1), range(1, 2), range(2, 3)]
+    assert common.portions(40, 2) == [range(0, 16), range(16, 32), range(32, 40)]
+    calls = []
+
+    def decode(prompts):
+        calls.append([prompt[0] for prompt in prompts])
+        return [Generation([prompt[0]], [], 0.0) for prompt in prompts]
+
+    prompts = [Prompt([number]) for number in range(20)]
+    config = SimpleNamespace(out_dir=str(tmp_path), resume=True)
+    journal = Journal(config, "speedup", {})
+    journal.rows_of([0, 5, 17], lambda missing: [{"a": number} for number in missing])
+    journal = Journal(config, "speedup", {})
+    rows = decode_in_turns({"a": Arm(decode, 1)}, prompts, journal, slots=2)
+    assert [row["prompt"] for row in rows] == list(range(20))
+    assert rows[5] == {"prompt": 5, "a": 5}
+    for number in (1, 16, 19):
+        assert rows[number]["a"]["tokens"] == [number]
+    _, first, second = calls  # after the warm-up
+    assert first == [1, 2, 3, 4, *range(6, 16)]
+    assert second == [16, 18, 19]
+
+
+def test_bench_slots(run_bench, copies, config, tmp_path):
+    """--slots that does not arrive, or that changes what is returned; figures that do not say how
+    many sequences they are of."""
+    args = ("--limit=4", "--max_new_tokens=16")
+    one = run_bench("acceptance", *args)
+    three = run_bench("acceptance", *args, "--slots=3")
+    assert (one["slots"], three["slots"]) == (1, 3)
+    assert three["identical"] == 1
+    for figure in ("tau_micro", "tau_macro", "tokens", "rounds_of_length"):
+        assert three[figure] == one[figure]
+    assert common.speed_text(three).endswith("3 sequences at once, all of them together")
+
+    rows = run_bench("exactness", *args, "--slots=3", "--dtypes=bfloat16", "--temperatures=1,")
+    for row in rows["rows"]:
+        assert row["prompts"] == 4
+        assert row["against"] != "fixed shape" or row["identical"] == 1
+    with pytest.raises(SystemExit, match="give one number of sequences"):
+        run_bench("acceptance", "--slots=1,2")
+    with pytest.raises(SystemExit, match="leave --slots at 1"):
+        run_bench("speedup", "--slots=2", "--hf")
 
 
 def test_bench_speedup(run_bench, copies, tmp_path):
@@ -582,15 +669,15 @@ def test_bench_resume_after_an_interruption(
     prompts_measured = []
 
     def until(count):
-        def decode(target, drafter, prompt_ids, *rest):
-            prompts_measured.append(tuple(prompt_ids))
+        def decode(target, drafter, prompts, *rest):
+            prompts_measured.extend(tuple(prompt) for prompt in prompts)
             if len(prompts_measured) > count:
                 raise KeyboardInterrupt
-            return timed_generate(target, drafter, prompt_ids, *rest)
+            return timed_generate_many(target, drafter, prompts, *rest)
         return decode
 
     # interrupted within the second prompt
-    monkeypatch.setattr(module, "timed_generate", until(generations + 1))
+    monkeypatch.setattr(module, "timed_generate_many", until(generations + 1))
     with pytest.raises(SystemExit, match="interrupted: .*--resume"):
         run_bench(*args)
     part = tmp_path / f"{command}.part.jsonl"
@@ -602,7 +689,7 @@ def test_bench_resume_after_an_interruption(
     with pytest.raises(SystemExit, match="made with count = 3, now it is 2"):
         run_bench(command, "--limit=2", *args[2:], "--resume")
     prompts_measured.clear()
-    monkeypatch.setattr(module, "timed_generate", until(1000))
+    monkeypatch.setattr(module, "timed_generate_many", until(1000))
     report = run_bench(*args, "--resume")
     assert without_clock(report) == without_clock(whole)
     assert not part.exists()
@@ -837,7 +924,7 @@ def test_bench_oracle_is_right_as_often_as_asked(p):
     oracle.learn([1] * 30, answer, p)
     right = 0
     for first in range(0, 375, K - 1):
-        logits = oracle.draft_logits(torch.tensor([1]), target, None, torch.tensor(29 + first))
+        logits = oracle.draft_logits(torch.tensor([1]), target, None, torch.tensor([29 + first]))
         guesses = logits.argmax(-1)[0].tolist()
         right += sum(a == b for a, b in zip(guesses, answer[first:first + K - 1], strict=True))
     assert right / 375 == pytest.approx(p, abs=0.08)

@@ -328,8 +328,8 @@ def test_published_drafters_load_by_their_config(shape, layer_types, edit, tmp_p
         truth = slow_block(drafter, features[0], blocks[0, a], n)
         assert apart(hidden[0, a], truth) < 1e-5
     cache = loaded.new_cache(1, 40)
-    loaded.write_context(features[:, :25], cache, 0)
-    assert apart(loaded.decode_block(blocks[:, 1], cache, torch.tensor(25))[0], truth) < 1e-5
+    loaded.write_context(features[:, :25], cache, torch.tensor([0]))
+    assert apart(loaded.decode_block(blocks[:, 1], cache, torch.tensor([25]))[0], truth) < 1e-5
 
     again = save(loaded, tmp_path / "f-dflash")
     public["pad_token_id"] = loaded.config.pad_token_id

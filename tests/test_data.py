@@ -32,7 +32,7 @@ from data.nano import prepare as nano_prepare
 from data.nano.problems import boxed, problem, problems, split_of
 from data.nano.refusals import REFUSAL, REFUSED_EXAMPLES, normal_form, refused_text
 from data.samples import Samples, write_samples
-from draft_decode import Generation, generate
+from draft_decode import Piece, generate
 from sampling import Sampling
 from tests.common import (
     NANO, NANO_DRAFTER, NANO_TARGET, all_tokens, edit_json, nano, nano_copy, perturb, publish,
@@ -324,7 +324,7 @@ def test_prepared_rows_begin_with_chat_prompt():
     target, tokenizer = nano()
     asked = [question for question, _, _ in problems("val", 3, task="drafter")]
     answered = nano_prepare.answer_questions(
-        target, tokenizer, asked, max_new_tokens=160, batch_size=2)
+        target, tokenizer, asked, max_new_tokens=160, slots=2)
     shipped = [row for row in shipped_answers() if row["split"] == "val"]
     for question, (prompt, reply), row in zip(asked, answered, shipped):
         assert prompt == chat_prompt(tokenizer, question)
@@ -780,10 +780,11 @@ def test_regenerate_resumes(flaky, ask, tmp_path):
         "max_new_tokens": 160,
     }
     lines = [json.dumps(header)]
-    for question, answer in answered()[:3]:
-        row = {"prompt": turns(question), "answer": answer, "why": None}
+    for number in (2, 0, 1):  # as they ended
+        question, answer = answered()[number]
+        row = {"number": number, "prompt": turns(question), "answer": answer, "why": None}
         lines.append(json.dumps(row))
-    # an interrupted run: two answers and half of a third; only the third prompt is asked for again
+    # an interrupted run: two answers and half of a third; only that prompt is asked for again
     part = tmp_path / "some.jsonl.part"
     part.write_text("\n".join(lines)[:-9])
     _, out = ask(flaky, out="some.jsonl")
@@ -791,10 +792,12 @@ def test_regenerate_resumes(flaky, ask, tmp_path):
     assert read_jsonl(out) == target_matched_rows()
     assert not part.exists()
 
-    header["temperature"] = 1.0
-    write_jsonl(tmp_path / "more.jsonl.part", [header])
-    printed, _ = ask(flaky, out="more.jsonl")
-    assert "in another way" in printed
+    other = {"number": 1, "prompt": turns("another"), "answer": "x", "why": None}
+    without_number = {"prompt": turns(answered()[0][0]), "answer": "x", "why": None}
+    for rows in ([header, other], [header, without_number], [header | {"temperature": 1.0}]):
+        write_jsonl(tmp_path / "more.jsonl.part", rows)
+        printed, _ = ask(flaky, out="more.jsonl")
+        assert "in another way" in printed
 
 
 def test_regenerate_counts_what_has_no_answer(served, ask, monkeypatch):
@@ -826,49 +829,91 @@ def test_regenerate_asks_by_its_keys():
         "chat_template_kwargs": {"enable_thinking": True}}
 
 
-@pytest.mark.parametrize("drafter, forward_rows", (("", 1), (NANO_DRAFTER, None)))
-def test_regenerate_decodes_by_its_keys(monkeypatch, drafter, forward_rows):
-    """A key of the answers that does not arrive at the decoder, prompts that share their noise, or
-    an answer without an end that is kept."""
+@pytest.mark.parametrize("drafter, forward_rows", (("", 1), (NANO_DRAFTER, 16)))
+@pytest.mark.parametrize("temperature", (0.0, 0.7))
+def test_regenerate_decodes_by_its_keys(monkeypatch, temperature, drafter, forward_rows):
+    """A key of the answers that does not arrive at the decoder, prompts that share their noise, an
+    answer without an end that is kept, or one that is another prompt's."""
     requests = []
-    answers = [[65, 504], [65, 66], [65, 504]]
 
-    def keep(target, drafter, prompt_ids, max_new_tokens, stops, rows, sampling, decoders):
-        requests.append((prompt_ids, sampling))
+    def keep(target, drafter, prompts, max_new_tokens, slots, stops, rows, sampling):
+        requests.append((slots, sampling))
         assert (max_new_tokens, stops, rows) == (9, {502, 504}, forward_rows)
         assert target.embed_tokens.weight.dtype == torch.bfloat16
         assert drafter is None or drafter.fc.weight.dtype == torch.bfloat16
-        return Generation(answers[len(requests) - 1], [], 1.0)
+        # the last prompt ends first; the answer to p has no end
+        for index, prompt in reversed(list(enumerate(prompts))):
+            yield index, Piece([65], 0)
+            is_p = prompt == chat_prompt(tokenizer, turns("p"), thinking=True)
+            yield index, Piece([66 if is_p else 504], 0, is_last=True)
 
-    monkeypatch.setattr(regenerate, "timed_generate", keep)
-    config = regenerate_config(drafter=drafter, temperature=0.7, thinking=True, max_new_tokens=9,
-                               dtype="bfloat16")
-    decode = regenerate.make_decoder(config)
+    monkeypatch.setattr(regenerate, "generate_many", keep)
+    config = regenerate_config(drafter=drafter, temperature=temperature, thinking=True, slots=2,
+                               max_new_tokens=9, dtype="bfloat16")
     _, tokenizer = nano()
+    waiting = {4: turns("q"), 6: turns("p"), 7: turns("9 " * 1100), 9: turns("q")}
+    (refused, reason), *answers = regenerate.decode_here(config, waiting)
+    assert refused == 7 and reason.is_refused()
     whole = regenerate.Answer(tokenizer.decode([65]))
-    assert decode(turns("q")) == whole
-    assert decode(turns("p")) == regenerate.Answer(None, "did not end")
-    assert decode(turns("q")) == whole
-    for question, (prompt_ids, sampling) in zip("qpq", requests, strict=True):
-        assert prompt_ids == chat_prompt(tokenizer, question, thinking=True)
+    without_end = regenerate.Answer(None, "did not end")
+    if temperature == 0:
+        assert answers == [(9, whole), (6, without_end), (4, whole)]
+        assert requests == [(2, Sampling())]
+        return
+    assert answers == [(4, whole), (6, without_end), (9, whole)]
+    seeds = []
+    for slots, sampling in requests:
+        assert slots == 1
         assert sampling == Sampling(0.7, seed=sampling.seed)
-    seeds = [sampling.seed for _, sampling in requests]
+        seeds.append(sampling.seed)
     assert seeds[0] == seeds[2] != seeds[1]
 
 
 def test_regenerate_goes_on_after_a_later_refusal(main, monkeypatch, tmp_path):
-    """One prompt that is too long for the context ends a run of hours."""
+    """One prompt that is too long for the context ends a run of hours; answers that end in another
+    order than the prompts' are written in that order."""
     answers = {"a": regenerate.Answer("A"), "b": regenerate.Answer(None, "refused: too long"),
                "c": regenerate.Answer("C")}
 
-    def make_decoder(config):
-        return lambda messages: answers[messages[0]["content"]]
+    def decode_here(config, waiting):
+        for number, messages in reversed(waiting.items()):
+            yield number, answers[messages[0]["content"]]
 
-    monkeypatch.setattr(regenerate, "make_decoder", make_decoder)
+    monkeypatch.setattr(regenerate, "decode_here", decode_here)
     for order, hint in (("abc", "2 answered, 1 refused"), ("bac", "the first prompt is refused")):
         prompts = write_jsonl(tmp_path / f"{order}.jsonl", [{"question": name} for name in order])
         printed = main(regenerate, f"--prompts={prompts}", f"--out={tmp_path}/{order}.out")
         assert hint in printed
+    rows = read_jsonl(tmp_path / "abc.out")
+    assert [row["messages"][1]["content"] for row in rows] == ["A", "C"]
+
+
+def test_regenerate_here_goes_on_where_it_stopped(main, monkeypatch, tmp_path):
+    """With slots: an answer that is lost or decoded again after an interruption, or other answers
+    than those of a run that was not interrupted."""
+    prompts = write_jsonl(
+        tmp_path / "prompts.jsonl", [{"question": question} for question, _ in answered()[:6]])
+    args = (f"--prompts={prompts}", f"--target={NANO_TARGET}", f"--drafter={NANO_DRAFTER}",
+            "--device=cpu", "--dtype=float32", "--max_new_tokens=160", "--slots=3")
+    main(regenerate, *args, f"--out={tmp_path}/whole.jsonl")
+
+    decode = regenerate.decode_here
+    asked = []
+
+    def until_four(config, waiting):
+        asked.append(set(waiting))
+        for count, answer in enumerate(decode(config, waiting)):
+            if count == 4 and len(asked) == 1:
+                raise KeyboardInterrupt
+            yield answer
+
+    monkeypatch.setattr(regenerate, "decode_here", until_four)
+    assert "interrupted" in main(regenerate, *args, f"--out={tmp_path}/parts.jsonl")
+    done = {row["number"] for row in read_jsonl(tmp_path / "parts.jsonl.part")[1:]}
+    assert len(done) == 4
+    main(regenerate, *args, f"--out={tmp_path}/parts.jsonl")
+    assert asked[1] == set(range(6)) - done
+    assert read_jsonl(tmp_path / "parts.jsonl") == read_jsonl(tmp_path / "whole.jsonl")
 
 
 def test_regenerate_here_and_prepare(main, tmp_path):

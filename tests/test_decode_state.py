@@ -40,7 +40,7 @@ def decode(target, x, prompt_length, cuts, forward_rows=K):
         all_features.append(features[:, :n])
         all_logits.append(target.logits(hidden)[:, :n])
         position += n
-    assert state.position.item() == T
+    assert (state.position == T).all()
     return torch.cat(all_logits, 1), torch.cat(all_features, 1)
 
 
@@ -81,6 +81,51 @@ def test_cuts_do_not_change_a_bit(name, prompt_length, T):
         assert apart(features_one_by_one, features) < 1e-4
         logits, _ = decode(target, x, prompt_length, [1] * T, forward_rows=1)
         assert apart(logits, one_by_one) < 1e-4
+
+
+@pytest.mark.parametrize("name", ("tied", "untied", "bf16", "nano"))
+@torch.no_grad()
+def test_cuts_of_each_sequence_are_its_own(name):
+    """Failure 6: sequences of one batch share a position or a number of adopted rows. Here each has
+    a prompt of its own length and adopts another number of rows in each round; it has the bits that
+    it has where all adopt one row."""
+    target = target_named(name)
+    B, T = 3, 70
+    x = tokens_of(B, T, seed=1)
+    prompt_lengths = (1, 16, 33)
+    one_by_one = decode_each(target, x, prompt_lengths, lambda: [1] * B)
+    r = random.Random(0)
+    for lengths in ((1, 2, 15, 16), (0, 3, 16), range(1, 17)):
+        logits = decode_each(target, x, prompt_lengths, lambda: r.choices(lengths, k=B))
+        for b in range(B):
+            assert torch.equal(logits[b], one_by_one[b]), (lengths, b)
+
+
+def decode_each(target, x, prompt_lengths, next_cuts):
+    """For each sequence its logits from the prompt's last token on. next_cuts() says how many rows
+    each one adopts in a round; the rows after them hold garbage."""
+    generator = torch.Generator().manual_seed(0)
+    B, T = x.shape
+    state = DecodeState(target, B, T + K)
+    all_logits = []
+    for b, length in enumerate(prompt_lengths):
+        one = state.sequence(b, target.config)
+        _, logits = target.prefill(x[b:b + 1, :length], one, LAYER_IDS)
+        all_logits.append([logits])
+    while (state.position < T).any():
+        block = torch.randint(0, V, (B, K), generator=generator)
+        adopted = []
+        for b, cut in enumerate(next_cuts()):
+            position = int(state.position[b])
+            n = min(cut, T - position)  # 0 for a sequence that is complete
+            block[b, :n] = x[b, position:position + n]
+            adopted.append(n)
+        _, hidden = target(block, state, LAYER_IDS)
+        state.commit(torch.tensor(adopted))
+        logits = target.logits(hidden)
+        for b, n in enumerate(adopted):
+            all_logits[b].append(logits[b, :n])
+    return [torch.cat(logits) for logits in all_logits]
 
 
 @torch.no_grad()

@@ -67,9 +67,9 @@ def test_drafter_decodes_as_it_was_trained(layer_types, window):
             new = r.randint(1, min(K, n - position))
             accepted = features[:, position:position + new]
             rows = torch.cat((accepted, stale[:, new:]), 1)
-            drafter.write_context(rows, cache, torch.tensor(position))
+            drafter.write_context(rows, cache, torch.tensor([position, position]))
             position += new
-        anchor_position = torch.tensor(n)
+        anchor_position = torch.tensor([n, n])
         hidden = drafter.decode_block(blocks[:, i], cache, anchor_position)
         expected = trained[:, i]
         assert apart(hidden, expected) < 1e-5, n
@@ -148,7 +148,7 @@ def test_attention_in_bf16_has_its_softmax_in_fp32():
     q = 8 * draw(1, 4, 3, 32).bfloat16()
     k = draw(1, 2, 400, 32).bfloat16()
     v = draw(1, 2, 400, 32).bfloat16()
-    mask = (torch.arange(400) < 300).expand(3, -1)
+    mask = (torch.arange(400) < 300).expand(1, 3, -1)
     o = masked_attention(q, k, v, mask)
     assert o.dtype == torch.bfloat16
 

@@ -28,7 +28,7 @@ import training_log
 import training_state
 from checkpoint import load_drafter, newest_checkpoint
 from configurator import configure
-from draft_decode import Generation, Piece
+from draft_decode import Piece
 from flops import training_operations
 from model import block_labels, block_loss, chunk_loss, sample_anchors
 from target import Target
@@ -1305,24 +1305,27 @@ def test_held_out_prompts_end_where_the_answer_begins(small_run, monkeypatch):
     own token."""
     config, rows = small_run
     config.decode_prompts = 2
-    prompts = []
-    answers = []
-    generate = train.timed_generate
+    asked = []
+    rounds = []
+    generate_many = train.generate_many
 
-    def keep(target, drafter, prompt_ids, *args, **options):
-        prompts.append(prompt_ids)
-        answers.append(generate(target, drafter, prompt_ids, *args, **options))
-        return answers[-1]
+    def keep(target, drafter, prompts, *args):
+        asked.extend(prompts)
+        has_begun = set()
+        for index, piece in generate_many(target, drafter, prompts, *args):
+            if index in has_begun:
+                rounds.append(piece)
+            has_begun.add(index)
+            yield index, piece
 
-    monkeypatch.setattr(train, "timed_generate", keep)
+    monkeypatch.setattr(train, "generate_many", keep)
     config.decode_tokens = 12
     folder = os.path.join(os.path.dirname(NANO_TARGET), "drafter-dflash")
     tau = train.decode_held_out(config, folder, rows, stops=set())
-    for (tokens, supervised), prompt in zip(rows, prompts):
+    for (tokens, supervised), prompt in zip(rows, asked):
         assert prompt == tokens[supervised == 0].tolist()
-    assert len(prompts) == 2
-    rounds = len(answers[0].rounds) + len(answers[1].rounds)
-    assert tau == pytest.approx((11 + 11) / rounds)
+    assert len(asked) == 2
+    assert tau == pytest.approx((11 + 11) / len(rounds))
 
 
 def test_held_out_prompts_are_decoded_by_the_keys(small_run, monkeypatch):
@@ -1332,16 +1335,13 @@ def test_held_out_prompts_are_decoded_by_the_keys(small_run, monkeypatch):
     config.decode_prompts = 2
     config.decode_tokens = 7
     config.dtype = "bfloat16"
-    answers = [Generation([1, 2, 3, 4, 5], [Piece([2, 3, 4], 2), Piece([5], 0)], 1.0),
-               Generation([1, 2, 3], [Piece([2, 3], 1)], 1.0)]
-    left = list(answers)
 
-    def keep(target, drafter, prompt_ids, max_new_tokens, stops, decoders):
+    def keep(target, drafter, prompts, max_new_tokens, slots, stops):
         assert target.embed_tokens.weight.dtype == torch.bfloat16
         assert drafter.fc.weight.dtype == torch.bfloat16
-        assert (max_new_tokens, stops) == (7, {5})
-        return left.pop(0)
+        assert (len(prompts), max_new_tokens, stops) == (2, 7, {5})
+        return iter([(0, Piece([1], 0)), (1, Piece([1], 0)), (0, Piece([2, 3, 4], 2)),
+                     (1, Piece([2, 3], 1, True)), (0, Piece([5], 0, True))])
 
-    monkeypatch.setattr(train, "timed_generate", keep)
+    monkeypatch.setattr(train, "generate_many", keep)
     assert train.decode_held_out(config, NANO_DRAFTER, rows, stops={5}) == 2.0
-    assert not left

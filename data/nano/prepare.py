@@ -12,7 +12,6 @@ import json
 import os
 import sys
 
-import torch
 from tqdm import tqdm
 
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".."))
@@ -22,7 +21,7 @@ from checkpoint import load_target, read_target_config
 from configurator import configure
 from data.nano.problems import problems
 from data.samples import write_samples
-from decode_state import DecodeState
+from draft_decode import generate_many
 
 target = os.path.join(ROOT, "data", "nano", "target")               # whose answers to write
 out_dir = os.path.join(ROOT, "data", "nano")                        # where the rows go
@@ -31,7 +30,7 @@ fresh = False           # let the target answer; else read what it said when the
 train_rows = 12_000     # training problems of the drafter's mix, from number `skip` on
 val_rows = 200          # problems of the split val
 skip = 500_000          # training problems passed over; pretraining saw the first 320,000
-batch_size = 256        # prompts of one length that are answered in lockstep
+slots = 64              # prompts that are answered at once
 max_new_tokens = 160    # tokens of an answer at most
 device = "cpu"          # cpu or cuda
 
@@ -83,7 +82,7 @@ def write_answers(target, tokenizer, config):
         asked.append(("val", question))
     questions = [question for _, question in asked]
     answered = answer_questions(
-        target, tokenizer, questions, config.max_new_tokens, config.batch_size)
+        target, tokenizer, questions, config.max_new_tokens, config.slots)
 
     lines = []
     for (split, question), (_, token_ids) in zip(asked, answered):
@@ -99,55 +98,21 @@ def write_answers(target, tokenizer, config):
     print(f"{config.answers}: {len(lines):,} answers of {len(asked):,}")
 
 
-def answer_questions(target, tokenizer, questions, max_new_tokens, batch_size):
+def answer_questions(target, tokenizer, questions, max_new_tokens, slots):
     """Greedy answers [(prompt ids, answer ids)], in the order of the questions.
 
-    An answer ends with <|im_end|>, or without it after max_new_tokens. Prompts of one length go
-    through together, one row a step: sequences of a batch share their position.
+    An answer ends with <|im_end|>, or without it after max_new_tokens. The target alone answers,
+    one row a step.
     """
     prompts = [chat_prompt(tokenizer, question) for question in questions]
-    waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    answered = [None] * len(prompts)
-    bar = tqdm(total=len(prompts), unit="row", disable=not sys.stderr.isatty())
-    while waiting:
-        length = len(prompts[waiting[0]])
-        group = [i for i in waiting[:batch_size] if len(prompts[i]) == length]
-        waiting = waiting[len(group):]
-        batch = [prompts[i] for i in group]
-        replies = answer_batch(target, batch, max_new_tokens, tokenizer.eos_token_id)
-        for i, reply in zip(group, replies):
-            answered[i] = (prompts[i], reply)
-        bar.update(len(group))
-    bar.close()
-    return answered
-
-
-@torch.no_grad()
-def answer_batch(target, prompts, max_new_tokens, stop_id):
-    """Greedy answers, lists of token ids, to prompts of one length."""
-    tokens = torch.tensor(prompts, device=target.embed_tokens.weight.device)  # (B, T)
-    B, T = tokens.shape
-    state = DecodeState(target, B, T + max_new_tokens, forward_rows=1)
-    _, logits = target.prefill(tokens, state)
-    next_token = logits.argmax(-1)  # (B,)
-    steps = [next_token]
-    stopped = next_token == stop_id
-    while len(steps) < max_new_tokens:
-        # to know whether all have stopped is to wait for the device, so only every 8 steps
-        if len(steps) % 8 == 0 and stopped.all():
-            break
-        _, hidden = target(next_token[:, None], state)
-        state.commit(1)
-        next_token = target.logits(hidden)[:, 0].argmax(-1)
-        steps.append(next_token)
-        stopped |= next_token == stop_id
-    # an answer that stopped earlier than others of its batch goes on in vain: cut what follows
-    replies = []
-    for reply in torch.stack(steps, 1).tolist():
-        if stop_id in reply:
-            reply = reply[:reply.index(stop_id) + 1]
-        replies.append(reply)
-    return replies
+    replies = [[] for _ in prompts]
+    with tqdm(total=len(prompts), unit="row", disable=not sys.stderr.isatty()) as bar:
+        for index, piece in generate_many(
+                target, None, prompts, max_new_tokens, slots, {tokenizer.eos_token_id},
+                forward_rows=1):
+            replies[index] += piece.tokens
+            bar.update(piece.is_last)
+    return list(zip(prompts, replies))
 
 
 if __name__ == "__main__":
