@@ -19,7 +19,7 @@ import copy
 import torch
 import torch.nn.functional as F
 
-from model import rotary_table
+from model import rotary_table, write_at
 from target import conv_channels, delta_rule_widths, delta_step, gated_delta_rule
 
 
@@ -113,6 +113,7 @@ class DecodeState:
 
         # constants of all forwards
         self.all_positions = torch.arange(length, device=weight.device)      # 0 .. length - 1
+        self.sequences = torch.arange(batch, device=weight.device)[:, None]  # (B, 1), for indexing
         rotary_dim = int(config.head_dim * config.partial_rotary_factor)
         self.cos, self.sin = rotary_table(self.all_positions, rotary_dim, config.rope_theta)
 
@@ -137,6 +138,7 @@ class DecodeState:
         """A DecodeState of one of the B sequences, on the same memory: to read a prompt into it."""
         one = copy.copy(self)
         here = slice(index, index + 1)
+        one.sequences = self.sequences[:1]
         one.position = self.position[here]
         one.keys = self.keys[:, here]
         one.values = self.values[:, here]
@@ -200,7 +202,7 @@ class DecodeState:
             past_length = self.conv.shape[2] - K
             last_tokens = n[:, None] + self.all_positions[:past_length]      # (B, past_length)
             past = self.conv[:, :, :past_length]
-            past.copy_(self.conv.gather(2, last_tokens[:, :, None].expand_as(past)))
+            past.copy_(self.conv[:, self.sequences, last_tokens])
         self.position += n
 
 
@@ -237,9 +239,7 @@ class LinearLayerState:
         else:
             # write the block after the tail
             inputs = [x.to(self.S.dtype).flatten(2) for x in (q, k, v, g, beta)]
-            inputs = torch.cat(inputs, -1)
-            places = state.window_places[:, :, None]
-            self.window.scatter_(1, places.expand_as(inputs), inputs)
+            self.window[state.sequences, state.window_places] = torch.cat(inputs, -1)
             # run the two chunks of the window, and keep the outputs of the block
             window_q, window_k, window_v, window_g, window_beta = self.window.split(self.widths, -1)
             o, S = gated_delta_rule(
@@ -252,7 +252,7 @@ class LinearLayerState:
                 chunk=state.forward_rows,
                 chunks_until_state=1)
             self.S_chunk_end.copy_(S)
-            o = o.gather(1, places[..., None].expand_as(v))
+            o = o[state.sequences, state.window_places]
         return o.to(v.dtype)
 
 
@@ -272,9 +272,8 @@ class FullLayerState:
         For a block: the whole buffer, and (B, K, length). For a prompt's bulk, before which there
         is nothing: its own k and v, and None for a causal mask.
         """
-        index = self.state.row_positions[:, None, :, None].expand_as(k)
-        self.keys.scatter_(2, index, k)
-        self.values.scatter_(2, index, v)
+        write_at(self.keys, self.state.row_positions, k.transpose(1, 2))
+        write_at(self.values, self.state.row_positions, v.transpose(1, 2))
         if not self.state.forward_is_block:
             return k, v, None
         return self.keys, self.values, self.state.mask

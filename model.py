@@ -112,7 +112,8 @@ class DFlashDraftModel(PreTrainedModel):
         """
         embedded = self.embed_block(anchor, target.embed_tokens.weight)
         hidden = self.decode_block(embedded, cache, position)
-        return target.logits(hidden[:, 1:])  # slot 0, the anchor, guesses nothing
+        hidden = hidden[:, 1:].contiguous()  # slot 0, the anchor, guesses nothing
+        return target.logits(hidden)
 
     def decode_block(self, embedded, cache, position):
         """Hidden states (B, K, width) of one embedded block a sequence.
@@ -362,9 +363,8 @@ def to_fp32(x):
 
 def write_at(buffer, positions, x):
     """Write x (B, T, Hkv, D) into a buffer (B, Hkv, length, D) at positions (B, T)."""
-    x = x.transpose(1, 2).to(buffer.dtype)
-    index = positions[:, None, :, None].expand_as(x)
-    buffer.scatter_(2, index, x)
+    sequences = torch.arange(len(x), device=x.device)[:, None]
+    buffer.transpose(1, 2)[sequences, positions] = x.to(buffer.dtype)
 
 
 def rotary_table(positions, dim, theta):
