@@ -1149,7 +1149,7 @@ def test_bench_figures(config, tmp_path, monkeypatch):
             assert before | {"seconds": 0} == now | {"seconds": 0}
 
     figures.draw(tmp_path)
-    for name in ("acceptance.png", "curve.png", "decoding.gif"):
+    for name in ("acceptance.png", "curve.png", "decoding.gif", "throughput.png"):
         assert (tmp_path / name).stat().st_size > 1000
 
 
