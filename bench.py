@@ -12,6 +12,7 @@ raw rounds and pictures go to out_dir.
     python bench.py exactness                       # is the output the target's own, to the bit
     python bench.py exactness --target=random:0.8b:4 --drafter=random --prompts=random:64:256
     python bench.py curve                           # what a tau is worth
+    python bench.py throughput                      # of many sequences at once
     python bench.py speed --target=random:0.8b --drafter=random --prompts=random:64:256
     python bench.py speed --parts=training          # training steps against their arithmetic
     python bench.py serve --base_url=http://localhost:30000/v1 \\
@@ -27,7 +28,8 @@ import sys
 
 import torch
 
-from benchmarks import acceptance, curve, exactness, figures, serve, speed, speedup
+from benchmarks import (acceptance, curve, exactness, figures, serve, speed, speedup,
+                        throughput)
 from checkpoint import write_whole
 from configurator import configure
 from console import survive_closed_output
@@ -58,7 +60,7 @@ temperatures: tuple[float] = (0.0, 0.7, 1.0)             # exactness: to compare
 dtypes: tuple[str] = ("float32", "bfloat16")             # exactness: to compare in
 oracle = 0.8                            # exactness: probability that a guess of its oracle is right
 parts: tuple[str] = ("decoding", "prefill", "kernel")    # speed: also training
-assumed_tau = 5.34                      # speed: tokens a round, for the time of a token in rounds
+assumed_tau = 5.34                      # speed: tokens a round; throughput: of its oracle
 base_url = ""                           # serve: the server with a drafter, its address up to /v1
 baseline_url = ""                       # serve: the server without one
 served_model = ""                       # serve: the target's name there; empty: the first listed
@@ -73,6 +75,7 @@ COMMANDS = {
     "speedup": speedup.run,
     "exactness": exactness.run,
     "curve": curve.run,
+    "throughput": throughput.run,
     "speed": speed.run,
     "serve": serve.run,
     "figures": figures.run,

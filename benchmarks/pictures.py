@@ -135,6 +135,30 @@ def curve(path, runs):
     save(path, figure)
 
 
+def throughput(path, runs):
+    """Tokens a second of all sequences and of each, against the number of slots; runs: {label: rows
+    of bench.py's throughput}."""
+    lines = (
+        ("speculative", "o-", "drafter and target"),
+        ("target", "s--", "target alone, one row"),
+        ("target_same_shape", "^:", "target alone, 16 rows"))
+    figure, axes = pyplot().subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for number, (label, rows) in enumerate(runs.items()):
+        slots = [row["slots"] for row in rows]
+        for mode, style, name in lines:
+            of_all = [row["tokens_per_s"][mode] for row in rows]
+            of_each = [speed / count for speed, count in zip(of_all, slots)]
+            for axis, speeds in zip(axes, (of_all, of_each)):
+                axis.plot(slots, speeds, style, color=f"C{number}", label=f"{label}: {name}")
+    for axis, title in zip(axes, ("tokens/s of all sequences", "tokens/s of each")):
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set(xlabel="slots: sequences decoded at once", title=title)
+        axis.set_xticks(slots, slots)
+    axes[0].legend(fontsize=8)
+    save(path, figure)
+
+
 def training(path, log, slots):
     """Loss, tau and acceptance up to some slots over the steps; log: the entries of log.jsonl."""
     steps = [entry for entry in log if entry["kind"] == "train"]

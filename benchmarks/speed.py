@@ -124,13 +124,13 @@ def decoding_rows(config, workload, peer, bandwidth):
                    "transformers, a token of generate", seconds["peer, generate"])]
 
 
-def our_arms(target, drafter, tokens, count):
-    """Functions that time `count` forwards of ours."""
+def our_arms(target, drafter, tokens, count, slots=1):
+    """Functions that time `count` forwards of ours, each of so many sequences."""
     block_size = drafter.block_size
     decoders = {
-        "one row": Decoder(target, None, 1024, 1, Sampling()),
-        "block": Decoder(target, None, 1024, block_size, Sampling()),
-        "round": Decoder(target, drafter, 1024, block_size, Sampling())}
+        "one row": Decoder(target, None, 1024, 1, Sampling(), slots),
+        "block": Decoder(target, None, 1024, block_size, Sampling(), slots),
+        "round": Decoder(target, drafter, 1024, block_size, Sampling(), slots)}
 
     def decode(decoder):
         decoder.state.position.fill_(CONTEXT)  # each repeat begins where the prompt ended
@@ -138,7 +138,8 @@ def our_arms(target, drafter, tokens, count):
 
     arms = {}
     for name, decoder in decoders.items():
-        decoder.prefill(0, tokens[0, :CONTEXT].tolist())
+        for slot in range(slots):
+            decoder.prefill(slot, tokens[0, :CONTEXT].tolist())
         arms[name] = functools.partial(decode, decoder)
     return arms
 

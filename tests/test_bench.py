@@ -12,7 +12,7 @@ import torch
 import bench
 import draft_decode
 from benchmarks import (acceptance, animation, common, curve, drafters, exactness, figures, machine,
-                        speed, speedup, timing)
+                        speed, speedup, throughput, timing)
 from benchmarks.acceptance import transcript
 from benchmarks.common import Arm, Workload, decode_in_turns, summarize, timed_generate_many
 from benchmarks.drafters import probability_for
@@ -914,6 +914,17 @@ def test_bench_oracle_has_the_tau_that_was_asked_for():
         assert abs(1 + accepted.double().mean() - tau) < 0.1
 
 
+def test_bench_oracle_of_many_answers():
+    """An oracle that guesses the answer of another slot's prompt."""
+    target = small_target()
+    oracle = drafters.Oracle(target, prompts=2)
+    oracle.learn([1] * 5, list(range(10, 40)), 1.0, 0)
+    oracle.learn([1] * 8, list(range(50, 80)), 1.0, 1)
+    # anchors: token 3 of the second answer, and token 1 of the first
+    logits = oracle.draft_logits(torch.tensor([53, 11]), target, None, torch.tensor([11, 6]))
+    assert logits.argmax(-1).tolist() == [list(range(54, 69)), list(range(12, 27))]
+
+
 @pytest.mark.parametrize("p", (0.0, 0.5, 0.9, 1.0))
 def test_bench_oracle_is_right_as_often_as_asked(p):
     """An oracle that is right more often or seldomer than it was told, or at other positions: the
@@ -1029,6 +1040,85 @@ def test_bench_speed_of_training(run_bench, copies, monkeypatch):
 # pictures
 
 
+def test_bench_throughput(run_bench, monkeypatch, tmp_path):
+    """A row of another number of slots; a tau that is not that of the prompts, or not that of the
+    oracle where the weights are random; no picture."""
+    monkeypatch.setattr(throughput, "copy_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(throughput, "race", race_by_hand)
+    args = ("throughput", "--limit=3", "--max_new_tokens=24")
+    report = run_bench(*args, "--slots=1,2")
+    target, tokenizer = nano()
+    lengths = []
+    for question, _ in load_questions("nano", 3):
+        ids = chat_prompt(tokenizer, question)
+        rounds = list(generate(target, shipped(), ids, 24, stop_ids(tokenizer)))
+        lengths += [len(one_round.tokens) for one_round in rounds[1:]]
+    for row, slots in zip(report["rows"], (1, 2), strict=True):
+        assert row["slots"] == slots
+        assert row["tau"] == sum(lengths) / len(lengths)
+        assert row["decoded_tokens_per_s"] > 0
+    floor = report["floor_seconds"]
+    assert floor["target"] == floor["target_same_shape"] == report["bytes"]["step"] / 1e9
+    assert floor["speculative"] == report["bytes"]["round"] / 1e9
+    assert (tmp_path / "throughput.png").stat().st_size > 1000
+
+    row, = run_bench(*args, "--slots=2", "--drafter=random", "--assumed_tau=16")["rows"]
+    assert row["tau"] == 23 / 2  # 23 tokens after the prompt's own, in rounds of 16 and 7
+    with pytest.raises(SystemExit, match="at least one sequence"):
+        run_bench(*args, "--slots=0")
+
+
+def race_by_hand(arms):
+    """Seconds of each arm, which are not measured but are those of arms with so many slots."""
+    seconds = {}
+    for name, milliseconds in (("one row", 1.0), ("block", 2.0), ("round", 4.0)):
+        assert arms[name].args[0].is_active.all()
+        seconds[name] = [milliseconds / 1e3] * 3
+    return seconds
+
+
+def test_bench_throughput_by_hand(capsys):
+    """Tokens/s of one sequence for those of all, or a speedup over the slow arm; speculation that
+    pays below the tau from which it does."""
+    rows = []
+    for slots, round_seconds in ((2, 0.01), (4, 0.04)):
+        seconds = {"speculative": round_seconds, "target_same_shape": 0.008, "target": 0.005}
+        row = {"slots": slots, "tau": 6.0, "memory_bytes": 5e6, "seconds": seconds}
+        floor = {"speculative": 0.005, "target_same_shape": 0.004, "target": 0.0025}
+        throughput.add_speeds(row, floor)
+        rows.append(row)
+    assert rows[0]["tokens_per_s"] == {
+        "speculative": pytest.approx(1200), "target_same_shape": 250, "target": 400}
+    assert rows[0]["times_floor"] == {"speculative": 2, "target_same_shape": 2, "target": 2}
+    assert [row["speedup"] for row in rows] == pytest.approx([3, 0.75])
+    assert [row["break_even_tau"] for row in rows] == pytest.approx([2, 8])
+    assert throughput.verdict(rows) == (
+        "Speculation does not pay at 4 slots: 0.75x, its tau of 6.00 is not above 8.00.")
+    assert throughput.verdict(rows[:1]).startswith("Speculation pays at all these loads: 3.00x")
+    throughput.print_rows(rows, with_head=True)
+    *_, first, _ = capsys.readouterr().out.splitlines()
+    words = first.replace("|", "").replace("x", "").split()
+    assert [float(word.replace(",", "")) for word in words] == [
+        2, 6, 1200, 600, 10, 2, 250, 8, 2, 400, 5, 2, 3, 2, 5]
+
+
+def test_bench_memory_of_a_sequence_by_hand():
+    """Memory that is counted for all slots, or that leaves out a part."""
+    config = nano()[0].config
+    sizes = []
+    for slots in (1, 3):
+        decoder = draft_decode.Decoder(nano()[0], shipped(), 256, K, Sampling(), slots)
+        sizes.append(throughput.memory_bytes(decoder) / slots)
+    assert sizes[0] == sizes[1]
+    keys_and_values = 2 * 3 * config.num_key_value_heads * 256 * config.head_dim
+    two_states = 2 * 9 * 4 * 32 * 32
+    window = 9 * 2 * K * (3 * 128 + 8)
+    convolution = 9 * 3 * 128 * (3 + K)
+    c = shipped().config
+    cache = 2 * c.num_hidden_layers * c.num_key_value_heads * 256 * c.head_dim
+    assert sizes[0] == 4 * (keys_and_values + two_states + window + convolution + cache)
+
+
 def test_bench_figures(config, tmp_path, monkeypatch):
     """A picture of a run that never was: what its rounds returned is not the target's answer to
     that prompt."""
@@ -1064,7 +1154,7 @@ def test_bench_figures(config, tmp_path, monkeypatch):
             assert before | {"seconds": 0} == now | {"seconds": 0}
 
     figures.draw(tmp_path)
-    for name in ("acceptance.png", "curve.png", "decoding.gif"):
+    for name in ("acceptance.png", "curve.png", "decoding.gif", "throughput.png"):
         assert (tmp_path / name).stat().st_size > 1000
 
 
