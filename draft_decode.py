@@ -149,7 +149,8 @@ class Decoder:
         start = state.position.clone()
         features, logits = self.target.prefill(prompt, state, self.layer_ids)
         if self.drafter is not None:
-            cache = self.cache[:, :, place:place + 1]
+            here = slice(place, place + 1)
+            cache = [(keys[here], values[here]) for keys, values in self.cache]
             self.drafter.write_context(features, cache, start)
         noise = self.noise_at(state.position)  # the token at this position is chosen now
         first = choose(logits, self.sampling, self.sampling.temperature, noise)

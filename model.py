@@ -86,11 +86,17 @@ class DFlashDraftModel(PreTrainedModel):
     # position and writes over them.
 
     def new_cache(self, batch, length):
-        """Keys and values of `length` positions, (layers, 2, B, Hkv, length, D)."""
-        kv_heads = self.config.num_key_value_heads
-        head_dim = self.config.head_dim
-        shape = (len(self.layers), 2, batch, kv_heads, length, head_dim)
-        return self.fc.weight.new_zeros(shape)
+        """For each layer keys and values of `length` positions, (B, Hkv, length, D) both.
+
+        Tensors of their own: torch.compile would copy a common one whole to write into a part.
+        """
+        shape = (batch, self.config.num_key_value_heads, length, self.config.head_dim)
+        cache = []
+        for _ in self.layers:
+            keys = self.fc.weight.new_zeros(shape)
+            values = self.fc.weight.new_zeros(shape)
+            cache.append((keys, values))
+        return cache
 
     def write_context(self, features, cache, position):
         """Write the keys and values of features (B, T, ...) into the cache, from position (B,) on.
@@ -102,7 +108,7 @@ class DFlashDraftModel(PreTrainedModel):
         positions = position[:, None] + torch.arange(T, device=features.device)  # (B, T)
         context = self.context(features)
         rotary = self.rotary(positions)
-        for layer, (keys, values) in zip(self.layers, cache):  # views, written in place
+        for layer, (keys, values) in zip(self.layers, cache):  # written in place
             k, v = layer.self_attn.keys_values(context, rotary)
             write_at(keys, positions, k)
             write_at(values, positions, v)

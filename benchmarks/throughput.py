@@ -86,8 +86,9 @@ def round_seconds(config, workload, slots):
 def memory_bytes(decoder):
     """Bytes that a Decoder keeps of its sequences, the target's and the drafter's."""
     state = decoder.state
-    kept = (state.keys, state.values, state.S, state.S_chunk_end, state.window, state.conv,
-            decoder.cache)
+    kept = [state.keys, state.values, state.S, state.S_chunk_end, state.window, state.conv]
+    for keys_and_values in decoder.cache:
+        kept += keys_and_values
     return sum(tensor.nbytes for tensor in kept)
 
 

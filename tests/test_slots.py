@@ -348,9 +348,9 @@ def test_slots_that_are_idle_stand_still():
 
 
 def check_small():
-    """check_logits with three questions and a prompt shorter than a block: one slot is used again,
+    """check_logits with six questions and a prompt shorter than a block: one slot is used again,
     and noise decides many tokens."""
-    prompts = [*prompts_of(3), prompts_of(1)[0][-5:]]
+    prompts = [*prompts_of(6), prompts_of(1)[0][-5:]]
     arrivals = ((shipped(), prompts[::-1]), (shipped(), prompts), (None, prompts[::-1]))
     check_logits("float32", UNDECIDED, prompts, arrivals)
 
@@ -407,7 +407,7 @@ WRONG_LINES = (  # what is wrong, the function, the right line, the wrong one, t
     ("draft at a neighbour's position", Decoder.guesses,
      "self.cache, self.state.position)", "self.cache, self.state.position.roll(1))", check_small),
     ("drafter's prompt in the first slot", PREFILL,
-     "place:place + 1", "0:1", check_small),
+     "slice(place, place + 1)", "slice(0, 1)", check_small),
     ("first anchor in the first slot", PREFILL,
      "self.anchor[place]", "self.anchor[0]", check_small),
     ("traces of the sequence before", PREFILL,
@@ -415,13 +415,15 @@ WRONG_LINES = (  # what is wrong, the function, the right line, the wrong one, t
     ("drafter's mask of a neighbour", model.Attention.decode,
      "positions[:, -1:, None]", "positions[:, -1:, None].roll(1, 0)", check_small),
     ("drafter's context in a neighbour's row", model.write_at,
-     "positions[:, None, :, None]", "positions.roll(1, 0)[:, None, :, None]", check_small),
+     "[sequences, positions]", "[sequences, positions.roll(1, 0)]", check_small),
     ("drafter's rotary of a neighbour", DFlashDraftModel.decode_block,
      "self.rotary(positions)", "self.rotary(positions.roll(1, 0))", check_small),
     ("keys written into a neighbour's row", decode_state.FullLayerState.with_past,
-     "self.keys.scatter_(2, index, k)", "self.keys.scatter_(2, index.roll(1, 0), k)", check_small),
+     "self.keys, self.state.row_positions", "self.keys, self.state.row_positions.roll(1, 0)",
+     check_small),
     ("outputs of a neighbour's place", decode_state.LinearLayerState.delta_rule,
-     "o.gather(1, places[..., None]", "o.gather(1, places.roll(1, 0)[..., None]", check_small),
+     "o[state.sequences, state.window_places]",
+     "o[state.sequences, state.window_places.roll(1, 0)]", check_small),
     ("an idle slot commits", ROUND,
      "state.commit((accepted + 1) * self.is_active)", "state.commit(accepted + 1)", check_idle),
     ("an ended slot stays active", Decoder.end,
