@@ -13,6 +13,7 @@ CURVES = {  # label: report
 }
 THROUGHPUTS = {  # label: report
     "nano pair, one CPU thread": "logs/throughput_nano.json",
+    "0.8B shape, random weights, one H100": "logs/throughput_h100.json",
 }
 
 
