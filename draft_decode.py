@@ -159,8 +159,10 @@ class Decoder:
         return first.item()
 
     def end(self, place):
-        """A sequence has ended: its place is idle until the next prompt."""
+        """A sequence has ended: its place is idle until the next prompt. It runs along at position
+        0, as no block may fit into the buffer where the sequence ended."""
         self.is_active[place] = 0
+        self.state.position[place] = 0
 
     def next_round(self):
         """Run a round. Returns for each place its tokens as a list, and how many were guesses."""
@@ -255,7 +257,8 @@ def generate_many(target, drafter, prompts, max_new_tokens, slots, stops=(), for
 
 def decode_in_slots(decoder, waiting, slots):
     """Yields (index, Piece) of the Answers that wait, in the order in which they become known."""
-    decoder.is_active.zero_()  # an earlier generation may have been left in the midst
+    for slot in range(slots):
+        decoder.end(slot)  # an earlier generation may have been left in the midst
     waiting = deque(waiting)
     running = {}  # the Answer in each slot that is not idle
     while waiting or running:

@@ -176,7 +176,7 @@ class RecordingDecoder(Decoder):
 
     def end(self, place):
         super().end(place)
-        del self.prompt_in[place]
+        self.prompt_in.pop(place, None)
 
     def next_round(self):
         starts = self.state.position.tolist()
@@ -330,18 +330,50 @@ def check_idle():
         next(abandoned)
     abandoned.close()
     decoder, = decoders.values()
-    before = decoder.state.position.tolist()
-    assert before[0] > len(prompts[0]) and before[3] == 0
+    assert decoder.state.position[2] > len(prompts[2])
     for _ in answers(prompts[4:]):
-        assert decoder.state.position.tolist()[1:] == before[1:]
-    after = decoder.state.position.tolist()
+        assert decoder.state.position.tolist()[1:] == [0, 0, 0]
     decoder.next_round()
-    assert decoder.state.position.tolist() == after
+    assert decoder.state.position.tolist() == [0, 0, 0, 0]
 
 
 def test_slots_that_are_idle_stand_still():
     """Failure 6: an idle slot commits what it ran along with, and leaves its buffer some day."""
     check_idle()
+
+
+def check_buffer_end():
+    """An answer ends at the last place of its buffer, in a round that commits more rows than it may
+    return. No block fits after them, and the slot beside it goes on for many rounds. Then the first
+    generation is left at this very piece, and another one begins."""
+    target, _ = pair("float32")
+    prompts = prompts_of(2)
+    new_tokens = 20  # the prompt's own, a round of 16, and 3 of another round of 16
+    full = (prompts[0] * 4)[:256 - K - new_tokens]
+    answer = all_tokens(generate(target, None, full, new_tokens + K))  # and what would follow it
+    oracle = Oracle(target)
+    oracle.learn(full, answer, 1.0)
+    decoders = {}
+
+    def answers(prompts):
+        return generate_many(target, oracle, prompts, new_tokens, 2, decoders=decoders)
+
+    counts = [0, 0]
+    for index, piece in answers([full, prompts[1]]):
+        counts[index] += len(piece.tokens)
+    assert counts == [new_tokens, new_tokens]
+    left = answers([prompts[1], full])
+    for index, piece in left:
+        if index == 1 and piece.is_last:
+            break
+    left.close()
+    assert len(list(answers(prompts[1:]))) > 10
+    assert len(decoders) == 1  # of buffers of 256 tokens
+
+
+def test_slots_that_ended_at_the_end_of_the_buffer():
+    """An idle slot writes its block past the end of its buffer."""
+    check_buffer_end()
 
 # ------------------------------------------------------------------------------------------------
 # wrong lines, each of which a check above must catch
@@ -429,7 +461,9 @@ WRONG_LINES = (  # what is wrong, the function, the right line, the wrong one, t
     ("an ended slot stays active", Decoder.end,
      "self.is_active[place] = 0", "pass", check_idle),
     ("a slot left active", draft_decode.decode_in_slots,
-     "decoder.is_active.zero_()", "pass", check_idle),
+     "decoder.end(slot)  # an earlier", "pass  # an earlier", check_idle),
+    ("an idle slot at the end of its buffer", Decoder.end,
+     "self.state.position[place] = 0", "pass", check_buffer_end),
 )
 
 
