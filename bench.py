@@ -17,7 +17,8 @@ raw rounds and pictures go to out_dir.
     python bench.py speed --parts=training          # training steps against their arithmetic
     python bench.py serve --base_url=http://localhost:30000/v1 \\
         --baseline_url=http://localhost:30001/v1 --concurrency=8
-    python bench.py figures                         # the README's pictures, from logs/
+    python bench.py bugs                            # what each silent bug costs; --only=decoding
+    python bench.py figures                         # pictures and tables of the docs, from logs/
 
 Each command is a file of that name in benchmarks/, which begins with what it measures.
 --prompts=math500:FILE takes a copy of a public data set; FILE may also be a folder.
@@ -28,7 +29,7 @@ import sys
 
 import torch
 
-from benchmarks import (acceptance, curve, exactness, figures, serve, speed, speedup,
+from benchmarks import (acceptance, bugs, curve, exactness, figures, serve, speed, speedup,
                         throughput)
 from checkpoint import write_whole
 from configurator import configure
@@ -66,6 +67,7 @@ baseline_url = ""                       # serve: the server without one
 served_model = ""                       # serve: the target's name there; empty: the first listed
 concurrency = 1                         # serve: requests at a time
 timeout = 600.0                         # serve: seconds until a request counts as failed
+only: tuple[str] = ()                   # bugs: decoding, training, or names; empty: all
 # where the results go
 out_dir = "out/bench"                   # figures and raw results
 resume = False                          # go on from what an interrupted command left in out_dir
@@ -78,9 +80,10 @@ COMMANDS = {
     "throughput": throughput.run,
     "speed": speed.run,
     "serve": serve.run,
+    "bugs": bugs.run,
     "figures": figures.run,
 }
-RESUMABLE = ("acceptance", "speedup", "exactness", "serve")
+RESUMABLE = ("acceptance", "speedup", "exactness", "serve", "bugs")
 
 
 def main(argv=None):

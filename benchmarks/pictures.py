@@ -11,6 +11,8 @@ GREY = "#d8d8d8"    # the anchor
 GREEN = "#a8dca0"   # accepted guesses
 BLUE = "#9cc4f0"    # the target's own
 RED = "#f6d5d0"     # rejected guesses
+# and of bars whose outputs are wrong
+RED_BAR = "#e08a80"
 
 
 def pyplot():
@@ -180,3 +182,42 @@ def training(path, log, slots):
         axis.set(xlabel="step", ylabel=label)
         axis.legend()
     save(path, figure)
+
+
+# ------------------------------------------------------------------------------------------------
+# bugs
+
+
+def bugs(path, summaries):
+    """tau with each bug, beside tau without it; summaries: those of benchmarks/bugs_page.py.
+
+    A bar is red where the outputs are wrong too. Of training a point stands for each seed, a circle
+    for what training itself estimates, and a grey band for the clean runs.
+    """
+    panels = []
+    for title, is_of_training in (("bugs of decoding", False), ("bugs of training", True)):
+        chosen = [summary for summary in summaries if summary.is_of_training == is_of_training]
+        if chosen:
+            panels.append((title, chosen))
+    longest = max(len(chosen) for _, chosen in panels)
+    figure, axes = pyplot().subplots(
+        1, len(panels), figsize=(7 * len(panels), 1 + 0.24 * longest), squeeze=False,
+        layout="constrained")
+    for axis, (title, chosen) in zip(axes[0], panels):
+        draw_bugs(axis, chosen)
+        axis.set(xlabel="tau (tokens a round)", title=title, ylim=(longest - 0.4, -0.6))
+    save(path, figure)
+
+
+def draw_bugs(axis, summaries):
+    """One panel: a bar for each bug, the worst on top."""
+    names = [summary.bug.name for summary in summaries]
+    axis.set_yticks(range(len(names)), names, fontsize=8)
+    clean_taus = summaries[0].clean_taus
+    axis.axvspan(min(clean_taus) - 0.03, max(clean_taus) + 0.03, color=GREY)
+    for y, summary in enumerate(summaries):
+        color = RED_BAR if summary.mean("identical") < 1 else GREEN
+        axis.barh(y, summary.mean("tau"), color=color)
+        if summary.is_of_training:
+            axis.plot(summary.taus, [y] * len(summary.taus), ".", color="black", markersize=4)
+            axis.plot(summary.mean("estimate"), y, "o", color="black", fillstyle="none")

@@ -814,6 +814,7 @@ def test_bench_exactness(run_bench, monkeypatch):
         if row["against"] == "fixed shape":
             assert row["identical"] == 1
             assert row["margin"] is None
+            assert row["verdict"] == "equal"
 
     commit = DecodeState.commit
 
@@ -828,6 +829,7 @@ def test_bench_exactness(run_bench, monkeypatch):
         if row["against"] == "transformers" and row["drafter"] != "trained":
             assert row["identical"] == 0, row
             assert row["margin"] > 0, row
+            assert row["verdict"] == "wrong state", row
 
 
 def test_bench_exactness_by_hand(capsys):
@@ -845,10 +847,11 @@ def test_bench_exactness_by_hand(capsys):
     assert ours_by_prompt == [(None, None), (4, 0.25), (2, 0.5), (7, None)]
     assert (other["identical"], other["margin"], other["tau"]) == (1, None, 16)
 
-    exactness.print_table([ours | {"dtype": "float32", "temperature": 0.7}])
+    exactness.print_table([ours | {"dtype": "float32", "temperature": 0.7, "verdict": "equal"}])
     first, *_, last = capsys.readouterr().out.splitlines()
     assert first.startswith("4 prompts; ")
-    assert last.split() == ["float32", "0.7", "a", "3.00", "one", "row", "25.0%", "0.5000", "2"]
+    assert last.split() == ["float32", "0.7", "a", "3.00", "one", "row", "25.0%", "0.5000", "2",
+                            "equal"]
 
 
 @torch.no_grad()

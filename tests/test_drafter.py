@@ -15,7 +15,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 import model
 from checkpoint import drafter_config
 from model import DFlashDraftModel, masked_attention, rotary_table
-from tests.common import (DRAFTERS, HIDDEN, K, LAYER_IDS, MASK, apart, random_normal, slow_block,
+from tests.common import (DRAFTERS, HIDDEN, K, LAYER_IDS, MASK, V, apart, random_normal, slow_block,
                           small_config, small_drafter, small_target, tokens_of)
 
 
@@ -77,6 +77,17 @@ def test_drafter_decodes_as_it_was_trained(layer_types, window):
         expected = target.logits(expected[:, 1:])
         assert apart(logits, expected) < 1e-5, n
         assert torch.equal(logits.argmax(-1), expected.argmax(-1)), n
+
+
+def test_block_is_the_anchor_and_masks():
+    """The mask is another token, such as the tokenizer's last one; or the anchor is masked too.
+    Training and decoding would agree on it, and no published drafter would be read right."""
+    embedding = random_normal()(V, HIDDEN)
+    tokens = tokens_of(2, 3)
+    blocks = small_drafter().embed_block(tokens, embedding)
+    assert blocks.shape == (2, 3, K, HIDDEN)
+    assert torch.equal(blocks[:, :, 0], embedding[tokens])
+    assert torch.equal(blocks[:, :, 1:], embedding[MASK].expand(2, 3, K - 1, HIDDEN))
 
 
 @pytest.mark.parametrize("layer_types, window", DRAFTERS)

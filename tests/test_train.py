@@ -293,6 +293,24 @@ def test_leak_from_future_tokens_through_the_whole(small_run, seen):
             assert apart(hidden_of(other)[:, i], clean[:, i]) > 1e-3, n
 
 
+@torch.no_grad()
+def test_leak_from_features_at_other_places(small_run):
+    """Failure 1: features are shifted by one between the target and the drafter, so that a block
+    also reads that of its anchor, which was computed to predict what the block shall guess."""
+    config, rows = small_run
+    run = small_training_run(config, rows)
+    handed_on = []
+
+    def keep(features, embedded, anchors, use_flex):
+        handed_on.append(features)
+        return run.drafter(features, embedded, anchors, use_flex)
+
+    tokens, supervised = run.micro_batches[0]
+    train.block_forward(run, tokens, supervised, torch.Generator(), keep)
+    features, _ = run.target(tokens, target_layer_ids=run.drafter.target_layer_ids)
+    assert torch.equal(handed_on[0], features)
+
+
 @pytest.mark.parametrize("weighting", ("decay", "dpace"))
 def test_step_has_the_loss_of_its_keys(small_run, seen, weighting):
     """decay and dpace exchanged; gamma or dpace_smoothing that does not arrive."""
