@@ -26,6 +26,7 @@ from benchmarks import bugs_page, pictures
 from benchmarks.bugs_of_decoding import DECODING
 from benchmarks.bugs_of_training import TRAINING
 from benchmarks.common import arm_row, load, setup_of, summarize
+from benchmarks.drafters import Oracle
 from benchmarks.exactness import Comparison
 from benchmarks.journal import Journal
 from benchmarks.slips import Bug
@@ -37,6 +38,7 @@ from sampling import Sampling
 
 PROMPTS = 24                # of the test split, if the key limit does not say how many
 TRAINED_PROMPTS = 12        # of them for a drafter that was trained here
+ORACLE_PROMPTS = 6          # of them for drafters that are always right or always wrong
 SEEDS = (0, 1, 2)           # of training
 SHIFTS = (-1, 0, 1)         # tokens by which guesses are moved to see whether they are right there
 STEPS = 1200                # of training, on
@@ -160,7 +162,27 @@ class Trial:
             outputs = decode(workload, workload.prompts, answers, sampling)
         row = {"kind": "decoding", "bug": bug.name, "temperature": bug.temperature}
         row["dtype"] = str(workload.target.embed_tokens.weight.dtype).removeprefix("torch.")
-        return row | self.figures(workload.prompts, answers, outputs, sampling)
+        row |= self.figures(workload.prompts, answers, outputs, sampling)
+        if row["identical"] < 1:
+            row["identical_by_oracle"] = self.of_oracles(bug, workload, answers, sampling)
+        return row
+
+    def of_oracles(self, bug, workload, answers, sampling):
+        """The shares of outputs that are the target's own, if all guesses are right and if all are
+        wrong."""
+        prompts = workload.prompts[:ORACLE_PROMPTS]
+        oracle = Oracle(workload.target, block_size=workload.drafter.block_size)
+        workload = workload._replace(drafter=oracle)
+        shares = []
+        for probability in (1.0, 0.0):
+            identical = 0
+            for prompt, answer in zip(prompts, answers):
+                oracle.learn(prompt.ids, answer.tokens, probability)
+                with bug.switch():
+                    outputs = decode(workload, [prompt], [answer], sampling)
+                identical += outputs.generations[0].tokens == answer.tokens
+            shares.append(identical / len(prompts))
+        return shares
 
     def of_training(self, bug, seed, features):
         """The row of one run of training with a bug. features: of the bug's earlier runs."""

@@ -13,6 +13,7 @@ from checkpoint import write_whole
 
 SHOWN_SLOTS = (1, 2, 8, 15)
 FREE = 0.97     # of the clean tau: a bug of decoding that leaves so much costs nothing
+FOUND = 0.3     # of all guesses: if so many are right elsewhere, the drafter is off by one
 KEPT = 0.8      # of the clean ratio of tau to its estimate: below that, training promised too much
 
 # The leaves of the decision tree, in its order
@@ -81,7 +82,7 @@ class Summary(NamedTuple):
         if self.mean("tau") >= least_tau:
             return NO_COST
         early, in_place, late = self.right_at_shift
-        if max(early, late) > in_place:
+        if max(early, late) > max(in_place, FOUND):
             return SHIFTED
         if self.is_promise_broken:
             return BROKEN_PROMISE
@@ -124,13 +125,16 @@ def summaries(report):
 
 
 def tables(report):
-    """The generated part of docs/bugs.md: the decision tree and two tables, as markdown."""
+    """The generated part of docs/bugs.md: the decision tree and the tables, as markdown."""
     every = summaries(report)
     of_decoding = [summary for summary in every if not summary.is_of_training]
     of_training = [summary for summary in every if summary.is_of_training]
     parts = [tree(every)]
     if of_decoding:
         parts.append(table_of_decoding(of_decoding))
+    wrong = [summary for summary in of_decoding if summary.leaf == WRONG_OUTPUT]
+    if wrong:
+        parts.append(table_of_outputs(wrong))
     if of_training:
         parts.append(table_of_training(of_training))
     return "\n\n".join(parts)
@@ -159,6 +163,19 @@ def table_of_decoding(of_decoding):
             accuracy_text(summary),
             test_text(summary.bug)))
     return f"{clean}\n\n{markdown(header, table)}"
+
+
+def table_of_outputs(wrong):
+    """The bugs that make outputs wrong, by who guesses."""
+    header = ("share of outputs that are the target's own", "trained drafter",
+              "guesses always right", "guesses always wrong")
+    table = []
+    for summary in wrong:
+        always_right, always_wrong = summary.rows[0]["identical_by_oracle"]
+        table.append((
+            f"`{summary.bug.name}`", f"{summary.mean('identical'):.0%}", f"{always_right:.0%}",
+            f"{always_wrong:.0%}"))
+    return markdown(header, table)
 
 
 def table_of_training(of_training):

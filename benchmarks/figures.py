@@ -1,10 +1,11 @@
 """
-The README's pictures, drawn from the reports in logs/.
+The pictures of README and docs, drawn from the reports in logs/, and the tables of docs/bugs.md and
+docs/troubleshooting.md.
 """
 import json
 import os
 
-from benchmarks import animation, pictures
+from benchmarks import animation, bugs_page, pictures
 
 ACCEPTANCE = "logs/acceptance_nano.json"
 CURVES = {  # label: report
@@ -15,21 +16,25 @@ THROUGHPUTS = {  # label: report
     "nano pair, one CPU thread": "logs/throughput_nano.json",
     "0.8B shape, random weights, one H100": "logs/throughput_h100.json",
 }
+BUGS = "logs/bugs_nano.json"
+NAMES = ("acceptance.png", "curve.png", "decoding.gif", "throughput.png", "bugs.png")
 
 
 def run(config):
     paths = draw("logs")
-    reports = [ACCEPTANCE, *CURVES.values(), *THROUGHPUTS.values()]
+    reports = [ACCEPTANCE, *CURVES.values(), *THROUGHPUTS.values(), BUGS]
     print(f"drew {', '.join(paths)} from {', '.join(reports)}")
+    report = read_report(BUGS)
+    bugs_page.rewrite("docs/bugs.md", bugs_page.tables(report))
+    bugs_page.rewrite("docs/troubleshooting.md", bugs_page.table_of_failures(report))
+    print(f"wrote the tables of docs/bugs.md and docs/troubleshooting.md from {BUGS}")
     return {"command": "figures", "wrote": paths}, {}
 
 
 def draw(folder):
-    """acceptance.png, curve.png, decoding.gif and throughput.png in a folder; returns their paths.
-    """
-    names = ("acceptance.png", "curve.png", "decoding.gif", "throughput.png")
-    paths = [os.path.join(folder, name) for name in names]
-    acceptance_path, curve_path, decoding_path, throughput_path = paths
+    """The five pictures of NAMES, in a folder; returns their paths."""
+    paths = [os.path.join(folder, name) for name in NAMES]
+    acceptance_path, curve_path, decoding_path, throughput_path, bugs_path = paths
     report = read_report(ACCEPTANCE)
     pictures.acceptance(acceptance_path, report)
     animation.decoding(decoding_path, report)
@@ -37,6 +42,7 @@ def draw(folder):
     pictures.curve(curve_path, curves)
     throughputs = {label: read_report(path)["rows"] for label, path in THROUGHPUTS.items()}
     pictures.throughput(throughput_path, throughputs)
+    pictures.bugs(bugs_path, bugs_page.summaries(read_report(BUGS)))
     return paths
 
 

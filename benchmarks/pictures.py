@@ -11,7 +11,7 @@ GREY = "#d8d8d8"    # the anchor
 GREEN = "#a8dca0"   # accepted guesses
 BLUE = "#9cc4f0"    # the target's own
 RED = "#f6d5d0"     # rejected guesses
-# and of bars whose outputs are wrong
+# and of wrong outputs
 RED_BAR = "#e08a80"
 
 
@@ -191,8 +191,8 @@ def training(path, log, slots):
 def bugs(path, summaries):
     """tau with each bug, beside tau without it; summaries: those of benchmarks/bugs_page.py.
 
-    A bar is red where the outputs are wrong too. Of training a point stands for each seed, a circle
-    for what training itself estimates, and a grey band for the clean runs.
+    The red share of a bar is that of outputs that are wrong. Of training a point stands for each
+    seed, a circle for what training itself estimates, and a grey band for the clean runs.
     """
     panels = []
     for title, is_of_training in (("bugs of decoding", False), ("bugs of training", True)):
@@ -216,8 +216,9 @@ def draw_bugs(axis, summaries):
     clean_taus = summaries[0].clean_taus
     axis.axvspan(min(clean_taus) - 0.03, max(clean_taus) + 0.03, color=GREY)
     for y, summary in enumerate(summaries):
-        color = RED_BAR if summary.mean("identical") < 1 else GREEN
-        axis.barh(y, summary.mean("tau"), color=color)
+        tau = summary.mean("tau")
+        axis.barh(y, tau, color=RED_BAR)
+        axis.barh(y, tau * summary.mean("identical"), color=GREEN)
         if summary.is_of_training:
             axis.plot(summary.taus, [y] * len(summary.taus), ".", color="black", markersize=4)
             axis.plot(summary.mean("estimate"), y, "o", color="black", fillstyle="none")
