@@ -1,15 +1,32 @@
 """
 What only the kernels of a CPU need. On a GPU none of this runs.
 
-Two things. Large frozen weights are packed once into the order in which oneDNN reads them, so that
-products with few rows run faster. And elementwise functions are applied to few rows at a time where
-torch would split one row over two threads, as that would make a row's bits depend on its place.
+Three things. Large frozen weights are packed once into the order in which oneDNN reads them, so
+that products with few rows run faster. Elementwise functions are applied to few rows at a time
+where torch would split one row over two threads, as that would make a row's bits depend on its
+place. And a small model is decoded with one thread.
 """
+import os
+
 import torch
 import torch.nn as nn
 
 MIN_PACKED = 1 << 18        # numbers in a weight from which packing pays
 PARALLEL_ELEMENTS = 32768   # torch gives no thread fewer elements than this
+SMALL = 50_000_000          # parameters below which one thread is enough
+
+
+def use_one_thread_if_small(target):
+    """Let torch use one thread if the target is small and on a CPU.
+
+    On a quiet machine a second thread makes the decoding of such a target a tenth faster. Beside
+    other busy processes the two wait for each other, and it becomes ten times slower and more
+    (docs/efficiency.md). Where OMP_NUM_THREADS is set, that decides.
+    """
+    parameters = sum(parameter.numel() for parameter in target.parameters())
+    on_cpu = target.embed_tokens.weight.device.type == "cpu"
+    if on_cpu and parameters < SMALL and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
 
 
 def pack_target(target):

@@ -32,6 +32,7 @@ from chat import chat_prompt, load_tokenizer, stop_ids
 from checkpoint import load_drafter, load_target
 from configurator import configure
 from console import survive_closed_output
+from cpu import use_one_thread_if_small
 from decode_state import DecodeState
 from sampling import Sampling, choose, gumbel_noise
 
@@ -451,6 +452,7 @@ def decode(config):
     tokenizer = load_tokenizer(config.target)  # before the weights, as it fails sooner
     target = load_target(config.target, config.device, config.dtype)
     drafter = load_drafter(config.drafter, target.config, config.device, config.dtype)
+    use_one_thread_if_small(target)
     if config.compile:
         target.compile_decoding()
         drafter.compile_decoding()

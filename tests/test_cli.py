@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import cpu
 import draft_decode
 import train
 from chat import chat_prompt, tokenizer_fingerprint
@@ -82,6 +83,21 @@ def test_cli_keys_arrive_where_tokens_are_chosen(main, monkeypatch):
     requests.clear()
     main(draft_decode, *flags, "--compare=False", "--raw")
     assert requests == [(tokenizer.encode("Hi"), None)]
+
+
+@pytest.mark.parametrize("variable, largest, threads_used", (
+    (None, cpu.SMALL, 1), (None, 1000, 2), ("2", cpu.SMALL, 2)))
+def test_cli_decodes_a_small_target_with_one_thread(
+        main, monkeypatch, variable, largest, threads_used):
+    """Beside other busy processes two threads wait for each other: 22 tokens/s in place of 280. A
+    large target, or a user who chose the number, is left alone."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    monkeypatch.setattr(cpu, "SMALL", largest)
+    torch.set_num_threads(2)
+    main(draft_decode, "--prompt=What is 2 + 3?", "--compare=False")
+    assert torch.get_num_threads() == threads_used
 
 
 def test_cli_prints_guesses_and_choices_in_their_colors(capsys):
