@@ -167,7 +167,7 @@ def table_of_decoding(of_decoding):
 
 def table_of_outputs(wrong):
     """The bugs that make outputs wrong, by who guesses."""
-    header = ("share of outputs that are the target's own", "trained drafter",
+    header = ("share of outputs that are the target's own", "the pair's drafter",
               "guesses always right", "guesses always wrong")
     table = []
     for summary in wrong:
