@@ -578,6 +578,9 @@ def check_config(config):
         value = getattr(config, key)
         if value < 1:
             raise ValueError(f"{key} = {value}: use 1 or more")
+    if config.initializer_range <= 0:
+        raise ValueError(f"initializer_range = {config.initializer_range}: first weights need a "
+                         "standard deviation above 0, as 0.02")
 
 
 def checkpoint_to_go_on_from(config):

@@ -390,6 +390,7 @@ TRAINING_MISTAKES = (
     ("--keep_checkpoints=0", "error: keep_checkpoints = 0: use 1 or more"),
     ("--device=gpu", "error: device = 'gpu': use cpu or cuda"),
     ("--weighting=linear", "error: weighting = 'linear': use decay or dpace"),
+    ("--initializer_range=-1", "error: initializer_range = -1.0: first weights need a standard"),
     ("--attention=flex", "error: attention = 'flex' has no backward on CPUs"),
     ("--parallel=fsdp", "error: parallel = 'fsdp' .* torchrun"),
 )
