@@ -37,6 +37,7 @@ from draft_decode import generate_many
 from flops import training_operations
 from interruption import any_rank_received, stop_signals
 from model import DFlashDraftModel, block_labels, block_loss, chunk_loss, sample_anchors
+from optimizer import KINDS, new_optimizer
 from parallel import (distribute, gather_full, gradient_exchange, is_lost_process, join_processes,
                       leave_processes, rank, sum_over_ranks, wait_for_all, world_size)
 from training_log import TrainingLog
@@ -73,8 +74,9 @@ sort_window = 64                            # micro-batches sorted by length tog
 epochs = 1.0                                # passes over the samples
 lr = 3e-4                                   # peak of the learning rate
 warmup = 0.04                               # share of the steps up to it; then a cosine to zero
+optimizer = "adamw"                         # of all weights; or muon for matrices, see optimizer.py
 betas = (0.9, 0.999)                        # of AdamW
-weight_decay = 0.0                          # of AdamW
+weight_decay = 0.0                          # share of a weight that goes in a step of lr 1
 grad_clip = 1.0                             # norm of the gradient at most
 spike_factor = 10.0                         # a norm so many times the usual one: step skipped
 patience = 5                                # skipped steps in a row that end the run
@@ -522,8 +524,8 @@ def new_run(config, target, drafter, samples):
         compile_layers(target, drafter)
     wrapped_drafter = distribute(target, drafter, config.parallel, config.device)
     micro_batches = MicroBatches(samples, config)
-    optimizer = torch.optim.AdamW(
-        drafter.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+    optimizer = new_optimizer(
+        config.optimizer, drafter.parameters(), config.lr, config.betas, config.weight_decay)
     micro_batches_of_a_step = config.accumulation * world_size()
     total_steps = int(config.epochs * micro_batches.per_epoch()) // micro_batches_of_a_step
     return Run(config, target, drafter, wrapped_drafter, optimizer, micro_batches, total_steps)
@@ -565,7 +567,8 @@ def deterministic_kernels():
 
 def check_config(config):
     """ValueError for values of the configuration that no run can have."""
-    choices = {"weighting": ("decay", "dpace"), "attention": ("flex", "grouped"),
+    choices = {"weighting": ("decay", "dpace"), "optimizer": KINDS,
+               "attention": ("flex", "grouped"),
                "parallel": ("ddp", "fsdp"), "device": ("cpu", "cuda")}
     for key, allowed in choices.items():
         value = getattr(config, key)

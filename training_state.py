@@ -3,8 +3,8 @@ What a training run writes, and what a resumed run reads: checkpoints and the lo
 
 A checkpoint is a folder out_dir/step-000123. Engines load it as it is; training_state.pt in it is
 what resuming needs besides: fp32 weights, since a run resumed from the bf16 ones would be another
-run, AdamW's moments, the step, and the configuration. Its layout is SpecForge's, so that runs of
-SpecForge can be gone on from too.
+run, what the optimizer remembers, the step, and the configuration. Its layout is SpecForge's, so
+that runs of SpecForge can be gone on from too.
 """
 import argparse
 import os
@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 
 from checkpoint import load_drafter, one_line, save_drafter, step_folders
 from model import DFlashDraftModel
+from optimizer import moment_name
 from parallel import gather_full, rank, shard_like, wait_for_all, world_size
 
 # --------------------------------------------------------------------------------------------------
@@ -103,7 +104,7 @@ FREE_KEYS = ("resume", "start_from", "out_dir", "log_every", "eval_every", "eval
 
 class SavedRun(NamedTuple):
     """What a checkpoint says of its run, besides the weights."""
-    moments: dict           # AdamW's, by the index of the parameter
+    moments: dict           # of the optimizer, by the index of the parameter
     step: int
     guard: dict | None      # of the gradient guard; None if another trainer wrote the checkpoint
 
@@ -133,7 +134,10 @@ def load_training_state(folder, drafter, target_config, config):
     try:
         drafter.load_state_dict(weights)
         for i, parameter in enumerate(drafter.parameters()):
-            shape = moments[i]["exp_avg"].shape
+            name = moment_name(config.optimizer, parameter)
+            if name not in moments[i]:
+                raise ValueError(f"it was not trained with optimizer = {config.optimizer!r}")
+            shape = moments[i][name].shape
             if shape != parameter.shape:
                 raise ValueError(f"moment {i} is {shape}, not {parameter.shape}")
     except (RuntimeError, ValueError, KeyError) as error:
@@ -150,7 +154,9 @@ def read_state_file(folder):
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True)
         vars(state["args"])
-        int(state["optimizer_state_dict"]["state"][0]["step"])
+        memory_of_first = state["optimizer_state_dict"]["state"][0]
+        if "master_weights" not in state:
+            int(memory_of_first["step"])
         int(state["global_step"])
     except Exception as error:  # torch and pickle raise many types for a broken or a foreign file
         raise ValueError(f"cannot read {path}: {one_line(error)}") from None

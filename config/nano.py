@@ -23,8 +23,9 @@ max_length = 256
 length_multiple = 16                # little padding; nothing is compiled, so shapes may be many
 sort_window = 1                     # batches of mixed lengths: samples of one length are one kind
                                     # of problem here, and batches of them gave 6.2 in place of 8.5
-epochs = 1.4
-lr = 1.8e-3                         # small models like large steps
+epochs = 1.2
+optimizer = "muon"                  # twice AdamW's speed: 1,700 steps reach what 3,500 of it reach
+lr = 3e-3                           # small models like large steps
 eval_every = 500                    # an estimate takes as long as ten steps
 log_every = 20
 save_every = 250

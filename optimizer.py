@@ -1,0 +1,54 @@
+"""
+What turns gradients into a step: AdamW for all weights, or Muon for the matrices among them.
+
+    optimizer = new_optimizer("muon", drafter.parameters(), lr, betas, weight_decay)
+
+Both are torch's own. AdamW scales each entry of a gradient by itself. Muon takes the gradient G of
+a matrix as a whole: with U s V^T its singular value decomposition, it steps along about U V^T. So
+directions in which gradients are small move as fast as all others. On the nano pair that is worth
+as much as twice the steps of AdamW (data/nano/readme.md).
+
+Source: Jordan, "Muon: an optimizer for hidden layers in neural networks", 2024; its step has the
+size of AdamW's, so that a learning rate means the same for both: arXiv 2502.16982, equation 4.
+"""
+import torch
+
+KINDS = ("adamw", "muon")
+
+
+def new_optimizer(kind, parameters, lr, betas, weight_decay):
+    """An optimizer of one of the KINDS; betas are those of AdamW."""
+    if kind == "adamw":
+        return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
+    return MuonAndAdamW(parameters, lr, betas, weight_decay)
+
+
+class MuonAndAdamW(torch.optim.Optimizer):
+    """Muon for matrices, AdamW for vectors, which are the gains of norms.
+
+    To whoever saves it, it is one optimizer: what it remembers stands in the order of parameters.
+    """
+
+    def __init__(self, parameters, lr, betas, weight_decay):
+        parameters = list(parameters)
+        super().__init__(parameters, {"lr": lr})
+        matrices = [p for p in parameters if p.dim() == 2]
+        vectors = [p for p in parameters if p.dim() != 2]
+        muon = torch.optim.Muon(
+            matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        adamw = torch.optim.AdamW(vectors, lr=lr, betas=betas, weight_decay=weight_decay)
+        self.parts = (muon, adamw)
+
+    @torch.no_grad()
+    def step(self):
+        for part in self.parts:
+            part.state = self.state  # one memory for both, by parameter
+            part.param_groups[0]["lr"] = self.param_groups[0]["lr"]
+            part.step()
+
+
+def moment_name(kind, parameter):
+    """What an optimizer remembers of a parameter's gradients, by its name in a checkpoint."""
+    if kind == "muon" and parameter.dim() == 2:
+        return "momentum_buffer"
+    return "exp_avg"
