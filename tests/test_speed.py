@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from torch.autograd import DeviceType
+from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_fallback
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
 import bench
@@ -135,6 +136,8 @@ def test_speed_of_the_first_token_by_hand(config, monkeypatch):
         returned.append(function())
 
     def race(arms):
+        assert arms["target"].args[0].drafter is None
+        assert arms["with drafter"].args[0].drafter is drafter
         for arm in arms.values():
             arm()
         return {"target": [1.0, 3.0, 2.0], "with drafter": [8.0] * 3, "peer": [4.0] * 3}
@@ -241,8 +244,6 @@ def test_speed_names_the_kernels_that_transformers_runs(fla, monkeypatch):
 def test_speed_reads_transformers_choice_where_it_is_made(fla):
     """transformers' own decorator with fla at hand: a name that is not read from what it chose, or
     its plain kernel lost behind that choice. Wrapped as the package `kernels` does it, too."""
-    from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_fallback
-
     def plain(q, k, v, g, beta):
         pass
 
@@ -264,13 +265,16 @@ def test_speed_reads_transformers_choice_where_it_is_made(fla):
 def test_speed_peers_of_the_delta_rule(fla, monkeypatch, capsys):
     """fla left out on a GPU or tried on a CPU; transformers' kernel that is not its plain one; a
     peer of other shapes, scale or result."""
+    plain_kernel = inspect.unwrap(modeling_qwen3_5.torch_chunk_gated_delta_rule)
+    decorate = use_kernel_func_from_hub_with_fallback("chunk_gated_delta_rule", "fla")
+    monkeypatch.setattr(modeling_qwen3_5, "torch_chunk_gated_delta_rule", decorate(plain_kernel))
     plain_name = f"transformers {transformers.__version__}, its plain torch kernel"
     assert list(peers.delta_rule_peers("cpu")) == [plain_name]
     both = peers.delta_rule_peers("cuda")
     assert list(both) == [plain_name, "flash-linear-attention 0.6.0"]
     assert both["flash-linear-attention 0.6.0"].func is fla
     plain = both[plain_name]
-    assert plain.func is inspect.unwrap(modeling_qwen3_5.torch_chunk_gated_delta_rule)
+    assert plain.func is plain_kernel
 
     inputs = speed.delta_rule_inputs(40, "cpu", "float32")
     for output, expected in zip(plain(*inputs), gated_delta_rule(*inputs), strict=True):
@@ -383,10 +387,15 @@ def test_speed_kernels_stand_beside_their_row(config, monkeypatch):
         assert speed.CONTEXT + 2 * count * K + K <= decoder.state.length
         return 0.5, kernels_of_rows[decoder.state.forward_rows, decoder.drafter is not None]
 
+    def race(arms):
+        for name in ("one row", "block", "round"):
+            arms[name].args[0].state.position.fill_(700)  # where repeats left it
+        return dict.fromkeys(arms, [1.0])
+
     monkeypatch.setattr(speed, "kernel_time", kernel_time)
     monkeypatch.setattr(speed, "peer_arms", lambda *args: dict.fromkeys(
         ("peer, one token", "peer, a block", "peer, generate")))
-    monkeypatch.setattr(speed, "race", lambda arms: dict.fromkeys(arms, [1.0]))
+    monkeypatch.setattr(speed, "race", race)
     config.device = "cuda"
     rows = speed.decoding_rows(config, workload, None, bandwidth=1e9)
     assert [row.get("kernels") for row in rows] == [100, 200, 300, None]
