@@ -1,5 +1,6 @@
 """
-How many floating-point operations a training step makes, and what share of a GPU's peak that is.
+How many floating-point operations a training step, the reading of a prompt and the delta rule make,
+and what share of a GPU's peak that is.
 """
 import torch
 
@@ -41,6 +42,57 @@ def training_operations(drafter, B, T, A, target=None):
         used_layers = target.layers[:max(drafter.target_layer_ids) + 1]
         features = 2 * parameter_count(used_layers) * T
     return int(B * (layers + attention + head + features))
+
+
+def prefill_operations(target, T, chunk):
+    """Operations of reading a prompt of T tokens, to the logits of its last one. A multiply-add
+    counts as two.
+
+        2 * weights * T                 the layers' products, each weight once for every token
+        2 * H * D * T * (T + 1)         a full layer: q k^T and the product with v, 2 D operations
+                                        each, for every head and each pair of a token and one that
+                                        it sees
+        the delta rule                  of a linear layer, in chunks of so many tokens
+        2 * V * width                   the head, for one token
+    """
+    c = target.config
+    weights = 0
+    for p in target.layers.parameters():
+        if p.dim() == 2:
+            weights += p.numel()
+    attention = 2 * c.num_attention_heads * c.head_dim * T * (T + 1)
+    delta_rule = delta_rule_operations(
+        T, c.linear_num_value_heads, c.linear_key_head_dim, c.linear_value_head_dim, chunk)
+    operations = 2 * weights * T
+    operations += c.layer_types.count("full_attention") * attention
+    operations += c.layer_types.count("linear_attention") * delta_rule
+    operations += 2 * target.head_weight.numel()
+    return operations
+
+
+def delta_rule_operations(T, heads, D, Dv, chunk):
+    """Operations of target.gated_delta_rule, forward, on T tokens with `heads` value heads.
+
+    They are those of its products and of its triangular solve. A head's chunk of C tokens makes, in
+    the names used there:
+
+        2 C C D         A, from k k^T
+        C C C           M: a triangular system with C right-hand sides, C C operations each
+        2 C C Dv        U = M v
+        2 C C D         Y = M [fade] k
+        2 C C D         P, from q k^T
+        2 C D Dv        W = U - Y S
+        2 C D Dv        the next S, from k^T W
+        2 C D Dv        o, from q S
+        2 C C Dv        and from P W
+
+    The backward pass makes twice as many, as each product has two gradients; of the solve that is
+    about right.
+    """
+    C = chunk
+    of_chunk = 6 * C * C * D + 4 * C * C * Dv + 6 * C * D * Dv + C * C * C
+    chunks = -(-T // C)  # the last one is padded
+    return heads * chunks * of_chunk
 
 
 def parameter_count(module):

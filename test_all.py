@@ -42,7 +42,8 @@ differs; ...):
     14 shapes that vary
           test_loss: test_anchors_*; test_train: test_batches_*
     15 a flattering benchmark
-          test_generate: test_generate_ends_*; test_bench and test_scaling: all of it
+          test_generate: test_generate_ends_*; test_bench, test_speed and test_scaling:
+          all of it
 
 test_bugs makes such bugs on purpose, one at a time, and sees that the test which shall catch it
 fails.

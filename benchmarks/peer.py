@@ -1,7 +1,17 @@
 """
-The peer: transformers' own Qwen3.5 with the very weights of a target, and its greedy generate.
+The peers: transformers' own Qwen3.5 with the very weights of a target, and its greedy generate; and
+the chunked delta rule of transformers and of flash-linear-attention (the package `fla`).
+
+Where fla can be imported, transformers runs its kernels by itself. Then it is another peer than
+without. So a peer's name says which kernels its functions really are.
 """
+import functools
+import inspect
+import sys
+
 import torch
+
+PACKAGES = {"fla": "flash-linear-attention", "causal_conv1d": "causal-conv1d"}
 
 
 def transformers_peer(target):
@@ -40,3 +50,66 @@ def peer_answer(peer, prompt_ids, max_new_tokens, stops, block_size):
                            max_new_tokens=min(max_new_tokens, room),
                            eos_token_id=sorted(stops) or None, pad_token_id=0)
     return output[0, len(prompt_ids):].tolist()
+
+
+# ------------------------------------------------------------------------------------------------
+# which kernels a peer runs
+
+
+def transformers_name():
+    """transformers with its version and the packages whose kernels its Qwen3.5 runs."""
+    from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen
+    packages = []
+    for function in (qwen.torch_chunk_gated_delta_rule, qwen.torch_recurrent_gated_delta_rule,
+                     qwen.causal_conv1d_fn, qwen.causal_conv1d_update):
+        chosen = kernel_choice(function)["implementation"]
+        package = chosen.__module__.split(".")[0]
+        if package != "transformers" and package not in packages:
+            packages.append(package)
+    if not packages:
+        return f"{name_with_version('transformers')}, its plain torch kernels"
+    kernels = " and ".join(map(name_with_version, packages))
+    return f"{name_with_version('transformers')} with {kernels}"
+
+
+def kernel_choice(function):
+    """Between which kernels a function of transformers' model file chose.
+
+    The choice is made when that file is imported. It is kept in the function's closure, which is
+    returned: "torch_function" is the one that stands in the file, "implementation" the one that is
+    run, which is the same or that of another package. Source: transformers 5.17 and 5.24,
+    use_kernel_func_from_hub_with_fallback in integrations/hub_kernels.py.
+    """
+    if isinstance(function, torch.nn.Module):  # where the package `kernels` wraps it once more
+        function = inspect.getclosurevars(function.forward).nonlocals["func"]
+    choice = inspect.getclosurevars(function).nonlocals
+    if "implementation" not in choice:
+        raise ValueError(f"{name_with_version('transformers')} does not tell which kernels its "
+                         "Qwen3.5 runs: install 5.17 to 5.24")
+    return choice
+
+
+def name_with_version(package):
+    """The name by which an imported package is installed, and its version."""
+    version = sys.modules[package].__version__
+    return f"{PACKAGES.get(package, package)} {version}"
+
+
+def delta_rule_peers(device):
+    """{name: chunked gated delta rule}: of transformers, and on CUDA that of fla, if it is there.
+
+    Each takes (q, k, v, g, beta) in the shapes of target.gated_delta_rule, with q and k of unit
+    length, and scales by D^-0.5, as that does. Each returns the outputs (B, T, Hv, Dv) and the last
+    state, which the reading of a prompt needs.
+    """
+    from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen
+    plain = kernel_choice(qwen.torch_chunk_gated_delta_rule)["torch_function"]
+    peers = {f"{name_with_version('transformers')}, its plain torch kernel": plain}
+    if device.startswith("cuda"):
+        try:
+            from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+            peers[name_with_version("fla")] = chunk_gated_delta_rule
+        except Exception as error:  # not installed, or not for this Triton or GPU
+            print(f"without flash-linear-attention, which cannot be imported: {error}\n")
+    return {name: functools.partial(kernel, output_final_state=True)
+            for name, kernel in peers.items()}

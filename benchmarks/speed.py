@@ -1,31 +1,27 @@
 """
-Steps, rounds, prefill, the delta rule and training steps, in milliseconds; each in interleaved
-repeats beside transformers on the same weights, and beside the floor that this machine's own
+Steps, rounds, the time to the first token, the delta rule and training steps, in milliseconds; each
+in interleaved repeats beside transformers on the same weights, the delta rule also beside
+flash-linear-attention where that is installed. Each stands beside the floor that this machine's own
 rates set for it: bytes of weights over the copy bandwidth, or operations over the rate of a large
-product. Both rates are read in the same run.
+product. Both rates are read in the same run. The column after it is the rate that was reached.
 """
 import copy
 import functools
-from statistics import median
+import textwrap
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from torch._dynamo.utils import counters
 
-import train
 from benchmarks.common import load, setup_of
-from benchmarks.drafters import untrained_drafter
 from benchmarks.machine import bytes_read, copy_bandwidth, device_name, product_rate
-from benchmarks.peer import transformers_peer
-from benchmarks.timing import clock, race, seconds_of
-from configurator import configure
-from data.synthetic.prepare import mixed_lengths
-from decode_state import DecodeState
+from benchmarks.peer import delta_rule_peers, transformers_name, transformers_peer
+from benchmarks.speed_table import Work, print_table, report_row
+from benchmarks.speed_training import training_rows
+from benchmarks.timing import kernel_time, race, seconds_of
 from draft_decode import Decoder
-from flops import mfu
+from flops import delta_rule_operations, prefill_operations
 from sampling import Sampling
-from target import gated_delta_rule
+from target import chunk_length, gated_delta_rule
 
 PARTS = ("decoding", "prefill", "kernel", "training")
 
@@ -49,9 +45,9 @@ def run(config):
     if "decoding" in config.parts:
         rows += decoding_rows(config, workload, peer, bandwidth)
     if "prefill" in config.parts:
-        rows += prefill_rows(config, target, peer, rate)
+        rows += prefill_rows(config, workload, peer, rate)
     if "kernel" in config.parts:
-        rows += kernel_rows(config)
+        rows += kernel_rows(config, rate)
     if "training" in config.parts:
         rows += training_rows(config, target, rate)
     print_table(rows)
@@ -60,30 +56,6 @@ def run(config):
         "device": device_name(config.device), "dtype": config.dtype, "torch": torch.__version__,
         "copy_bytes_per_s": bandwidth, "operations_per_s": rate, "rows": rows}
     return report, setup_of(config, workload.prompts, workload.stops)
-
-
-def report_row(name, seconds, floor=None, peer_name=None, peer_seconds=None):
-    """A row of the report, from the repeats of ours and, if there is one, of the peer; the ratio is
-    the median over pairs of repeats."""
-    row = {"name": name, "seconds": median(seconds), "floor_seconds": floor,
-           "peer": peer_name, "peer_seconds": None, "ratio": None}
-    if peer_seconds:
-        row["peer_seconds"] = median(peer_seconds)
-        row["ratio"] = median([peer / ours for ours, peer in zip(seconds, peer_seconds)])
-    return row
-
-
-def print_table(rows):
-    print(f"{'':44} {'ms':>10} {'x floor':>8} {'peer ms':>10} {'ratio':>7}")
-    for row in rows:
-        line = f"{row['name']:44} {1e3 * row['seconds']:10.3f}"
-        if row["floor_seconds"]:
-            line += f" {row['seconds'] / row['floor_seconds']:8.2f}"
-        else:
-            line += f" {'-':>8}"
-        if row["peer_seconds"]:
-            line += f" {1e3 * row['peer_seconds']:10.3f} {row['ratio']:6.2f}x  {row['peer']}"
-        print(line)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -106,22 +78,40 @@ def decoding_rows(config, workload, peer, bandwidth):
     count = 4 if slow else 32  # calls in a repeat
     tokens = torch.arange(CONTEXT + block_size, device=weight.device)[None] % 100
 
-    seconds = race(our_arms(target, drafter, tokens, count)
-                   | peer_arms(peer, tokens, block_size, count))
+    ours = our_arms(target, drafter, tokens, count)
+    seconds = race(ours | peer_arms(peer, tokens, block_size, count))
 
     size = bytes_read(target, drafter)
-    step_floor = size["step"] / bandwidth
-    round_floor = size["round"] / bandwidth
+    step = Work(size["step"], "bytes", bandwidth)
+    whole_round = Work(size["round"], "bytes", bandwidth)
     tau = config.assumed_tau
+    token = Work(size["round"] / tau, "bytes", bandwidth)
     seconds_a_token = [elapsed / tau for elapsed in seconds["round"]]
-    return [
-        report_row("target step, one row", seconds["one row"], step_floor,
-                   "transformers, forward of one token", seconds["peer, one token"]),
-        report_row(f"target step, {block_size} rows", seconds["block"], step_floor,
-                   f"transformers, forward of {block_size} tokens", seconds["peer, a block"]),
-        report_row("round of draft and verify", seconds["round"], round_floor),
-        report_row(f"a token of such rounds, at tau {tau:g}", seconds_a_token, round_floor / tau,
-                   "transformers, a token of generate", seconds["peer, generate"])]
+    name = transformers_name()
+    rows = [
+        report_row("target step, one row", seconds["one row"], step,
+                   f"{name}, forward of one token", seconds["peer, one token"]),
+        report_row(f"target step, {block_size} rows", seconds["block"], step,
+                   f"{name}, forward of {block_size} tokens", seconds["peer, a block"]),
+        report_row("round of draft and verify", seconds["round"], whole_round),
+        report_row(f"a token of such rounds, at tau {tau:g}", seconds_a_token, token,
+                   f"{name}, a token of generate", seconds["peer, generate"])]
+    if config.device.startswith("cuda"):
+        for row, arm in zip(rows, ("one row", "block", "round")):  # the last row is no forward
+            decoder = ours[arm].args[0]
+            row |= kernel_figures(decoder)
+    return rows
+
+
+def kernel_figures(decoder):
+    """{"kernel_seconds", "kernels"} of a round of a Decoder, which replays its graph. Empty if the
+    profiler sees no kernel."""
+    decoder.state.position.fill_(CONTEXT)
+    measured = kernel_time(decoder.next_round, 16)
+    if measured is None:
+        return {}
+    seconds, kernels = measured
+    return {"kernel_seconds": seconds, "kernels": kernels}
 
 
 def our_arms(target, drafter, tokens, count, slots=1):
@@ -171,162 +161,117 @@ def peer_arms(peer, tokens, block_size, count):
 
 
 @torch.inference_mode()
-def prefill_rows(config, target, peer, rate):
-    """Reading a prompt, to the logits of its last token."""
+def prefill_rows(config, workload, peer, rate):
+    """The time to the first token: reading a prompt and choosing the token after it, by the target
+    alone, and with the context that a drafter needs besides. The floor is the target's only."""
+    target = workload.target
+    drafter = workload.drafter
+    block_size = drafter.block_size
     lengths = (512, 1024, 4096, 16384) if config.device.startswith("cuda") else (512, 1024)
     device = target.embed_tokens.weight.device
-    weights = 0
-    for name, weight in target.named_parameters():
-        if weight.dim() == 2 and "embed" not in name and "head" not in name:
-            weights += weight.numel()
+    values = torch.empty(0, target.config.linear_value_head_dim, device=device)
+    chunk = chunk_length(values)
+    name = transformers_name()
     rows = []
     for length in lengths:
-        if length + 16 > target.config.max_position_embeddings:
+        if length + block_size > target.config.max_position_embeddings:
             continue
         tokens = torch.arange(length, device=device)[None] % min(1000, target.config.vocab_size)
-        state = DecodeState(target, 1, length + 16)
+        prompt_ids = tokens[0].tolist()
 
-        def prefill():
-            state.reset()
-            return seconds_of(lambda: target.prefill(tokens, state))
+        def first_token(decoder):
+            return seconds_of(lambda: decoder.prefill(0, prompt_ids))
 
-        def peer_prefill():
-            return seconds_of(lambda: peer(tokens, logits_to_keep=1))
+        def peer_first_token():
+            return seconds_of(lambda: peer(tokens, logits_to_keep=1).logits.argmax().item())
 
-        seconds = race({"ours": prefill, "peer": peer_prefill})
-        floor = 2 * weights * length / rate
-        rows.append(report_row(f"prefill, {length:,} tokens", seconds["ours"], floor,
-                               "transformers", seconds["peer"]))
+        buffer_length = length + block_size
+        alone = Decoder(target, None, buffer_length, block_size, Sampling())
+        with_drafter = Decoder(target, drafter, buffer_length, block_size, Sampling())
+        seconds = race({
+            "target": functools.partial(first_token, alone),
+            "with drafter": functools.partial(first_token, with_drafter),
+            "peer": peer_first_token})
+        work = Work(prefill_operations(target, length, chunk), "operations", rate)
+        row_name = f"time to the first token, {length:,} tokens"
+        rows.append(report_row(row_name, seconds["target"], work, name, seconds["peer"]))
+        rows.append(report_row(f"{row_name}, with drafter", seconds["with drafter"], work, name,
+                               seconds["peer"]))
     return rows
 
 
 # ------------------------------------------------------------------------------------------------
 # the delta rule
 
+HEADS = 16   # of the 0.8B, for queries, keys and values
+WIDTH = 128  # of a head
 
-def kernel_rows(config):
-    """The chunked delta rule alone, 16 heads of 128: forward, and forward with backward."""
-    from transformers.models.qwen3_5.modeling_qwen3_5 import torch_chunk_gated_delta_rule
-    lengths = (2048, 16384) if config.device.startswith("cuda") else (2048,)
+
+def forward(kernel, inputs):
+    with torch.no_grad():
+        kernel(*inputs)
+
+
+def forward_and_backward(kernel, inputs):
+    output = kernel(*inputs)[0]
+    torch.autograd.grad(output.sum(), inputs)
+
+
+def kernel_rows(config, rate):
+    """The chunked delta rule alone: forward, and forward with backward; a row for each peer."""
+    lengths = (512, 2048, 4096, 16384) if config.device.startswith("cuda") else (2048,)
+    peers = delta_rule_peers(config.device)
     rows = []
     for length in lengths:
-        inputs = delta_rule_inputs(length, config.device)
-
-        def forward(kernel):
-            with torch.no_grad():
-                kernel(*inputs)
-
-        def forward_and_backward(kernel):
-            output = kernel(*inputs)[0]
-            torch.autograd.grad(output.sum(), inputs)
-
-        for name, mode in (("forward", forward), ("forward and backward", forward_and_backward)):
-            def seconds_with(kernel):
-                return seconds_of(lambda: mode(kernel))
-
-            seconds = race({
-                "ours": functools.partial(seconds_with, gated_delta_rule),
-                "peer": functools.partial(seconds_with, torch_chunk_gated_delta_rule)})
-            rows.append(report_row(f"delta rule, {length:,} tokens, {name}", seconds["ours"], None,
-                                   "transformers", seconds["peer"]))
+        inputs = delta_rule_inputs(length, config.device, config.dtype)
+        chunk = chunk_length(inputs[2])
+        operations = delta_rule_operations(length, HEADS, WIDTH, WIDTH, chunk)
+        name = f"delta rule, {length:,} tokens"
+        rows += mode_rows(f"{name}, forward", forward, inputs, peers,
+                          Work(operations, "operations", rate))
+        # the backward pass makes twice the operations of the forward
+        rows += mode_rows(f"{name}, forward and backward", forward_and_backward, inputs, peers,
+                          Work(3 * operations, "operations", rate))
     return rows
 
 
-def delta_rule_inputs(length, device):
-    """Random q, k, v, g, beta: unit queries and keys, g below 0, beta from 0 to 1."""
+def mode_rows(name, mode, inputs, peers, work):
+    """A row for each peer, of ours and all peers in turns. A peer that refuses has its reason in
+    place of its time: fla's backward does so with some versions of Triton on Hopper GPUs."""
+    def seconds_with(kernel):
+        return seconds_of(lambda: mode(kernel, inputs))
+
+    arms = {"ours": functools.partial(seconds_with, gated_delta_rule)}
+    refusals = {}
+    for peer_name, kernel in peers.items():
+        try:
+            mode(kernel, inputs)
+        except Exception as error:  # whatever other people's kernels raise
+            reason = textwrap.shorten(str(error) or type(error).__name__, 100, placeholder=" ...")
+            refusals[peer_name] = f"{peer_name}, which refuses: {reason}"
+        else:
+            arms[peer_name] = functools.partial(seconds_with, kernel)
+    seconds = race(arms)
+
+    rows = []
+    for peer_name in peers:
+        label = refusals.get(peer_name, peer_name)
+        rows.append(report_row(name, seconds["ours"], work, label, seconds.get(peer_name)))
+    return rows
+
+
+def delta_rule_inputs(length, device, dtype):
+    """Random q, k, v, g, beta: unit queries and keys, g below 0, beta from 0 to 1. As in a model of
+    that dtype, all have it but g, which is fp32."""
     generator = torch.Generator(device).manual_seed(0)
     vectors = []
     for _ in range(3):
-        vectors.append(torch.randn(1, length, 16, 128, device=device, generator=generator))
+        vectors.append(torch.randn(1, length, HEADS, WIDTH, device=device, generator=generator))
     q, k, v = vectors
     q = F.normalize(q, dim=-1)
     k = F.normalize(k, dim=-1)
-    beta = torch.rand(1, length, 16, device=device, generator=generator)
-    decay = torch.rand(1, length, 16, device=device, generator=generator)
-    return [x.requires_grad_() for x in (q, k, v, -decay, beta)]
-
-
-# ------------------------------------------------------------------------------------------------
-# training
-
-
-def training_rows(config, target, rate):
-    """Whole training steps on random rows, of a drafter of Phase 1.2's shape if the target is the
-    0.8B: on a GPU rows of 3,072 tokens, and of mixed lengths like those of Phase 1.2's data,
-    1,200 on average; on a CPU one small row a step. The floor is a step's operations over the
-    rate of a large product. What is compiled comes last, as the layers stay so."""
-    if not config.device.startswith("cuda"):
-        keys = {"attention": "grouped", "num_anchors": 32, "batch_size": 1, "accumulation": 1}
-        return [training_row(config, target, rate, "512 tokens, 32 anchors", [512] * 16, keys)]
-    full = [3072] * 64
-    generator = np.random.default_rng(0)
-    mixed = mixed_lengths(256, generator)
-    rows = []
-    for name, lengths, keys in (
-            ("3,072 tokens", full, {}),
-            ("3,072 tokens, guesses_at_once 4096", full, {"guesses_at_once": 4096}),
-            ("mixed lengths", mixed, {}),
-            ("3,072 tokens, grouped attention", full, {"attention": "grouped"}),
-            ("3,072 tokens, --compile", full, {"compile": True}),
-            ("mixed lengths, --compile", mixed, {"compile": True})):
-        rows.append(training_row(config, target, rate, name, lengths, keys))
-    return rows
-
-
-def training_row(config, target, rate, name, lengths, keys):
-    """Seconds, samples and tokens a second of training steps on random rows of these lengths; keys:
-    of train.py, where they are not those of Phase 1.2."""
-    train_config = configure(vars(train), [])
-    train_config.device = config.device
-    train_config.dtype = config.dtype
-    for key, value in keys.items():
-        setattr(train_config, key, value)
-    run = training_run(train_config, target, lengths)
-
-    # the warm-up: every length is compiled, every kernel loaded
-    start = clock()
-    if len(set(lengths)) > 1:
-        train.warm_up(run)
-    for _ in range(2):
-        train.train_step(run)
-    warm_up_seconds = clock() - start
-    graphs = counters["stats"]["unique_graphs"]
-
-    small = train_config.attention == "grouped"  # that takes ten seconds a step, even on a GPU
-    seconds = []
-    rows = 0
-    tokens = 0
-    operations = 0
-    for _ in range(2 if small else 8):
-        for micro in range(train_config.accumulation):
-            numbers = run.micro_batches.sample_numbers(run.step * train_config.accumulation + micro)
-            rows += len(numbers)
-            tokens += sum(lengths[number] for number in numbers)
-        start = clock()
-        _, sums = train.train_step(run)
-        seconds.append(clock() - start)
-        operations += float(sums.operations)
-
-    rate_reached = operations / sum(seconds)
-    row = report_row(f"training step, {name}", seconds, operations / len(seconds) / rate)
-    row |= {"samples_per_s": rows / sum(seconds), "tokens_per_s": int(tokens) / sum(seconds),
-            "mfu": mfu(rate_reached, config.device, config.dtype),
-            "recompiled": counters["stats"]["unique_graphs"] - graphs,
-            "warm_up_s": warm_up_seconds}
-    share_of_peak = f"{row['mfu']:.1%} MFU, " if row["mfu"] else ""
-    print(f"{row['name']}: {row['samples_per_s']:.2f} samples/s, {row['tokens_per_s']:,.0f} "
-          f"tokens/s without padding, {share_of_peak}{row['recompiled']} recompiled after "
-          f"{warm_up_seconds:.0f} s of warm-up", flush=True)
-    return row
-
-
-def training_run(train_config, target, lengths):
-    """A run of train.py on random rows, of which the second part is supervised, as an answer is."""
-    generator = np.random.default_rng(0)
-    rows = []
-    for length in lengths:
-        tokens = generator.integers(0, target.config.vocab_size, length)
-        supervised = np.arange(length) >= min(100, length // 2)
-        rows.append((tokens, supervised))
-    train.deterministic_kernels()
-    return train.new_run(train_config, target, untrained_drafter(target), rows)
+    beta = torch.rand(1, length, HEADS, device=device, generator=generator)
+    decay = torch.rand(1, length, HEADS, device=device, generator=generator)
+    dtype = getattr(torch, dtype)
+    inputs = [q.to(dtype), k.to(dtype), v.to(dtype), -decay, beta.to(dtype)]
+    return [x.requires_grad_() for x in inputs]

@@ -12,7 +12,7 @@ import torch
 import bench
 import draft_decode
 from benchmarks import (acceptance, animation, common, curve, drafters, exactness, figures, machine,
-                        speed, speedup, throughput, timing)
+                        speedup, throughput, timing)
 from benchmarks.acceptance import transcript
 from benchmarks.common import Arm, Workload, decode_in_turns, summarize, timed_generate_many
 from benchmarks.drafters import probability_for
@@ -41,7 +41,6 @@ def config():
 def copies(monkeypatch):
     """A copy bandwidth of 1 GB/s, without the seconds of measuring it."""
     monkeypatch.setattr("benchmarks.machine.copy_bandwidth", lambda device: 1e9)
-    monkeypatch.setattr(speed, "copy_bandwidth", lambda device: 1e9)
 
 
 def lengths_of(rounds):
@@ -977,66 +976,6 @@ def test_bench_peer_ends_where_we_end(limit, room):
     assert asked["max_new_tokens"] == room
     assert asked["eos_token_id"] == [3, 9]
     assert asked["do_sample"] is False
-
-
-# ------------------------------------------------------------------------------------------------
-# speed
-
-
-def test_bench_speed_compares_a_token_with_a_token(run_bench, copies, monkeypatch):
-    """The time of a round, which makes several tokens, set against one token of another program."""
-    seconds = {"one row": [1.0], "block": [2.0], "round": [4.0], "peer, one token": [3.0],
-               "peer, a block": [5.0], "peer, generate": [6.0]}
-    monkeypatch.setattr(speed, "product_rate", lambda device, dtype: 1e9)
-    monkeypatch.setattr(speed, "race", lambda arms: {name: seconds[name] for name in arms})
-    report = run_bench("speed", "--parts=decoding", "--assumed_tau=8", "--limit=1")
-    step, block, whole_round, token = report["rows"]
-    assert (step["seconds"], step["ratio"]) == (1.0, 3.0)
-    assert (block["seconds"], block["ratio"]) == (2.0, 2.5)
-    assert (whole_round["seconds"], whole_round["peer"]) == (4.0, None)
-    assert (token["seconds"], token["ratio"]) == (0.5, 12.0)
-    assert "tau 8" in token["name"]
-    assert token["floor_seconds"] == whole_round["floor_seconds"] / 8
-    for flag, hint in (("--assumed_tau=0", "at least one token"), ("--parts=memory", "is none of")):
-        with pytest.raises(SystemExit, match=hint):
-            run_bench("speed", flag)
-
-
-def test_bench_speed_of_the_peer_by_hand(monkeypatch):
-    """The time of many tokens of transformers taken for that of one."""
-    def peer(tokens, **options):
-        return SimpleNamespace(past_key_values=[])
-
-    monkeypatch.setattr(speed, "seconds_of", lambda function, count=1: 8.0 / count)
-    arms = speed.peer_arms(peer, tokens_of(1, speed.CONTEXT + K), K, count=4)
-    assert {name: arm() for name, arm in arms.items()} == {
-        "peer, one token": 2.0, "peer, a block": 2.0, "peer, generate": 2.0}
-
-
-def test_bench_speed_of_prefill_by_hand(config, monkeypatch, capsys):
-    """A floor of prefill with the embedding or the head in it, or with a multiply-add as one; a
-    table whose columns are exchanged."""
-    target, _ = nano()
-    monkeypatch.setattr(speed, "race", lambda arms: {"ours": [1.0, 3.0, 2.0], "peer": [4.0] * 3})
-    row, = speed.prefill_rows(changed(config, device="cpu"), target, None, rate=1e6)
-    in_layers = sum(p.numel() for p in target.layers.parameters() if p.dim() == 2)
-    assert row["name"] == "prefill, 512 tokens"
-    assert row["seconds"] == 2.0
-    assert row["floor_seconds"] == 2 * in_layers * 512 / 1e6
-    assert (row["peer_seconds"], row["ratio"]) == (4.0, 2.0)
-    speed.print_table([row | {"seconds": 0.002, "floor_seconds": 0.001, "peer_seconds": 0.005}])
-    line = capsys.readouterr().out.splitlines()[-1]
-    assert line.split()[3:] == ["2.000", "2.00", "5.000", "2.00x", "transformers"]
-
-
-def test_bench_speed_of_training(run_bench, copies, monkeypatch):
-    """A training row whose tokens, samples or operations are not those of its steps."""
-    monkeypatch.setattr(speed, "product_rate", lambda device, dtype: 1e9)
-    row, = run_bench("speed", "--parts=training", "--limit=1")["rows"]
-    assert row["tokens_per_s"] == pytest.approx(512 * row["samples_per_s"])
-    assert row["seconds"] > 0
-    assert row["mfu"] is None
-    assert row["floor_seconds"] > 1
 
 
 # ------------------------------------------------------------------------------------------------
