@@ -18,8 +18,9 @@ import copy
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
 
-from model import rotary_table, write_at
+from model import masked_attention, rotary_table, write_at
 from target import conv_channels, delta_rule_widths, delta_step, gated_delta_rule
 
 
@@ -28,8 +29,8 @@ class DecodeState:
 
     A forward of a block of K rows, an anchor and guesses, never changes the committed sequence.
     commit(n) then makes the first n of them part of it; each sequence has its own n and its own
-    position. (A prompt is committed as a whole.) No copy of S is kept for each token, and no second
-    forward is needed.
+    position. (A prompt is read before, in pieces. There is nothing to reject in them, so their
+    forwards change S itself.) No copy of S is kept for each token, and no second forward is needed.
 
     How can that be, as what is written into S cannot be undone? S is kept only at multiples of K
     tokens. Beside it stand the inputs of the delta rule (q k v g beta) for the tokens since then,
@@ -76,6 +77,7 @@ class DecodeState:
     S_chunk_end  the same at the next multiple of K, as the last forward computed it
     window       q k v g beta of the 2 K tokens from S on, side by side in one tensor
     conv         inputs of the short convolution: the last tokens before `position`, then the block
+    piece_start  `position` as an int, while a prompt is read; None after the first block
 
     forward_rows (K) is one number for three things: rows of a forward, tokens of a chunk, and the
     drafter's block, as a forward verifies one block. With forward_rows 1 the window is not used,
@@ -97,7 +99,13 @@ class DecodeState:
         full_layers = config.layer_types.count("full_attention")
         linear_layers = len(config.layer_types) - full_layers
         window_length = 0 if forward_rows == 1 else 2 * forward_rows
-        conv_length = config.linear_conv_kernel_dim - 1 + forward_rows
+        self.past_length = config.linear_conv_kernel_dim - 1  # tokens before a row that it mixes
+        conv_length = self.past_length + forward_rows
+
+        # A prompt is read in pieces of so many tokens. Where they are compiled, the last one is
+        # padded to this length too, so that prompts of all lengths share one graph.
+        self.piece_length = 2048 if weight.is_cuda else 1024
+        self.pads_pieces = weight.is_cuda and target.compiled_layers is not None
 
         self.position = torch.zeros(batch, dtype=torch.long, device=weight.device)
         kv_shape = (full_layers, batch, config.num_key_value_heads, length, config.head_dim)
@@ -154,55 +162,61 @@ class DecodeState:
 
         Keys and values stay, as the mask hides them.
         """
-        self.empty = True
+        self.piece_start = 0
         self.position.zero_()
         self.S.zero_()
         self.window.zero_()
         self.conv.zero_()
 
-    def begin_forward(self, T):
-        """Set what the layers need to know of a forward of T tokens.
+    def begin_forward(self, T, prompt_rows=None):
+        """Set what the layers need to know of a forward of T rows.
 
-        K tokens are a block. Any other number is the bulk of a prompt, all of which will be
-        adopted. (A bulk of exactly K tokens is read as a block.)
+        prompt_rows None: a block, T = K. Else a piece of a prompt, at the same position in all
+        sequences: so many rows are its tokens, and the rows after them are padding.
         """
-        self.forward_is_block = T == self.forward_rows
-        assert self.empty or self.forward_is_block, \
-            f"{T} tokens for a state that takes {self.forward_rows} rows after its prompt"
+        self.forward_is_block = prompt_rows is None
         offsets = self.all_positions[:T]
         self.row_positions = self.position[:, None] + offsets                # (B, T)
-        tail = self.position % self.forward_rows
-        self.window_places = tail[:, None] + offsets                         # (B, T)
         self.rotary = (self.cos[self.row_positions], self.sin[self.row_positions])
-        self.mask = None
         if self.forward_is_block:
+            assert T == self.forward_rows, (T, self.forward_rows)
+            tail = self.position % self.forward_rows
+            self.window_places = tail[:, None] + offsets                     # (B, K)
             self.mask = self.all_positions <= self.row_positions[..., None]  # (B, K, length)
+        else:
+            assert self.piece_start is not None, "a piece of a prompt after a block"
+            # as tensors: a compiled layer that read the number would be compiled for each one
+            self.is_padding = offsets >= prompt_rows                         # (T,)
+            self.last_tokens = prompt_rows + self.all_positions[:self.past_length]
 
     def commit(self, n):
         """Adopt the first n rows, an int or a tensor (B,) of 0 .. K, of the last forward.
 
-        After the forward of a prompt's bulk n is all of its rows. Everything is written in place:
-        a CUDA graph of a round holds the addresses of these tensors.
+        After a piece of a prompt n is an int: all of its tokens. Everything is written in place: a
+        CUDA graph of a round holds the addresses of these tensors.
         """
-        self.empty = False
+        if not self.forward_is_block:
+            # the layers have already put the piece into S and into the convolution's memory
+            self.piece_start += n
+            self.position += n
+            return
+        self.piece_start = None
+        K = self.forward_rows
         n = torch.zeros_like(self.position) + n                              # (B,)
-        if self.forward_is_block:
-            K = self.forward_rows
-            # Does the first chunk of the window hold committed tokens only?
-            chunk_is_complete = self.position % K + n >= K                   # (B,)
-            state_is_complete = chunk_is_complete[:, None, None, None]
-            torch.where(state_is_complete, self.S_chunk_end, self.S, out=self.S)
-            if K > 1:
-                window_is_complete = chunk_is_complete[:, None, None]
-                first_chunk = self.window[:, :, :K]
-                second_chunk = self.window[:, :, K:]
-                self.window[:, :, :K] = torch.where(window_is_complete, second_chunk, first_chunk)
-            # The convolution's memory is [the last tokens before the block | the block]. With n
-            # rows adopted, the last tokens are those that begin n places later.
-            past_length = self.conv.shape[2] - K
-            last_tokens = n[:, None] + self.all_positions[:past_length]      # (B, past_length)
-            past = self.conv[:, :, :past_length]
-            past.copy_(self.conv[:, self.sequences, last_tokens])
+        # Does the first chunk of the window hold committed tokens only?
+        chunk_is_complete = self.position % K + n >= K                       # (B,)
+        state_is_complete = chunk_is_complete[:, None, None, None]
+        torch.where(state_is_complete, self.S_chunk_end, self.S, out=self.S)
+        if K > 1:
+            window_is_complete = chunk_is_complete[:, None, None]
+            first_chunk = self.window[:, :, :K]
+            second_chunk = self.window[:, :, K:]
+            self.window[:, :, :K] = torch.where(window_is_complete, second_chunk, first_chunk)
+        # The convolution's memory is [the last tokens before the block | the block]. With n rows
+        # adopted, the last tokens are those that begin n places later.
+        last_tokens = n[:, None] + self.all_positions[:self.past_length]     # (B, past_length)
+        past = self.conv[:, :, :self.past_length]
+        past.copy_(self.conv[:, self.sequences, last_tokens])
         self.position += n
 
 
@@ -219,20 +233,26 @@ class LinearLayerState:
 
     def convolution_input(self, qkv):
         """qkv (B, T, channels) with the few tokens before it that the convolution looks at."""
-        past_length = self.conv.shape[1] - self.state.forward_rows
-        if not self.state.forward_is_block:
-            qkv = F.pad(qkv, (0, 0, past_length, 0))  # before a prompt there is nothing: zeros
-            self.conv[:, :past_length] = qkv[:, -past_length:]
-            return qkv
-        self.conv[:, past_length:] = qkv
-        return self.conv
+        state = self.state
+        past = self.conv[:, :state.past_length]  # zeros at the start of a prompt
+        if state.forward_is_block:
+            self.conv[:, state.past_length:] = qkv
+            return self.conv
+        qkv = torch.cat((past, qkv), 1)
+        past.copy_(qkv[:, state.last_tokens])  # of the piece's tokens, not of its padding
+        return qkv
 
     def delta_rule(self, q, k, v, g, beta):
-        """Outputs (B, T, Hv, Dv) of the rows, given the committed tokens; fills S_chunk_end."""
+        """Outputs (B, T, Hv, Dv) of the rows, given the committed tokens; fills S_chunk_end, or S
+        for a piece of a prompt."""
         state = self.state
         if not state.forward_is_block:
-            o, S = gated_delta_rule(q, k, v, g, beta)  # in chunks of its own, longer ones
-            self.S.copy_(S)  # the rows of a prompt are all adopted
+            # a piece of a prompt; its padding fades nothing and writes nothing
+            is_padding = state.is_padding[:, None]                           # (T, 1)
+            g = g.masked_fill(is_padding, 0)
+            beta = beta.masked_fill(is_padding, 0)
+            o, S = gated_delta_rule(q, k, v, g, beta, self.S)  # in chunks of its own, longer ones
+            self.S.copy_(S)
         elif state.forward_rows == 1:
             o, S = delta_step(q, k, v, g, beta, self.S)
             self.S_chunk_end.copy_(S)
@@ -264,16 +284,25 @@ class FullLayerState:
         self.keys = state.keys[index]
         self.values = state.values[index]
 
-    def with_past(self, k, v):
-        """Write this forward's own k, v (B, Hkv, T, D) into the buffer, at their positions.
+    def attention(self, q, k, v):
+        """Outputs (B, H, T, D) of the rows, given the committed tokens.
 
-        Returns the keys and values to attend to, and the mask of what each row sees.
-
-        For a block: the whole buffer, and (B, K, length). For a prompt's bulk, before which there
-        is nothing: its own k and v, and None for a causal mask.
+        q (B, H, T, D); k, v (B, Hkv, T, D): they are written into the buffer first, at the rows'
+        positions. Then each row attends to the buffer up to its own position.
         """
-        write_at(self.keys, self.state.row_positions, k.transpose(1, 2))
-        write_at(self.values, self.state.row_positions, v.transpose(1, 2))
-        if not self.state.forward_is_block:
-            return k, v, None
-        return self.keys, self.values, self.state.mask
+        state = self.state
+        write_at(self.keys, state.row_positions, k.transpose(1, 2))
+        write_at(self.values, state.row_positions, v.transpose(1, 2))
+        if state.forward_is_block:
+            return masked_attention(q, self.keys, self.values, state.mask)
+        return self.piece_attention(q)
+
+    @torch.compiler.disable  # it reads piece_start, and would be compiled for each place of a piece
+    def piece_attention(self, q):
+        """The same for a piece of a prompt, by a library's kernel."""
+        T = q.shape[2]
+        end = self.state.piece_start + T
+        keys = self.keys[:, :, :end]
+        values = self.values[:, :, :end]
+        mask = causal_lower_right(T, end)  # the last row sees all, each row before it one less
+        return F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True)

@@ -21,7 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from cpu import rowwise  # applies a function; on CPUs so that a row's bits do not depend on others
-from model import masked_attention, rotary_table, rotate, to_fp32
+from model import rotary_table, rotate, to_fp32
 from projections import JoinedProjections  # a module that may join its products into one
 
 # --------------------------------------------------------------------------------------------------
@@ -333,14 +333,10 @@ class GatedAttention(JoinedProjections):
         k = rotate(self.k_norm(k), rotary).transpose(1, 2)
         v = v.transpose(1, 2)
 
-        # a block attends to the whole buffer under a mask, a whole sequence or a prompt to itself
-        mask = None
-        if layer_state is not None:
-            k, v, mask = layer_state.with_past(k, v)
-        if mask is None:
+        if layer_state is None:
             o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
-            o = masked_attention(q, k, v, mask)
+            o = layer_state.attention(q, k, v)
 
         o = o.transpose(1, 2) * rowwise(torch.sigmoid, gate)
         return self.o_proj(o.flatten(-2))
@@ -505,11 +501,13 @@ class Target(nn.Module):
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
 
-    def forward(self, tokens, state=None, target_layer_ids=(), features_only=False):
+    def forward(self, tokens, state=None, target_layer_ids=(), features_only=False,
+                prompt_rows=None):
         """Features and hidden states of tokens (B, T).
 
-        With a state the tokens are the K rows that follow its position, or a prompt's bulk. Without
-        one they are whole sequences.
+        Without a state the tokens are whole sequences. With one they follow its position: they are
+        a block of K rows, or, with prompt_rows, a piece of a prompt, which has so many tokens and
+        is padded to T.
 
         Returns features (B, T, len(target_layer_ids) * width), the residual stream after each of
         these layers, before any norm, in ascending order (None if no layer is named); and the
@@ -523,9 +521,9 @@ class Target(nn.Module):
             rotary_dim = int(self.config.head_dim * self.config.partial_rotary_factor)
             rotary = rotary_table(positions, rotary_dim, self.config.rope_theta)
         else:
-            state.begin_forward(T)
+            state.begin_forward(T, prompt_rows)
             rotary = state.rotary
-            if self.compiled_layers and state.forward_is_block:
+            if self.compiled_layers and (state.forward_is_block or state.pads_pieces):
                 layers = self.compiled_layers
         if features_only:
             if not target_layer_ids:
@@ -563,21 +561,28 @@ class Target(nn.Module):
 
         Returns their features (B, n, ...), and the logits (B, V) of the last token.
 
-        The bulk, a multiple of K tokens, goes through at once. At least one token is left for a
+        The bulk, a multiple of K tokens, goes through in pieces. At least one token is left for a
         block: so a prompt of K tokens has no bulk. The block is padded to K rows, the first `rest`
         of which are adopted, and the last of these gives the logits. So chunks begin at multiples
         of K, and the end of a prompt goes through the same code as all that follows it.
         """
         n = tokens.shape[1]
         K = state.forward_rows
-        assert state.empty and 1 <= n <= state.length - K, (state.empty, n, state.length, K)
+        assert state.piece_start == 0 and 1 <= n <= state.length - K, \
+            (state.piece_start, n, state.length, K)
         bulk = (n - 1) // K * K
         rest = n - bulk
         features = []
-        if bulk:
-            bulk_features, _ = self(tokens[:, :bulk], state, target_layer_ids)
-            features.append(bulk_features)
-            state.commit(bulk)
+        for start in range(0, bulk, state.piece_length):
+            end = min(start + state.piece_length, bulk)
+            piece = tokens[:, start:end]
+            if state.pads_pieces:
+                padded_end = min(start + state.piece_length, state.length)  # the buffer's end
+                piece = F.pad(piece, (0, padded_end - end))
+            piece_features, _ = self(piece, state, target_layer_ids, prompt_rows=end - start)
+            state.commit(end - start)
+            if target_layer_ids:
+                features.append(piece_features[:, :end - start])
         block = F.pad(tokens[:, bulk:], (0, K - rest))
         block_features, hidden = self(block, state, target_layer_ids)
         state.commit(rest)
@@ -596,12 +601,13 @@ class Target(nn.Module):
         return self
 
     def compile_decoding(self):
-        """Compile the layers for the blocks of decoding.
+        """Compile the layers for blocks, and for the pieces of a prompt where these are padded.
 
-        One by one: each kind of layer is compiled once. Compiled together, layers would be fused in
-        another way where one of them feeds the drafter, and round otherwise. A prompt, whose length
-        varies, goes through the plain layers.
+        One by one: each kind of layer is compiled once for each of the two. Compiled together,
+        layers would be fused in another way where one of them feeds the drafter, and round
+        otherwise. Pieces that are not padded vary in length, and go through the plain layers.
         """
-        torch._dynamo.config.recompile_limit = 64  # kinds of layer x block sizes x buffer lengths
+        # kinds of layer x (block sizes and pieces) x buffer lengths
+        torch._dynamo.config.recompile_limit = 64
         self.compiled_layers = [torch.compile(layer, dynamic=False) for layer in self.layers]
         return self

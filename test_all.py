@@ -21,7 +21,7 @@ differs; ...):
           test_target: test_target_equals_transformers, test_failure_4_*; test_drafter: test_taps_*
     5  output differs from the target alone
           test_decode_state: test_cuts_*; test_generate: test_generate_is_identical_*
-          test_slots: all of it
+          test_slots: all of it; test_prefill: test_prefill_padding_changes_no_bit
     6  a rejected block leaves traces
           test_decode_state: test_cuts_rejected_block, test_cuts_propose_twice
     7  logits of all anchors at once
@@ -41,6 +41,7 @@ differs; ...):
           test_scaling: test_scaling_arms_do_the_same_work
     14 shapes that vary
           test_loss: test_anchors_*; test_train: test_batches_*
+          test_prefill: test_prefill_of_all_lengths_is_one_graph
     15 a flattering benchmark
           test_generate: test_generate_ends_*; test_bench, test_speed and test_scaling:
           all of it

@@ -244,8 +244,10 @@ def rejected_state_kept():
         return o
 
     def prefill(self, tokens, state, target_layer_ids=()):
-        features, hidden = self(tokens, state, target_layer_ids)  # no row that pads a block
-        state.commit(tokens.shape[1])
+        # as one piece, so that no row pads a block
+        n = tokens.shape[1]
+        features, hidden = self(tokens, state, target_layer_ids, prompt_rows=n)
+        state.commit(n)
         return features, self.logits(hidden[:, -1:])[:, 0]
 
     return both(

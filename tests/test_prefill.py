@@ -1,0 +1,222 @@
+"""
+Reading a prompt in pieces of one shape: the same as the whole sequence at once.
+
+A piece has 32 tokens here, two chunks of the small target's delta rule.
+"""
+import copy
+
+import pytest
+import torch
+
+from benchmarks.slips import slip
+from decode_state import DecodeState, FullLayerState, LinearLayerState
+from draft_decode import Decoder
+from sampling import Sampling
+from target import Target
+from tests.common import (K, LAYER_IDS, apart, nano, shipped, small_target, tiny_target,
+                          tokens_of)
+
+P = 32                   # tokens of a piece
+LENGTHS = (1, K, K + 1, P - 1, P, P + 1, P + K, P + K + 1, 2 * P, 2 * P + 1, 2 * P + K + 5)
+
+
+def new_state(target, batch, length, pads_pieces, forward_rows=K):
+    """A state that reads prompts in pieces of P tokens, padded or not."""
+    state = DecodeState(target, batch, length, forward_rows)
+    state.piece_length = P
+    state.pads_pieces = pads_pieces
+    return state
+
+
+@torch.no_grad()
+def check_prompt(n, pads_pieces, forward_rows=K):
+    """Features of two prompts of n tokens, the logits after them, and the logits of a block that
+    follows: in fp64 as those of whole sequences. No place is left in the buffer."""
+    target = small_target("untied", torch.float64)
+    x = tokens_of(2, n + forward_rows, seed=n)
+    state = new_state(target, 2, n + forward_rows, pads_pieces, forward_rows)
+    features, logits = target.prefill(x[:, :n], state, LAYER_IDS)
+    assert state.position.tolist() == [n, n]
+    _, hidden = target(x[:, n:], state)
+    all_logits = torch.cat((logits[:, None], target.logits(hidden)), 1)
+
+    expected_features, expected_hidden = target(x, target_layer_ids=LAYER_IDS)
+    expected_logits = target.logits(expected_hidden[:, n - 1:])
+    assert apart(features, expected_features[:, :n]) < 1e-9
+    assert apart(all_logits, expected_logits) < 1e-9
+
+
+@pytest.mark.parametrize("pads_pieces", (False, True), ids=("plain", "padded"))
+@pytest.mark.parametrize("n", LENGTHS)
+def test_prefill_in_pieces_is_the_whole_sequence(n, pads_pieces):
+    """A prompt's end, or the seam of two pieces, is read as something else; a piece of exactly K
+    tokens is taken for a block."""
+    check_prompt(n, pads_pieces)
+
+
+@pytest.mark.parametrize("pads_pieces", (False, True), ids=("plain", "padded"))
+def test_prefill_in_pieces_for_forwards_of_one_row(pads_pieces):
+    """With K = 1 the last piece has any number of tokens: it ends inside a chunk, or has fewer
+    tokens than the convolution remembers."""
+    check_prompt(P + 8, pads_pieces, forward_rows=1)
+    check_prompt(P + 2, pads_pieces, forward_rows=1)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@torch.no_grad()
+def test_prefill_padding_changes_no_bit(dtype):
+    """Failure 5: what a padded row holds comes into the state, or into the features of others. Then
+    the piece without its padding, which is equal up to rounding, as its products have another
+    shape."""
+    target = small_target("untied", dtype)
+    x = tokens_of(2, P + 2 * K)
+    last_piece = x[:, P:P + K]
+    block = x[:, P + K:]
+    paddings = (torch.zeros(2, K, dtype=torch.long), tokens_of(2, K, seed=1), x[:, :0])
+    results = []
+    for padding in paddings:
+        state = new_state(target, 2, 128, pads_pieces=True)
+        target(x[:, :P], state, prompt_rows=P)
+        state.commit(P)
+        piece = torch.cat((last_piece, padding), 1)
+        features, _ = target(piece, state, LAYER_IDS, prompt_rows=K)
+        state.commit(K)
+        S = state.S.clone()
+        conv = state.conv[:, :, :state.past_length].clone()
+        _, hidden = target(block, state)
+        results.append((features[:, :K], S, conv, target.logits(hidden)))
+    zeros, garbage, without = results
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for i in range(len(zeros)):
+        assert torch.equal(zeros[i], garbage[i]), i
+        assert apart(zeros[i], without[i]) < tolerance, i
+
+
+@torch.inference_mode()
+def test_prefill_in_pieces_leads_to_the_same_tokens():
+    """Failure 5: an answer depends on the drafter, where its prompt was read in pieces into one of
+    several places."""
+    target, _ = nano()
+    prompt = tokens_of(2 * P + K + 5, seed=1).tolist()
+    answers = []
+    for drafter, place in ((None, 0), (shipped(), 0), (shipped(), 1)):
+        decoder = Decoder(target, drafter, 256, K, Sampling(), batch=2)
+        decoder.state.piece_length = P
+        decoder.state.pads_pieces = True
+        answer = [decoder.prefill(place, prompt)]
+        while len(answer) < 30:
+            tokens, _ = decoder.next_round()[place]
+            answer += tokens
+        answers.append(answer[:30])
+    assert answers[0] == answers[1] == answers[2]
+
+
+def test_prefill_on_a_cpu_is_not_padded():
+    """A question of 50 tokens that costs the time of a thousand, also where blocks are compiled."""
+    target = copy.copy(tiny_target())
+    target.compiled_layers = list(target.layers)
+    assert not DecodeState(target, 1, 256).pads_pieces
+
+
+@torch.no_grad()
+def check_one_graph():
+    """Compiled layers, then prompts of other lengths, with pieces at other places."""
+    target = tiny_target()
+    compiled = [torch.compile(layer, backend="eager", dynamic=False) for layer in target.layers]
+    compiles = torch._dynamo.utils.counters["stats"]
+
+    def read(n):
+        state = new_state(target, 1, 128, pads_pieces=True)
+        target.prefill(tokens_of(1, n, seed=n) % 8, state, (0,))
+
+    torch._dynamo.reset()
+    compiles.clear()
+    target.compiled_layers = compiled
+    try:
+        read(K)
+        graphs_of_a_block = compiles["unique_graphs"]
+        read(P + 1)
+        assert compiles["unique_graphs"] > graphs_of_a_block > 0  # pieces are compiled too
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for n in (K + 1, P, 2 * P, 2 * P + K + 5, 3 * P + 3):
+                read(n)
+    finally:
+        del target.compiled_layers
+        torch._dynamo.reset()
+
+
+def test_prefill_of_all_lengths_is_one_graph():
+    """Failure 14: a length, or the place of a piece, is read inside of compiled code: minutes of
+    compiling for each new prompt."""
+    check_one_graph()
+
+
+def test_prefill_refuses_a_state_that_is_not_empty():
+    """A second prompt is read as the end of the first one, or a piece after a block."""
+    target = tiny_target()
+    x = tokens_of(1, P) % 8
+    state = new_state(target, 1, 128, pads_pieces=False)
+    target.prefill(x, state)
+    with pytest.raises(AssertionError):
+        target.prefill(x, state)
+    with pytest.raises(AssertionError, match="a piece of a prompt after a block"):
+        target(x, state, prompt_rows=P)
+    state.reset()
+    target.prefill(x, state)
+
+# ------------------------------------------------------------------------------------------------
+# wrong lines, each of which a check above must catch
+
+
+def check_pieces():
+    """Three pieces, the last one padded with 16 rows."""
+    check_prompt(2 * P + K + 5, pads_pieces=True)
+
+
+DELTA_RULE = LinearLayerState.delta_rule
+CONVOLUTION = LinearLayerState.convolution_input
+ATTENTION = FullLayerState.piece_attention
+FORWARD = DecodeState.begin_forward
+PREFILL = Target.prefill
+WRONG_LINES = (  # what is wrong, the function, the right line, the wrong one, the check
+    ("padding writes", DELTA_RULE, "beta = beta.masked_fill(is_padding, 0)", "pass", check_pieces),
+    ("padding fades", DELTA_RULE, "g = g.masked_fill(is_padding, 0)", "pass", check_pieces),
+    ("each piece begins with an empty state", DELTA_RULE,
+     "gated_delta_rule(q, k, v, g, beta, self.S)", "gated_delta_rule(q, k, v, g, beta)",
+     check_pieces),
+    ("convolution remembers the padding", CONVOLUTION,
+     "qkv[:, state.last_tokens]", "qkv[:, -state.past_length:]", check_pieces),
+    ("convolution forgets the piece before", CONVOLUTION,
+     "torch.cat((past, qkv), 1)", "torch.cat((past * 0, qkv), 1)", check_pieces),
+    ("padding is one row short", FORWARD, "offsets >= prompt_rows", "offsets > prompt_rows",
+     check_pieces),
+    ("mask aligned at the upper left", ATTENTION,
+     "causal_lower_right(", "torch.nn.attention.bias.causal_upper_left(", check_pieces),
+    ("every piece attends as the first one", ATTENTION,
+     "self.state.piece_start + T", "T", check_pieces),
+    ("every piece rotates from position 0", FORWARD,
+     "(self.cos[self.row_positions], self.sin[self.row_positions])",
+     "(self.cos[self.row_positions - (self.piece_start or 0)], "
+     "self.sin[self.row_positions - (self.piece_start or 0)])", check_pieces),
+    ("position advanced by the padding", PREFILL,
+     "state.commit(end - start)", "state.commit(piece.shape[1])", check_pieces),
+    ("features of the padding", PREFILL,
+     "piece_features[:, :end - start]", "piece_features", check_pieces),
+    ("padding past the end of the buffer", PREFILL,
+     "min(start + state.piece_length, state.length)", "start + state.piece_length",
+     lambda: check_prompt(P + K + 1, pads_pieces=True, forward_rows=1)),
+    ("compiled code reads where a piece begins", DELTA_RULE,
+     "state.is_padding[:, None]", "state.is_padding[:, None] & (state.piece_start >= 0)",
+     check_one_graph),
+)
+
+
+@pytest.mark.parametrize(
+    "function, right, wrong, check", [line[1:] for line in WRONG_LINES],
+    ids=[line[0] for line in WRONG_LINES])
+def test_prefill_wrong_line(function, right, wrong, check):
+    """The checks of this file could not fail: a row of padding, or a piece before, is taken for
+    something else."""
+    with slip(function, right, wrong):
+        with pytest.raises((AssertionError, IndexError, RuntimeError)):
+            check()
