@@ -139,7 +139,8 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, chunks_until_state=No
 
     # decay is zero above the diagonal. There fade_t / fade_s is above 1, and exp could overflow: so
     # its argument is masked before exp, not the result after it.
-    future = torch.ones(chunk, chunk, dtype=torch.bool, device=device).triu(1)
+    place = torch.arange(chunk, device=device)
+    future = place[:, None] < place
     decay = log_fade[..., :, None] - log_fade[..., None, :]
     decay = decay.masked_fill_(future, -torch.inf).exp_()                    # (B Hv, N, C, C)
     fade = log_fade.exp()                                                    # (B Hv, N, C)
@@ -149,7 +150,7 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, chunks_until_state=No
     # (2), (3). The solver reads A below the diagonal only and takes the diagonal as 1: so it solves
     # with I + A, whatever else stands in A.
     A = (k @ k.mT).mul_(decay).mul_(beta[..., None])                        # [beta] (decay * k k^T)
-    identity = torch.eye(chunk, dtype=dtype, device=device).expand_as(A)
+    identity = (place[:, None] == place).to(dtype).expand_as(A)
     M = torch.linalg.solve_triangular(A, identity, upper=False, unitriangular=True)
     M = M * beta[..., None, :]                                               # (I + A)^-1 [beta]
     U = M @ v
@@ -173,12 +174,11 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, chunks_until_state=No
     states = [S]  # states[i] is the state after i chunks, with which chunk i begins
     writes = []
     for i in range(N):
-        W = torch.baddbmm(U[i], Y[i], states[i], alpha=-1)                   # U - Y S
+        W = U[i] - Y[i] @ states[i]
         writes.append(W)
         # the last state only if it is asked for: decoding asks for that after the first of two
         if i + 1 < N or chunks_until_state == N:
-            faded = states[i] * fade_of_chunk[i]
-            states.append(torch.baddbmm(faded, k_to_end_T[i], W))
+            states.append(states[i] * fade_of_chunk[i] + k_to_end_T[i] @ W)
     S_after = states[chunks_until_state]
 
     # (5): the outputs of all chunks at once
@@ -219,19 +219,20 @@ def repeat_heads(q, k, value_heads):
 
 
 def delta_step(q, k, v, g, beta, S):
-    """One token, T = 1: the definition as three products, the fastest form for it."""
-    B, _, Hv, Dv = v.shape
+    """One token, T = 1: the definition in elementwise products and sums. torch.compile makes few
+    kernels of these; of three matrix products it could join none."""
+    Hv = v.shape[2]
     q, k = repeat_heads(q, k, Hv)
-    q = to_fp32(q).reshape(B * Hv, 1, -1)
-    k = to_fp32(k).reshape(B * Hv, 1, -1)
-    v = to_fp32(v).reshape(B * Hv, 1, -1)
-    fade = to_fp32(g).exp().reshape(-1, 1, 1)
-    beta = to_fp32(beta).reshape(-1, 1, 1)
-    S = S.flatten(0, 1) * fade
-    written = (v - k @ S) * beta
-    S = torch.baddbmm(S, k.mT, written)
-    o = q @ S * q.shape[-1] ** -0.5
-    return o.view(B, 1, Hv, Dv), S.unflatten(0, (B, Hv))
+    q = to_fp32(q)[:, 0, :, :, None]                                         # (B, Hv, D, 1)
+    k = to_fp32(k)[:, 0, :, :, None]
+    v = to_fp32(v)[:, 0, :, None]                                            # (B, Hv, 1, Dv)
+    fade = to_fp32(g)[:, 0, :, None, None].exp()                             # (B, Hv, 1, 1)
+    beta = to_fp32(beta)[:, 0, :, None, None]
+    S = S * fade
+    stored = (k * S).sum(2, keepdim=True)                                    # k S
+    S = S + k * (beta * (v - stored))
+    o = (q * S).sum(2) * q.shape[2] ** -0.5                                  # (B, Hv, Dv)
+    return o[:, None], S
 
 # --------------------------------------------------------------------------------------------------
 # layers; parameter names are those of the public checkpoint
@@ -609,5 +610,8 @@ class Target(nn.Module):
         """
         # kinds of layer x (block sizes and pieces) x buffer lengths
         torch._dynamo.config.recompile_limit = 64
-        self.compiled_layers = [torch.compile(layer, dynamic=False) for layer in self.layers]
+        # small kernels that do not wait for one another are launched as one
+        options = {"combo_kernels": True}
+        self.compiled_layers = [
+            torch.compile(layer, dynamic=False, options=options) for layer in self.layers]
         return self

@@ -136,8 +136,10 @@ class DFlashDraftModel(PreTrainedModel):
 
     def compile_decoding(self):
         """Compile the drafter's two parts of a decoding round."""
-        self.decode_block = torch.compile(self.decode_block, dynamic=False)
-        self.write_context = torch.compile(self.write_context)
+        # small kernels that do not wait for one another are launched as one
+        options = {"combo_kernels": True}
+        self.decode_block = torch.compile(self.decode_block, dynamic=False, options=options)
+        self.write_context = torch.compile(self.write_context, options=options)
 
     # Training: many blocks of each sequence at once, which cannot see one another. The context is
     # apart from the blocks: a layer computes its keys and values once for all blocks.
@@ -607,12 +609,13 @@ def chunk_loss(hidden, head, labels, weights, wants_grad, dpace_smoothing=None):
     if not wants_grad:
         return nll, correct, weights, None
 
-    # z becomes weight (softmax - onehot), the gradient with respect to the logits
+    # z becomes weight (softmax - onehot), the gradient with respect to the logits. The entry of the
+    # label is put in last, so that compiled code has no reason to write z in fp32.
     w = weights[..., None].to(z.dtype)
-    z.mul_(w / total)
-    z.scatter_add_(-1, labels[..., None], -w)
-    z = z.to(hidden.dtype).flatten(0, 1)
-    grad = z @ head
+    probability_of_label = z_of_label.exp() / total
+    z = z.mul_(w / total).to(hidden.dtype)
+    z.scatter_(-1, labels[..., None], (w * (probability_of_label - 1)).to(z.dtype))
+    grad = z.flatten(0, 1) @ head
     return nll, correct, weights, grad.view_as(hidden)
 
 # --------------------------------------------------------------------------------------------------
