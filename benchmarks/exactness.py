@@ -21,7 +21,7 @@ from benchmarks.drafters import Oracle, random_drafter
 from benchmarks.journal import Journal
 from benchmarks.peer import peer_answer, transformers_peer
 from benchmarks.timing import progress
-from draft_decode import first_difference
+from draft_decode import first_difference, round_up_to_power_of_two
 from sampling import Sampling, gumbel_noise, perturbed_scores
 from decode_state import DecodeState
 
@@ -166,7 +166,10 @@ class Comparison:
         target = self.workload.target
         ids = torch.tensor([prompt_ids + tokens[:position]], device=self.config.device)
         count = ids.shape[1]
-        state = DecodeState(target, 1, count + self.block_size, self.block_size)
+        # lengths of a buffer are few, as compiled layers are compiled for each
+        length = round_up_to_power_of_two(count + self.block_size)
+        length = min(length, target.config.max_position_embeddings)
+        state = DecodeState(target, 1, length, self.block_size)
         _, logits = target.prefill(ids, state)
         noise = None
         if self.sampling.temperature:

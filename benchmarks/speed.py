@@ -18,7 +18,7 @@ from benchmarks.peer import delta_rule_peers, transformers_name, transformers_pe
 from benchmarks.speed_table import Work, print_table, report_row
 from benchmarks.speed_training import training_rows
 from benchmarks.timing import kernel_time, race, seconds_of
-from draft_decode import Decoder
+from draft_decode import Decoder, round_up_to_power_of_two
 from flops import delta_rule_operations, prefill_operations
 from sampling import Sampling
 from target import chunk_length, gated_delta_rule
@@ -174,7 +174,7 @@ def prefill_rows(config, workload, peer, rate):
     name = transformers_name()
     rows = []
     for length in lengths:
-        if length + block_size > target.config.max_position_embeddings:
+        if length + 512 > target.config.max_position_embeddings:
             continue
         tokens = torch.arange(length, device=device)[None] % min(1000, target.config.vocab_size)
         prompt_ids = tokens[0].tolist()
@@ -185,7 +185,7 @@ def prefill_rows(config, workload, peer, rate):
         def peer_first_token():
             return seconds_of(lambda: peer(tokens, logits_to_keep=1).logits.argmax().item())
 
-        buffer_length = length + block_size
+        buffer_length = round_up_to_power_of_two(length + 512)  # as for an answer of 496 tokens
         alone = Decoder(target, None, buffer_length, block_size, Sampling())
         with_drafter = Decoder(target, drafter, buffer_length, block_size, Sampling())
         seconds = race({
