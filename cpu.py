@@ -1,15 +1,17 @@
 """
-What only the kernels of a CPU need. On a GPU none of this runs.
+What only a CPU needs. On a GPU none of this runs.
 
-Three things. Large frozen weights are packed once into the order in which oneDNN reads them, so
+Four things. Large frozen weights are packed once into the order in which oneDNN reads them, so
 that products with few rows run faster. Elementwise functions are applied to few rows at a time
 where torch would split one row over two threads, as that would make a row's bits depend on its
-place. And a small model is decoded with one thread.
+place. A small model is decoded with one thread. And the drafter's attention in training has a form
+of its own, as flex_attention has no backward on CPUs.
 """
 import os
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 MIN_PACKED = 1 << 18        # numbers in a weight from which packing pays
 PARALLEL_ELEMENTS = 32768   # torch gives no thread fewer elements than this
@@ -92,3 +94,56 @@ def rowwise(function, x):
     rows_at_once = max(1, PARALLEL_ELEMENTS // rows[0].numel())
     parts = [function(part) for part in rows.split(rows_at_once)]
     return torch.cat(parts).view(x.shape)
+
+
+@torch.compiler.disable  # its shapes follow the data
+def attention_by_anchor_groups(
+        q,
+        context_k,
+        context_v,
+        block_k,
+        block_v,
+        anchors,
+        visible,
+        group_size=8):
+    """The drafter's attention in training, (B, H, A K, D): what flex_attention does on GPUs.
+
+    q (B, H, A K, D) are the slots of the blocks; context_k, context_v (B, Hkv, T, D) the context;
+    block_k, block_v (B, Hkv, A K, D) the blocks' own; visible comes from block_visibility().
+
+    Anchors are taken in groups of neighbours. A group needs its own blocks, and the context before
+    its last anchor only: anchors ascend, so early groups multiply few keys.
+    """
+    B, A = anchors.shape
+    K = q.shape[2] // A
+    T = context_k.shape[2]
+    heads_per_key = q.shape[1] // block_k.shape[1]
+    device = q.device
+    batch = torch.arange(B, device=device)[:, None, None]
+    all_slots = torch.arange(A * K, device=device)
+
+    outputs = []
+    for first in range(0, A, group_size):
+        # the slots of the blocks of this group, and how many tokens of context they can see
+        own = slice(first * K, (first + group_size) * K)
+        seen_tokens = int(anchors[:, first:first + group_size].max())
+        seen_k = context_k[:, :, :seen_tokens]
+        seen_v = context_v[:, :, :seen_tokens]
+        keys = torch.cat((seen_k, block_k[:, :, own]), 2)
+        values = torch.cat((seen_v, block_v[:, :, own]), 2)
+
+        # queries and keys by the numbers that block_visibility() gives them, for the mask
+        query_numbers = all_slots[own]
+        context_numbers = torch.arange(seen_tokens, device=device)
+        key_numbers = torch.cat((context_numbers, T + query_numbers))
+        mask = visible(batch, 0, query_numbers[:, None], key_numbers)         # (B, queries, keys)
+
+        # Several query heads share a key head. Their queries are put one after another, as if they
+        # were more queries of one head, and the mask is repeated for them. So no key is copied.
+        stacked = q[:, :, own].unflatten(1, (-1, heads_per_key))
+        stacked = stacked.flatten(2, 3)                     # (B, Hkv, heads_per_key * queries, D)
+        mask = mask[:, None].repeat(1, 1, heads_per_key, 1)  # (B, 1, heads_per_key * queries, keys)
+        o = F.scaled_dot_product_attention(stacked, keys, values, mask)
+        o = o.unflatten(2, (heads_per_key, -1))
+        outputs.append(o.flatten(1, 2))
+    return torch.cat(outputs, 2)

@@ -2,7 +2,7 @@
 What decoding remembers of a sequence. A forward proposes tokens, commit(n) adopts the first n.
 
     state = DecodeState(target, batch=1, length=512, forward_rows=16)
-    features, logits = target.prefill(prompt, state, target_layer_ids=(3, 7, 11))
+    features, logits = read_prompt(target, prompt, state, target_layer_ids=(3, 7, 11))
     features, hidden = target(block, state, target_layer_ids=(3, 7, 11))    # 16 rows
     state.commit(n)
 
@@ -29,7 +29,7 @@ class DecodeState:
 
     A forward of a block of K rows, an anchor and guesses, never changes the committed sequence.
     commit(n) then makes the first n of them part of it; each sequence has its own n and its own
-    position. (A prompt is read before, in pieces. There is nothing to reject in them, so their
+    position. (A prompt is read before, in segments. There is nothing to reject in them, so their
     forwards change S itself.) No copy of S is kept for each token, and no second forward is needed.
 
     How can that be, as what is written into S cannot be undone? S is kept only at multiples of K
@@ -77,15 +77,16 @@ class DecodeState:
     S_chunk_end  the same at the next multiple of K, as the last forward computed it
     window       q k v g beta of the 2 K tokens from S on, side by side in one tensor
     conv         inputs of the short convolution: the last tokens before `position`, then the block
-    piece_start  `position` as an int, while a prompt is read; None after the first block
+    segment_start  `position` as an int, while a prompt is read; None after the first block
 
     forward_rows (K) is one number for three things: rows of a forward, tokens of a chunk, and the
     drafter's block, as a forward verifies one block. With forward_rows 1 the window is not used,
     and delta_step runs: the fastest way for the target alone.
 
-    For one K, bits do not depend on how a sequence was cut into blocks: chunks begin at multiples
-    of K, so a token always has the same place in its chunk and the same tokens before it.
-    docs/exactness.md has the argument in full.
+    For one K, the bits of what follows a prompt do not depend on how it was cut into blocks. Chunks
+    begin at multiples of K, so a token always has the same place in its chunk and the same tokens
+    before it. What comes after it enters with a factor of exactly 0. And a chunk has the same bits
+    as the first of the window as it has as the second. docs/exactness.md has the argument in full.
     """
 
     def __init__(self, target, batch, length, forward_rows=16):
@@ -102,10 +103,10 @@ class DecodeState:
         self.past_length = config.linear_conv_kernel_dim - 1  # tokens before a row that it mixes
         conv_length = self.past_length + forward_rows
 
-        # A prompt is read in pieces of so many tokens. Where they are compiled, the last one is
+        # A prompt is read in segments of so many tokens. Where they are compiled, the last one is
         # padded to this length too, so that prompts of all lengths share one graph.
-        self.piece_length = 2048 if weight.is_cuda else 1024
-        self.pads_pieces = weight.is_cuda and target.compiled_layers is not None
+        self.segment_length = 2048 if weight.is_cuda else 1024
+        self.pads_segments = weight.is_cuda and target.compiled_layers is not None
 
         self.position = torch.zeros(batch, dtype=torch.long, device=weight.device)
         kv_shape = (full_layers, batch, config.num_key_value_heads, length, config.head_dim)
@@ -162,7 +163,7 @@ class DecodeState:
 
         Keys and values stay, as the mask hides them.
         """
-        self.piece_start = 0
+        self.segment_start = 0
         self.position.zero_()
         self.S.zero_()
         self.window.zero_()
@@ -171,7 +172,7 @@ class DecodeState:
     def begin_forward(self, T, prompt_rows=None):
         """Set what the layers need to know of a forward of T rows.
 
-        prompt_rows None: a block, T = K. Else a piece of a prompt, at the same position in all
+        prompt_rows None: a block, T = K. Else a segment of a prompt, at the same position in all
         sequences: so many rows are its tokens, and the rows after them are padding.
         """
         self.forward_is_block = prompt_rows is None
@@ -184,39 +185,39 @@ class DecodeState:
             self.window_places = tail[:, None] + offsets                     # (B, K)
             self.mask = self.all_positions <= self.row_positions[..., None]  # (B, K, length)
         else:
-            assert self.piece_start is not None, "a piece of a prompt after a block"
+            assert self.segment_start is not None, "a segment of a prompt after a block"
             # as tensors: a compiled layer that read the number would be compiled for each one
             self.is_padding = offsets >= prompt_rows                         # (T,)
-            self.last_tokens = prompt_rows + self.all_positions[:self.past_length]
+            self.last_places = prompt_rows + self.all_positions[:self.past_length]
 
     def commit(self, n):
         """Adopt the first n rows, an int or a tensor (B,) of 0 .. K, of the last forward.
 
-        After a piece of a prompt n is an int: all of its tokens. Everything is written in place: a
-        CUDA graph of a round holds the addresses of these tensors.
+        After a segment of a prompt n is an int: all of its tokens. Everything is written in place:
+        a CUDA graph of a round holds the addresses of these tensors.
         """
         if not self.forward_is_block:
-            # the layers have already put the piece into S and into the convolution's memory
-            self.piece_start += n
+            # the layers have already put the segment into S and into the convolution's memory
+            self.segment_start += n
             self.position += n
             return
-        self.piece_start = None
+        self.segment_start = None
         K = self.forward_rows
         n = torch.zeros_like(self.position) + n                              # (B,)
         # Does the first chunk of the window hold committed tokens only?
-        chunk_is_complete = self.position % K + n >= K                       # (B,)
-        state_is_complete = chunk_is_complete[:, None, None, None]
-        torch.where(state_is_complete, self.S_chunk_end, self.S, out=self.S)
+        is_complete = self.position % K + n >= K                             # (B,)
+        is_complete = is_complete[:, None, None, None]  # for tensors (layers, B, ...)
+        torch.where(is_complete, self.S_chunk_end, self.S, out=self.S)
         if K > 1:
-            window_is_complete = chunk_is_complete[:, None, None]
             first_chunk = self.window[:, :, :K]
             second_chunk = self.window[:, :, K:]
-            self.window[:, :, :K] = torch.where(window_is_complete, second_chunk, first_chunk)
-        # The convolution's memory is [the last tokens before the block | the block]. With n rows
-        # adopted, the last tokens are those that begin n places later.
-        last_tokens = n[:, None] + self.all_positions[:self.past_length]     # (B, past_length)
+            self.window[:, :, :K] = torch.where(is_complete[..., 0], second_chunk, first_chunk)
+        # The convolution's memory is [the 3 tokens before the block | the block]. Once n rows are
+        # adopted, the 3 last tokens stand n places further on:
+        #     n = 2, K = 5:    t t t a b c d e    ->    t a b
+        last_places = n[:, None] + self.all_positions[:self.past_length]     # (B, past_length)
         past = self.conv[:, :, :self.past_length]
-        past.copy_(self.conv[:, self.sequences, last_tokens])
+        past.copy_(self.conv[:, self.sequences, last_places])
         self.position += n
 
 
@@ -239,15 +240,15 @@ class LinearLayerState:
             self.conv[:, state.past_length:] = qkv
             return self.conv
         qkv = torch.cat((past, qkv), 1)
-        past.copy_(qkv[:, state.last_tokens])  # of the piece's tokens, not of its padding
+        past.copy_(qkv[:, state.last_places])  # of the segment's tokens, not of its padding
         return qkv
 
     def delta_rule(self, q, k, v, g, beta):
         """Outputs (B, T, Hv, Dv) of the rows, given the committed tokens; fills S_chunk_end, or S
-        for a piece of a prompt."""
+        for a segment of a prompt."""
         state = self.state
         if not state.forward_is_block:
-            # a piece of a prompt; its padding fades nothing and writes nothing
+            # a segment of a prompt; its padding fades nothing and writes nothing
             is_padding = state.is_padding[:, None]                           # (T, 1)
             g = g.masked_fill(is_padding, 0)
             beta = beta.masked_fill(is_padding, 0)
@@ -295,14 +296,53 @@ class FullLayerState:
         write_at(self.values, state.row_positions, v.transpose(1, 2))
         if state.forward_is_block:
             return masked_attention(q, self.keys, self.values, state.mask)
-        return self.piece_attention(q)
+        return self.segment_attention(q)
 
-    @torch.compiler.disable  # it reads piece_start, and would be compiled for each place of a piece
-    def piece_attention(self, q):
-        """The same for a piece of a prompt, by a library's kernel."""
+    @torch.compiler.disable  # it reads segment_start, and would be compiled for each value of that
+    def segment_attention(self, q):
+        """The same for a segment of a prompt, by a library's kernel."""
         T = q.shape[2]
-        end = self.state.piece_start + T
+        end = self.state.segment_start + T
         keys = self.keys[:, :, :end]
         values = self.values[:, :, :end]
         mask = causal_lower_right(T, end)  # the last row sees all, each row before it one less
         return F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True)
+
+
+@torch.no_grad()
+def read_prompt(target, tokens, state, target_layer_ids=()):
+    """Read prompts (B, n), 1 <= n <= length - K, into an empty state of K rows.
+
+    Returns their features (B, n, ...), and the logits (B, V) of the last token.
+
+    All but the last 1 to K tokens go through in segments, always cut at the same places, in the
+    longer chunks of target.chunk_length(). The last ones are a block, whose chunk begins at a
+    multiple of K. It is padded to K rows, the first `rest` of which are adopted, and the last of
+    these gives the logits. So the end of a prompt goes through the same code as all that follows.
+    """
+    n = tokens.shape[1]
+    K = state.forward_rows
+    assert state.segment_start == 0 and 1 <= n <= state.length - K, \
+        (state.segment_start, n, state.length, K)
+    bulk = (n - 1) // K * K
+    rest = n - bulk
+    features = []
+    for start in range(0, bulk, state.segment_length):
+        end = min(start + state.segment_length, bulk)
+        segment = tokens[:, start:end]
+        if state.pads_segments:
+            padded_end = min(start + state.segment_length, state.length)  # the buffer's end
+            segment = F.pad(segment, (0, padded_end - end))
+        segment_features, _ = target(segment, state, target_layer_ids, prompt_rows=end - start)
+        state.commit(end - start)
+        if target_layer_ids:
+            features.append(segment_features[:, :end - start])
+    block = F.pad(tokens[:, bulk:], (0, K - rest))
+    block_features, hidden = target(block, state, target_layer_ids)
+    state.commit(rest)
+    last_hidden = hidden[:, rest - 1:rest]
+    logits = target.logits(last_hidden)[:, 0]
+    if not target_layer_ids:
+        return None, logits
+    features.append(block_features[:, :rest])
+    return torch.cat(features, 1), logits

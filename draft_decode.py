@@ -33,7 +33,7 @@ from checkpoint import load_drafter, load_target
 from configurator import configure
 from console import survive_closed_output
 from cpu import use_one_thread_if_small
-from decode_state import DecodeState
+from decode_state import DecodeState, read_prompt
 from sampling import Sampling, choose, gumbel_noise
 
 prompt = ""                                 # the question
@@ -93,8 +93,11 @@ class Decoder:
         after each of the K rows."""
         target, drafter, state = self.target, self.drafter, self.state
         sampling = self.sampling
-        # The anchor stands at state.position. Row k of the target chooses the token at position
-        # + 1 + k, so noise is wanted for these K positions.
+        # What is at which position, p = state.position:
+        #     p            p + 1        p + 2     ..   p + K - 1    p + K
+        #     anchor       guess 1      guess 2        guess K-1              the block
+        #                  row 0        row 1          row K-2      row K-1   chosen by the target
+        #                  noise 0      noise 1        noise K-2    noise K-1
         noise = self.noise_at(state.position[:, None] + 1 + self.offsets)    # (B, K, V) or None
 
         # 1. draft: guesses for the K - 1 positions after the anchor. Without a drafter these rows
@@ -132,7 +135,7 @@ class Decoder:
             self.anchor, self.target, self.cache, self.state.position)
         if noise is None or self.sampling.draft_temperature == 0:
             return logits.argmax(-1)
-        # K - 1 guesses for the first K - 1 positions; at the last one only the target chooses
+        # at the last position only the target chooses
         return choose(logits, self.sampling, self.sampling.draft_temperature, noise[:, :-1])
 
     def noise_at(self, positions):
@@ -147,8 +150,8 @@ class Decoder:
         state = self.state.sequence(place, self.target.config)
         state.reset()
         prompt = torch.tensor([prompt_ids], device=self.anchor.device)
-        start = state.position.clone()
-        features, logits = self.target.prefill(prompt, state, self.layer_ids)
+        start = state.position.clone()  # reading moves the position in place
+        features, logits = read_prompt(self.target, prompt, state, self.layer_ids)
         if self.drafter is not None:
             here = slice(place, place + 1)
             cache = [(keys[here], values[here]) for keys, values in self.cache]
@@ -247,7 +250,10 @@ def generate_many(target, drafter, prompts, max_new_tokens, slots, stops=(), for
     # lengths, so buffers and graphs are shared.
     by_length = {}
     for index, prompt_ids in enumerate(prompts):
-        answer = Answer(index, prompt_ids, target.config, forward_rows, max_new_tokens, stops)
+        try:
+            answer = Answer(index, prompt_ids, target.config, forward_rows, max_new_tokens, stops)
+        except ValueError as error:
+            raise ValueError(f"prompt {index}: {error}") from None
         by_length.setdefault(answer.buffer_length, []).append(answer)
     for length, answers in by_length.items():
         key = (drafter, length, forward_rows, sampling, slots)

@@ -22,7 +22,7 @@ transformers only.
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import PreTrainedModel
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
@@ -144,13 +144,14 @@ class DFlashDraftModel(PreTrainedModel):
     # Training: many blocks of each sequence at once, which cannot see one another. The context is
     # apart from the blocks: a layer computes its keys and values once for all blocks.
 
-    def forward(self, features, embedded, anchors, use_flex=False):
+    def forward(self, features, embedded, anchors, attend=None):
         """Hidden states (B, A, K, width), which the target's head turns into guesses.
 
         features (B, T, ...)        of whole sequences
         embedded (B, A, K, width)   the blocks, from embed_block()
         anchors  (B, A)             positions of the anchors, as sample_anchors() orders them
-        use_flex                    attend by flex_attention, the form for GPUs
+        attend                      None: flex_attention, which GPUs have; or what gives the same on
+                                    CPUs, attention_by_anchor_groups of cpu.py
         """
         B, A, K, _ = embedded.shape
         T = features.shape[1]
@@ -166,7 +167,7 @@ class DFlashDraftModel(PreTrainedModel):
         visibilities = {}
         for attention_window in {layer.self_attn.attention_window for layer in self.layers}:
             visible = block_visibility(anchors, T, K, attention_window)
-            if use_flex:
+            if attend is None:
                 query_count = A * K
                 key_count = T + query_count
                 visible = create_block_mask(visible, B, None, query_count, key_count, device)
@@ -175,7 +176,7 @@ class DFlashDraftModel(PreTrainedModel):
         x = embedded
         for layer in self.layers:
             visibility = visibilities[layer.self_attn.attention_window]
-            x = layer(x, context, block_rotary, context_rotary, anchors, visibility)
+            x = layer(x, context, block_rotary, context_rotary, anchors, visibility, attend)
         return self.norm(x)
 
 # --------------------------------------------------------------------------------------------------
@@ -183,7 +184,7 @@ class DFlashDraftModel(PreTrainedModel):
 
 
 def block_visibility(anchors, T, K, attention_window=None):
-    """The definition of what a block sees. Both forms of training's attention use it as their mask.
+    """The definition of what a block sees: the mask of training's attention.
 
     Returns visible(batch, head, query, key) over integer tensors that broadcast, which is also the
     form that flex_attention asks for. Queries are the slots of all A blocks, numbered 0 .. A K - 1.
@@ -232,10 +233,10 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, context, block_rotary, context_rotary, anchors, visibility):
-        """Training: x (B, A, K, width); see Attention.forward."""
+    def forward(self, x, *context_and_positions):
+        """Training: x (B, A, K, width); the rest is handed on, see Attention.forward."""
         normed = self.input_layernorm(x)
-        x = x + self.self_attn(normed, context, block_rotary, context_rotary, anchors, visibility)
+        x = x + self.self_attn(normed, *context_and_positions)
         return x + self.mlp(self.post_attention_layernorm(x))
 
     def decode(self, x, rotary, keys, values, positions):
@@ -283,10 +284,11 @@ class Attention(nn.Module):
         v = self.v_proj(x).unflatten(-1, shape)
         return rotate(self.k_norm(k), rotary), v
 
-    def forward(self, x, context, block_rotary, context_rotary, anchors, visibility):
+    def forward(
+            self, x, context, block_rotary, context_rotary, anchors, visibility, attend):
         """Training. x (B, A, K, width), context (B, T, width), anchors (B, A).
 
-        visibility: the function of block_visibility(), or a BlockMask of flex_attention made of it.
+        visibility: a BlockMask of flex_attention, or for `attend` the function that it is made of.
         """
         A, K = x.shape[1:3]
         context_k, context_v = self.keys_values(context, context_rotary)
@@ -297,12 +299,12 @@ class Attention(nn.Module):
         block_v = block_v.flatten(1, 2).transpose(1, 2)
         q = self.queries(x, block_rotary)
         q = q.flatten(1, 2).transpose(1, 2)                                  # (B, H, A K, D)
-        if isinstance(visibility, BlockMask):
+        if attend is None:
             k = torch.cat((context_k, block_k), 2)
             v = torch.cat((context_v, block_v), 2)
             o = compiled_flex_attention(q, k, v, block_mask=visibility, enable_gqa=True)
         else:
-            o = attention_by_anchor_groups(
+            o = attend(
                 q, context_k, context_v, block_k, block_v, anchors, visibility)
         o = o.transpose(1, 2).unflatten(1, (A, K))                           # (B, A, K, H, D)
         return self.o_proj(o.flatten(3))
@@ -603,18 +605,18 @@ def chunk_loss(hidden, head, labels, weights, wants_grad, dpace_smoothing=None):
     nll = total.log() - z_of_label
     nll = nll[..., 0]
 
+    probability = (-nll).exp()  # of the label
     if dpace_smoothing is not None:
-        inside = weights > 0
-        weights = dpace_weights((-nll).exp(), inside, dpace_smoothing)
+        weights = dpace_weights(probability, weights > 0, dpace_smoothing)
     if not wants_grad:
         return nll, correct, weights, None
 
-    # z becomes weight (softmax - onehot), the gradient with respect to the logits. The entry of the
-    # label is put in last, so that compiled code has no reason to write z in fp32.
-    w = weights[..., None].to(z.dtype)
-    probability_of_label = z_of_label.exp() / total
-    z = z.mul_(w / total).to(hidden.dtype)
-    z.scatter_(-1, labels[..., None], (w * (probability_of_label - 1)).to(z.dtype))
+    # z becomes weight (softmax - onehot), the gradient with respect to the logits. The entries of
+    # the labels are put in last, so that compiled code has no reason to write z in fp32.
+    w = weights.to(z.dtype)
+    z = z.mul_(w[..., None] / total).to(hidden.dtype)
+    of_label = (w * (probability - 1)).to(hidden.dtype)
+    z.scatter_(-1, labels[..., None], of_label[..., None])
     grad = z.flatten(0, 1) @ head
     return nll, correct, weights, grad.view_as(hidden)
 
@@ -637,59 +639,3 @@ def dpace_weights(q, inside, smoothing):
     smoothed = (1 - smoothing) * q + smoothing
     products = (smoothed * inside).cumprod(-1)
     return products.flip(-1).cumsum(-1).flip(-1)  # w_j: the sum of all products from j to the end
-
-# --------------------------------------------------------------------------------------------------
-# training: attention on CPUs, with the result of flex_attention
-
-
-@torch.compiler.disable  # its shapes follow the data
-def attention_by_anchor_groups(
-        q,
-        context_k,
-        context_v,
-        block_k,
-        block_v,
-        anchors,
-        visible,
-        group_size=8):
-    """Training's attention for CPUs. Returns (B, H, A K, D).
-
-    q (B, H, A K, D) are the slots of the blocks; context_k, context_v (B, Hkv, T, D) the context;
-    block_k, block_v (B, Hkv, A K, D) the blocks' own; visible comes from block_visibility().
-
-    Anchors are taken in groups of neighbours. A group needs its own blocks, and the context before
-    its last anchor only: anchors ascend, so early groups multiply few keys.
-    """
-    B, A = anchors.shape
-    K = q.shape[2] // A
-    T = context_k.shape[2]
-    heads_per_key = q.shape[1] // block_k.shape[1]
-    device = q.device
-    batch = torch.arange(B, device=device)[:, None, None]
-    all_slots = torch.arange(A * K, device=device)
-
-    outputs = []
-    for first in range(0, A, group_size):
-        # the slots of the blocks of this group, and how many tokens of context they can see
-        own = slice(first * K, (first + group_size) * K)
-        seen_tokens = int(anchors[:, first:first + group_size].max())
-        seen_k = context_k[:, :, :seen_tokens]
-        seen_v = context_v[:, :, :seen_tokens]
-        keys = torch.cat((seen_k, block_k[:, :, own]), 2)
-        values = torch.cat((seen_v, block_v[:, :, own]), 2)
-
-        # queries and keys by the numbers that block_visibility() gives them, for the mask
-        query_numbers = all_slots[own]
-        context_numbers = torch.arange(seen_tokens, device=device)
-        key_numbers = torch.cat((context_numbers, T + query_numbers))
-        mask = visible(batch, 0, query_numbers[:, None], key_numbers)         # (B, queries, keys)
-
-        # Several query heads share a key head. Their queries are put one after another, as if they
-        # were more queries of one head, and the mask is repeated for them. So no key is copied.
-        stacked = q[:, :, own].unflatten(1, (-1, heads_per_key))
-        stacked = stacked.flatten(2, 3)                     # (B, Hkv, heads_per_key * queries, D)
-        mask = mask[:, None].repeat(1, 1, heads_per_key, 1)  # (B, 1, heads_per_key * queries, keys)
-        o = F.scaled_dot_product_attention(stacked, keys, values, mask)
-        o = o.unflatten(2, (heads_per_key, -1))
-        outputs.append(o.flatten(1, 2))
-    return torch.cat(outputs, 2)

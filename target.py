@@ -102,7 +102,8 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, chunks_until_state=No
         A = [beta] (decay * k k^T) below the diagonal, and 0 elsewhere
 
     which is (1) with its sum brought to the left side. For two tokens A has one entry that is not
-    0: beta_2 decay_21 (k_2 . k_1), at row 2 and column 1. Solved:
+    0: beta_2 decay_21 (k_2 . k_1), at row 2 and column 1. Multiplied by (I + A)^-1 from the left,
+    the bracket written out:
 
     (3) W = U - Y S        M = (I + A)^-1 [beta]        (C, C)
                            U = M v                      (C, Dv)
@@ -506,9 +507,9 @@ class Target(nn.Module):
                 prompt_rows=None):
         """Features and hidden states of tokens (B, T).
 
-        Without a state the tokens are whole sequences. With one they follow its position: they are
-        a block of K rows, or, with prompt_rows, a piece of a prompt, which has so many tokens and
-        is padded to T.
+        Without a state the tokens are whole sequences. With one (decode_state.py) they follow its
+        position: they are a block of K rows, or, with prompt_rows, a segment of a prompt, which has
+        so many tokens and is padded to T.
 
         Returns features (B, T, len(target_layer_ids) * width), the residual stream after each of
         these layers, before any norm, in ascending order (None if no layer is named); and the
@@ -524,7 +525,7 @@ class Target(nn.Module):
         else:
             state.begin_forward(T, prompt_rows)
             rotary = state.rotary
-            if self.compiled_layers and (state.forward_is_block or state.pads_pieces):
+            if self.compiled_layers and (state.forward_is_block or state.pads_segments):
                 layers = self.compiled_layers
         if features_only:
             if not target_layer_ids:
@@ -556,44 +557,6 @@ class Target(nn.Module):
             return self.packed_head(hidden)
         return F.linear(hidden, self.head_weight)
 
-    @torch.no_grad()
-    def prefill(self, tokens, state, target_layer_ids=()):
-        """Read prompts (B, n), 1 <= n <= length - K, into an empty state of K rows.
-
-        Returns their features (B, n, ...), and the logits (B, V) of the last token.
-
-        The bulk, a multiple of K tokens, goes through in pieces. At least one token is left for a
-        block: so a prompt of K tokens has no bulk. The block is padded to K rows, the first `rest`
-        of which are adopted, and the last of these gives the logits. So chunks begin at multiples
-        of K, and the end of a prompt goes through the same code as all that follows it.
-        """
-        n = tokens.shape[1]
-        K = state.forward_rows
-        assert state.piece_start == 0 and 1 <= n <= state.length - K, \
-            (state.piece_start, n, state.length, K)
-        bulk = (n - 1) // K * K
-        rest = n - bulk
-        features = []
-        for start in range(0, bulk, state.piece_length):
-            end = min(start + state.piece_length, bulk)
-            piece = tokens[:, start:end]
-            if state.pads_pieces:
-                padded_end = min(start + state.piece_length, state.length)  # the buffer's end
-                piece = F.pad(piece, (0, padded_end - end))
-            piece_features, _ = self(piece, state, target_layer_ids, prompt_rows=end - start)
-            state.commit(end - start)
-            if target_layer_ids:
-                features.append(piece_features[:, :end - start])
-        block = F.pad(tokens[:, bulk:], (0, K - rest))
-        block_features, hidden = self(block, state, target_layer_ids)
-        state.commit(rest)
-        last_hidden = hidden[:, rest - 1:rest]
-        logits = self.logits(last_hidden)[:, 0]
-        if not target_layer_ids:
-            return None, logits
-        features.append(block_features[:, :rest])
-        return torch.cat(features, 1), logits
-
     def join_projections(self):
         """Join the projections of every layer; the weights must not change after it."""
         for module in self.modules():
@@ -602,13 +565,13 @@ class Target(nn.Module):
         return self
 
     def compile_decoding(self):
-        """Compile the layers for blocks, and for the pieces of a prompt where these are padded.
+        """Compile the layers for blocks, and for segments of a prompt where these are padded.
 
         One by one: each kind of layer is compiled once for each of the two. Compiled together,
         layers would be fused in another way where one of them feeds the drafter, and round
-        otherwise. Pieces that are not padded vary in length, and go through the plain layers.
+        otherwise. Segments that are not padded vary in length, and go through the plain layers.
         """
-        # kinds of layer x (block sizes and pieces) x buffer lengths
+        # kinds of layer x (block sizes and segments) x buffer lengths
         torch._dynamo.config.recompile_limit = 64
         # small kernels that do not wait for one another are launched as one
         options = {"combo_kernels": True}

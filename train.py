@@ -32,6 +32,7 @@ from chat import load_tokenizer, stop_ids, tokenizer_fingerprint
 from checkpoint import drafter_config, load_drafter, load_target, newest_checkpoint
 from configurator import configure
 from console import survive_closed_output
+from cpu import attention_by_anchor_groups
 from data.samples import Samples
 from draft_decode import generate_many
 from flops import training_operations
@@ -233,13 +234,14 @@ def block_forward(run, tokens, supervised, generator, trained_module=None):
         supervised, config.num_anchors, generator, config.max_length)
     labels, weights = block_labels(
         tokens, supervised, anchors, real, drafter.block_size, config.gamma)
-    inside = weights > 0  # slots that count
+    inside = weights > 0  # slots that count: all that D-PACE takes from these weights
 
     # the drafter: all blocks at once. Its weights are fp32, its products bf16 where dtype says so.
     anchor_tokens = tokens.gather(1, anchors)
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
         embedded = drafter.embed_block(anchor_tokens, target.embed_tokens.weight)
-        hidden = trained_module(features, embedded, anchors, config.attention == "flex")
+        attend = attention_by_anchor_groups if config.attention == "grouped" else None
+        hidden = trained_module(features, embedded, anchors, attend)
 
     # the target's head and the loss, in one pass that also yields the gradient by hidden
     chunk_loss_function = compiled_chunk_loss if config.compile else chunk_loss
@@ -301,7 +303,8 @@ def train_step(run):
     # From sums to means by weight. If all samples of a step were cut before their answer, its
     # weight is 0, and the clamp leaves a loss and gradients of 0.
     weight = sums.weight.clamp(min=1e-9)
-    # DDP and FSDP average the gradients of the processes. Times their number that is the sum.
+    # DDP and FSDP average the gradients of the processes. Times their number that is the sum, and
+    # `weight` is the sum over all of them already.
     for parameter in run.drafter.parameters():
         parameter.grad *= (world_size() / weight).to(parameter.dtype)
     grad_norm = torch.nn.utils.clip_grad_norm_(run.drafter.parameters(), config.grad_clip)
@@ -382,9 +385,9 @@ def acceptance(sums):
 def estimate(run, samples):
     """Loss, tau and acceptance on held-out samples, with anchors that are the same every time.
 
-    It may read higher than decoding does (the README has both figures for the nano pair): its
-    anchors stand at random places, while those of decoding stand where a guess has just failed. At
-    the end of a response it reads lower, as slots past it count for nothing.
+    It may read higher than decoding does: its anchors stand at random places, while those of
+    decoding stand where a guess has just failed. At the end of a response it reads lower, as slots
+    past it count for nothing.
 
     Every process makes the same estimate. Batches are as large as in training and gradients are on:
     compiled code would be compiled anew for another shape or mode. So samples that fill no batch

@@ -5,6 +5,7 @@ people saw, where, and why. docs/bugs.md has what each of them costs.
 """
 from unittest import mock
 
+import draft_decode
 from benchmarks.slips import Bug, both, slip
 from chat import chat_prompt
 from checkpoint import load_weights
@@ -14,7 +15,6 @@ from model import Attention, DFlashDraftModel
 from model import RMSNorm as DrafterRMSNorm
 from target import RMSNorm as TargetRMSNorm
 from target import Target, gated_delta_rule
-
 
 # --------------------------------------------------------------------------------------------------
 # what the drafter is given
@@ -243,16 +243,16 @@ def rejected_state_kept():
         self.S_chunk_end.copy_(S)  # so commit(n) cannot put it back
         return o
 
-    def prefill(self, tokens, state, target_layer_ids=()):
-        # as one piece, so that no row pads a block
+    def read_prompt(target, tokens, state, target_layer_ids=()):
+        # as one segment, so that no row pads a block
         n = tokens.shape[1]
-        features, hidden = self(tokens, state, target_layer_ids, prompt_rows=n)
+        features, hidden = target(tokens, state, target_layer_ids, prompt_rows=n)
         state.commit(n)
-        return features, self.logits(hidden[:, -1:])[:, 0]
+        return features, target.logits(hidden[:, -1:])[:, 0]
 
     return both(
         mock.patch.object(LinearLayerState, "delta_rule", delta_rule),
-        mock.patch.object(Target, "prefill", prefill))
+        mock.patch.object(draft_decode, "read_prompt", read_prompt))
 
 
 def conv_memory_kept():

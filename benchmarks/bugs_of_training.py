@@ -5,7 +5,8 @@ are met. The loss falls, the estimate is fine or better than fine, and the draft
 """
 from benchmarks.slips import Bug, both, slip
 from data.nano.prepare import read_answers
-from model import attention_by_anchor_groups, block_labels, block_visibility, sample_anchors
+from cpu import attention_by_anchor_groups
+from model import block_labels, block_visibility, sample_anchors
 from target import Target
 from train import block_forward, pad
 

@@ -23,7 +23,7 @@ from benchmarks.peer import peer_answer, transformers_peer
 from benchmarks.timing import progress
 from draft_decode import first_difference, round_up_to_power_of_two
 from sampling import Sampling, gumbel_noise, perturbed_scores
-from decode_state import DecodeState
+from decode_state import DecodeState, read_prompt
 
 
 # The largest margin of a choice that rounding turned over, by dtype. By far most are smaller: 0.16
@@ -170,7 +170,7 @@ class Comparison:
         length = round_up_to_power_of_two(count + self.block_size)
         length = min(length, target.config.max_position_embeddings)
         state = DecodeState(target, 1, length, self.block_size)
-        _, logits = target.prefill(ids, state)
+        _, logits = read_prompt(target, ids, state)
         noise = None
         if self.sampling.temperature:
             positions = torch.tensor([count], device=self.config.device)

@@ -14,7 +14,7 @@ CURVES = {  # label: report
 }
 THROUGHPUTS = {  # label: report
     "nano pair, one CPU thread": "logs/throughput_nano.json",
-    "0.8B shape, random weights, one H100": "logs/throughput_h100.json",
+    "0.8B shape, random weights, one H200": "logs/throughput_h200.json",
 }
 BUGS = "logs/bugs_nano.json"
 NAMES = ("acceptance.png", "curve.png", "decoding.gif", "throughput.png", "bugs.png")

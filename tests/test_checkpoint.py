@@ -15,6 +15,7 @@ from transformers import AutoModel
 
 from checkpoint import (drafter_config, load_drafter, newest_checkpoint, public_drafter_config,
                         save_drafter)
+from cpu import attention_by_anchor_groups
 from model import DFlashDraftModel
 from target import TargetConfig
 from tests.common import (DRAFTERS, FULL, HIDDEN, K, LAYER_IDS, MASK, NANO_DRAFTER, ROOT, SLIDING,
@@ -134,11 +135,11 @@ def test_checkpoint_loads_by_auto_model(layer_types, window, tmp_path):
     features = draw(2, 40, len(LAYER_IDS) * HIDDEN)
     blocks = draw(2, 3, K, HIDDEN)
     anchors = torch.tensor([[1, 20, 33], [0, 8, 39]])
-    hidden = ours(features, blocks, anchors)
-    assert torch.equal(theirs(features, blocks, anchors), hidden)
+    hidden = ours(features, blocks, anchors, attention_by_anchor_groups)
+    assert torch.equal(theirs(features, blocks, anchors, attention_by_anchor_groups), hidden)
     # and they are the drafter's own, but for its weights in bf16
     rounded = drafter.bfloat16().float()
-    assert torch.equal(rounded(features, blocks, anchors), hidden)
+    assert torch.equal(rounded(features, blocks, anchors, attention_by_anchor_groups), hidden)
 
 
 @pytest.mark.parametrize("layer_types, window", DRAFTERS)
@@ -323,7 +324,7 @@ def test_published_drafters_load_by_their_config(shape, layer_types, edit, tmp_p
     features = draw(1, 30, len(PUBLISHED_IDS) * HIDDEN)
     blocks = draw(1, 2, 8, HIDDEN)
     anchors = torch.tensor([[9, 25]])
-    hidden = loaded(features, blocks, anchors)
+    hidden = loaded(features, blocks, anchors, attention_by_anchor_groups)
     for a, n in enumerate((9, 25)):
         truth = slow_block(drafter, features[0], blocks[0, a], n)
         assert apart(hidden[0, a], truth) < 1e-5
@@ -335,7 +336,7 @@ def test_published_drafters_load_by_their_config(shape, layer_types, edit, tmp_p
     public["pad_token_id"] = loaded.config.pad_token_id
     assert again == public
     theirs = load_by_auto_model(tmp_path / "f-dflash")
-    assert torch.equal(theirs(features, blocks, anchors), hidden)
+    assert torch.equal(theirs(features, blocks, anchors, attention_by_anchor_groups), hidden)
 
 
 def test_drafter_config_without_a_pad_token():

@@ -13,7 +13,7 @@ import cpu
 from checkpoint import drafter_config
 from model import DFlashDraftModel
 from projections import JoinedProjections
-from decode_state import DecodeState
+from decode_state import DecodeState, read_prompt
 from tests.common import (K, LAYER_IDS, V, apart, nano, random_normal, small_target, tiny_target,
                           tokens_of)
 
@@ -25,7 +25,7 @@ def decode(target, x, prompt_length, cuts, forward_rows=K):
     generator = torch.Generator().manual_seed(len(cuts))
     B, T = x.shape
     state = DecodeState(target, B, T + forward_rows, forward_rows)
-    features, logits = target.prefill(x[:, :prompt_length], state, LAYER_IDS)
+    features, logits = read_prompt(target, x[:, :prompt_length], state, LAYER_IDS)
     all_features = [features]
     all_logits = [logits[:, None]]
     position = prompt_length
@@ -110,7 +110,7 @@ def decode_each(target, x, prompt_lengths, next_cuts):
     all_logits = []
     for b, length in enumerate(prompt_lengths):
         one = state.sequence(b, target.config)
-        _, logits = target.prefill(x[b:b + 1, :length], one, LAYER_IDS)
+        _, logits = read_prompt(target, x[b:b + 1, :length], one, LAYER_IDS)
         all_logits.append([logits])
     while (state.position < T).any():
         block = torch.randint(0, V, (B, K), generator=generator)
@@ -136,8 +136,8 @@ def test_cuts_propose_twice():
     x = tokens_of(1, 60)
     disturbed = DecodeState(target, 1, 100)
     clean = DecodeState(target, 1, 100)
-    target.prefill(x[:, :20], disturbed, LAYER_IDS)
-    target.prefill(x[:, :20], clean, LAYER_IDS)
+    read_prompt(target, x[:, :20], disturbed, LAYER_IDS)
+    read_prompt(target, x[:, :20], clean, LAYER_IDS)
     for position in range(20, 60, 10):
         if position > 20:
             disturbed.commit(0)
@@ -164,7 +164,7 @@ def test_cuts_rejected_block(accepted):
     n = 20 + accepted
     # one length in all three decodings, as the length decides the order of sums
     state = DecodeState(target, 1, n + 1 + K)
-    target.prefill(x[:, :20], state)
+    read_prompt(target, x[:, :20], state)
     block = tokens_of(1, K, seed=9)
     block[:, :accepted] = x[:, 20:n]
     target(block, state)
@@ -175,7 +175,7 @@ def test_cuts_rejected_block(accepted):
     one_by_one, _ = decode(target, x[:, :n + 1], 20, [1] * 60)
     assert torch.equal(logits, one_by_one[:, -1])
     state.reset()
-    _, fresh = target.prefill(x[:, :n + 1], state)
+    _, fresh = read_prompt(target, x[:, :n + 1], state)
     assert apart(logits, fresh) < 1e-4
 
 
@@ -260,7 +260,8 @@ def test_packed_and_plain_models_agree(monkeypatch):
 
     def results():
         features, hidden = target(tokens, target_layer_ids=drafter.target_layer_ids)
-        return features, target.logits(hidden), drafter(features, blocks, anchors)
+        guesses = drafter(features, blocks, anchors, cpu.attention_by_anchor_groups)
+        return features, target.logits(hidden), guesses
 
     plain = results()
     assert all(product is None for product in packed_products(target, drafter))

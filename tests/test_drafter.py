@@ -14,6 +14,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 import model
 from checkpoint import drafter_config
+from cpu import attention_by_anchor_groups
 from model import DFlashDraftModel, masked_attention, rotary_table
 from tests.common import (DRAFTERS, HIDDEN, K, LAYER_IDS, MASK, V, apart, random_normal, slow_block,
                           small_config, small_drafter, small_target, tokens_of)
@@ -39,7 +40,7 @@ def test_drafter_equals_dense_restatement(layer_types, window):
     drafter = small_drafter(layer_types, window)
     features, blocks, anchors = drafting(40)
     anchors[0, 0] = 0  # a block without any context
-    hidden = drafter(features, blocks, anchors)
+    hidden = drafter(features, blocks, anchors, attention_by_anchor_groups)
     for b, a in itertools.product(range(2), range(5)):
         n = anchors[b, a].item()
         truth = slow_block(drafter, features[b], blocks[b, a], n)
@@ -96,7 +97,7 @@ def test_leak_from_future_features_or_other_blocks(layer_types, window):
     not see the feature before its anchor, or its own anchor."""
     drafter = small_drafter(layer_types, window)
     features, blocks, anchors = drafting(40)
-    hidden = drafter(features, blocks, anchors)
+    hidden = drafter(features, blocks, anchors, attention_by_anchor_groups)
     positions = torch.arange(40)
     for a in range(5):
         n = anchors[:, a, None]
@@ -106,17 +107,17 @@ def test_leak_from_future_features_or_other_blocks(layer_types, window):
         other_features = features + in_the_future[..., None]
         other_blocks = blocks + 1
         other_blocks[:, a] = blocks[:, a]
-        changed = drafter(other_features, other_blocks, anchors)[:, a]
+        changed = drafter(other_features, other_blocks, anchors, attention_by_anchor_groups)[:, a]
         assert torch.equal(changed, own_hidden)
 
         just_before = (positions == n - 1).float()
         other_features = features + just_before[..., None]
-        changed = drafter(other_features, blocks, anchors)[:, a]
+        changed = drafter(other_features, blocks, anchors, attention_by_anchor_groups)[:, a]
         assert not torch.allclose(changed, own_hidden, rtol=1e-2)
 
         other_anchor = blocks.clone()
         other_anchor[:, a, 0] += 1
-        changed = drafter(features, other_anchor, anchors)[:, a]
+        changed = drafter(features, other_anchor, anchors, attention_by_anchor_groups)[:, a]
         assert not torch.allclose(changed[:, 1], own_hidden[:, 1], rtol=1e-2)
 
 
@@ -130,8 +131,9 @@ def test_leak_in_flex_attention(layer_types, window, monkeypatch):
     features, blocks, anchors = drafting(200, A=20)
     anchors[0, 0] = 0    # a block without context
     anchors[1, -3:] = 0  # unreal ones after the last
-    with_flex = drafter(features, blocks, anchors, use_flex=True)
-    assert apart(with_flex, drafter(features, blocks, anchors)) < 1e-5
+    with_flex = drafter(features, blocks, anchors)
+    in_groups = drafter(features, blocks, anchors, attention_by_anchor_groups)
+    assert apart(with_flex, in_groups) < 1e-5
 
 
 @pytest.mark.parametrize("gain_dtype", (torch.float32, torch.bfloat16))

@@ -1,7 +1,7 @@
 """
-Reading a prompt in pieces of one shape: the same as the whole sequence at once.
+Reading a prompt in segments of one shape: the same as the whole sequence at once.
 
-A piece has 32 tokens here, two chunks of the small target's delta rule.
+A segment has 32 tokens here, two chunks of the small target's delta rule.
 """
 import copy
 
@@ -9,33 +9,32 @@ import pytest
 import torch
 
 from benchmarks.slips import slip
-from decode_state import DecodeState, FullLayerState, LinearLayerState
+from decode_state import DecodeState, FullLayerState, LinearLayerState, read_prompt
 from draft_decode import Decoder
 from sampling import Sampling
-from target import Target
 from tests.common import (K, LAYER_IDS, apart, nano, shipped, small_target, tiny_target,
                           tokens_of)
 
-P = 32                   # tokens of a piece
+P = 32                   # tokens of a segment
 LENGTHS = (1, K, K + 1, P - 1, P, P + 1, P + K, P + K + 1, 2 * P, 2 * P + 1, 2 * P + K + 5)
 
 
-def new_state(target, batch, length, pads_pieces, forward_rows=K):
-    """A state that reads prompts in pieces of P tokens, padded or not."""
+def new_state(target, batch, length, pads_segments, forward_rows=K):
+    """A state that reads prompts in segments of P tokens, padded or not."""
     state = DecodeState(target, batch, length, forward_rows)
-    state.piece_length = P
-    state.pads_pieces = pads_pieces
+    state.segment_length = P
+    state.pads_segments = pads_segments
     return state
 
 
 @torch.no_grad()
-def check_prompt(n, pads_pieces, forward_rows=K):
+def check_prompt(n, pads_segments, forward_rows=K):
     """Features of two prompts of n tokens, the logits after them, and the logits of a block that
     follows: in fp64 as those of whole sequences. No place is left in the buffer."""
     target = small_target("untied", torch.float64)
     x = tokens_of(2, n + forward_rows, seed=n)
-    state = new_state(target, 2, n + forward_rows, pads_pieces, forward_rows)
-    features, logits = target.prefill(x[:, :n], state, LAYER_IDS)
+    state = new_state(target, 2, n + forward_rows, pads_segments, forward_rows)
+    features, logits = read_prompt(target, x[:, :n], state, LAYER_IDS)
     assert state.position.tolist() == [n, n]
     _, hidden = target(x[:, n:], state)
     all_logits = torch.cat((logits[:, None], target.logits(hidden)), 1)
@@ -46,40 +45,40 @@ def check_prompt(n, pads_pieces, forward_rows=K):
     assert apart(all_logits, expected_logits) < 1e-9
 
 
-@pytest.mark.parametrize("pads_pieces", (False, True), ids=("plain", "padded"))
+@pytest.mark.parametrize("pads_segments", (False, True), ids=("plain", "padded"))
 @pytest.mark.parametrize("n", LENGTHS)
-def test_prefill_in_pieces_is_the_whole_sequence(n, pads_pieces):
-    """A prompt's end, or the seam of two pieces, is read as something else; a piece of exactly K
-    tokens is taken for a block."""
-    check_prompt(n, pads_pieces)
+def test_prefill_in_segments_is_the_whole_sequence(n, pads_segments):
+    """A prompt's end, or the seam of two segments, is read as something else; a segment of exactly
+    K tokens is taken for a block."""
+    check_prompt(n, pads_segments)
 
 
-@pytest.mark.parametrize("pads_pieces", (False, True), ids=("plain", "padded"))
-def test_prefill_in_pieces_for_forwards_of_one_row(pads_pieces):
-    """With K = 1 the last piece has any number of tokens: it ends inside a chunk, or has fewer
+@pytest.mark.parametrize("pads_segments", (False, True), ids=("plain", "padded"))
+def test_prefill_in_segments_for_forwards_of_one_row(pads_segments):
+    """With K = 1 the last segment has any number of tokens: it ends inside a chunk, or has fewer
     tokens than the convolution remembers."""
-    check_prompt(P + 8, pads_pieces, forward_rows=1)
-    check_prompt(P + 2, pads_pieces, forward_rows=1)
+    check_prompt(P + 8, pads_segments, forward_rows=1)
+    check_prompt(P + 2, pads_segments, forward_rows=1)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @torch.no_grad()
 def test_prefill_padding_changes_no_bit(dtype):
     """Failure 5: what a padded row holds comes into the state, or into the features of others. Then
-    the piece without its padding, which is equal up to rounding, as its products have another
+    the segment without its padding, which is equal up to rounding, as its products have another
     shape."""
     target = small_target("untied", dtype)
     x = tokens_of(2, P + 2 * K)
-    last_piece = x[:, P:P + K]
+    last_segment = x[:, P:P + K]
     block = x[:, P + K:]
     paddings = (torch.zeros(2, K, dtype=torch.long), tokens_of(2, K, seed=1), x[:, :0])
     results = []
     for padding in paddings:
-        state = new_state(target, 2, 128, pads_pieces=True)
+        state = new_state(target, 2, 128, pads_segments=True)
         target(x[:, :P], state, prompt_rows=P)
         state.commit(P)
-        piece = torch.cat((last_piece, padding), 1)
-        features, _ = target(piece, state, LAYER_IDS, prompt_rows=K)
+        segment = torch.cat((last_segment, padding), 1)
+        features, _ = target(segment, state, LAYER_IDS, prompt_rows=K)
         state.commit(K)
         S = state.S.clone()
         conv = state.conv[:, :, :state.past_length].clone()
@@ -93,16 +92,16 @@ def test_prefill_padding_changes_no_bit(dtype):
 
 
 @torch.inference_mode()
-def test_prefill_in_pieces_leads_to_the_same_tokens():
-    """Failure 5: an answer depends on the drafter, where its prompt was read in pieces into one of
-    several places."""
+def test_prefill_in_segments_leads_to_the_same_tokens():
+    """Failure 5: an answer depends on the drafter, where its prompt was read in segments into one
+    of several places."""
     target, _ = nano()
     prompt = tokens_of(2 * P + K + 5, seed=1).tolist()
     answers = []
     for drafter, place in ((None, 0), (shipped(), 0), (shipped(), 1)):
         decoder = Decoder(target, drafter, 256, K, Sampling(), batch=2)
-        decoder.state.piece_length = P
-        decoder.state.pads_pieces = True
+        decoder.state.segment_length = P
+        decoder.state.pads_segments = True
         answer = [decoder.prefill(place, prompt)]
         while len(answer) < 30:
             tokens, _ = decoder.next_round()[place]
@@ -115,19 +114,19 @@ def test_prefill_on_a_cpu_is_not_padded():
     """A question of 50 tokens that costs the time of a thousand, also where blocks are compiled."""
     target = copy.copy(tiny_target())
     target.compiled_layers = list(target.layers)
-    assert not DecodeState(target, 1, 256).pads_pieces
+    assert not DecodeState(target, 1, 256).pads_segments
 
 
 @torch.no_grad()
 def check_one_graph():
-    """Compiled layers, then prompts of other lengths, with pieces at other places."""
+    """Compiled layers, then prompts of other lengths, with segments at other places."""
     target = tiny_target()
     compiled = [torch.compile(layer, backend="eager", dynamic=False) for layer in target.layers]
     compiles = torch._dynamo.utils.counters["stats"]
 
     def read(n):
-        state = new_state(target, 1, 128, pads_pieces=True)
-        target.prefill(tokens_of(1, n, seed=n) % 8, state, (0,))
+        state = new_state(target, 1, 128, pads_segments=True)
+        read_prompt(target, tokens_of(1, n, seed=n) % 8, state, (0,))
 
     torch._dynamo.reset()
     compiles.clear()
@@ -136,7 +135,7 @@ def check_one_graph():
         read(K)
         graphs_of_a_block = compiles["unique_graphs"]
         read(P + 1)
-        assert compiles["unique_graphs"] > graphs_of_a_block > 0  # pieces are compiled too
+        assert compiles["unique_graphs"] > graphs_of_a_block > 0  # segments are compiled too
         with torch._dynamo.config.patch(error_on_recompile=True):
             for n in (K + 1, P, 2 * P, 2 * P + K + 5, 3 * P + 3):
                 read(n)
@@ -146,67 +145,67 @@ def check_one_graph():
 
 
 def test_prefill_of_all_lengths_is_one_graph():
-    """Failure 14: a length, or the place of a piece, is read inside of compiled code: minutes of
+    """Failure 14: a length, or the place of a segment, is read inside of compiled code: minutes of
     compiling for each new prompt."""
     check_one_graph()
 
 
 def test_prefill_refuses_a_state_that_is_not_empty():
-    """A second prompt is read as the end of the first one, or a piece after a block."""
+    """A second prompt is read as the end of the first one, or a segment after a block."""
     target = tiny_target()
     x = tokens_of(1, P) % 8
-    state = new_state(target, 1, 128, pads_pieces=False)
-    target.prefill(x, state)
+    state = new_state(target, 1, 128, pads_segments=False)
+    read_prompt(target, x, state)
     with pytest.raises(AssertionError):
-        target.prefill(x, state)
-    with pytest.raises(AssertionError, match="a piece of a prompt after a block"):
+        read_prompt(target, x, state)
+    with pytest.raises(AssertionError, match="a segment of a prompt after a block"):
         target(x, state, prompt_rows=P)
     state.reset()
-    target.prefill(x, state)
+    read_prompt(target, x, state)
 
 # ------------------------------------------------------------------------------------------------
 # wrong lines, each of which a check above must catch
 
 
-def check_pieces():
-    """Three pieces, the last one padded with 16 rows."""
-    check_prompt(2 * P + K + 5, pads_pieces=True)
+def check_segments():
+    """Three segments, the last one padded with 16 rows."""
+    check_prompt(2 * P + K + 5, pads_segments=True)
 
 
 DELTA_RULE = LinearLayerState.delta_rule
 CONVOLUTION = LinearLayerState.convolution_input
-ATTENTION = FullLayerState.piece_attention
+ATTENTION = FullLayerState.segment_attention
 FORWARD = DecodeState.begin_forward
-PREFILL = Target.prefill
 WRONG_LINES = (  # what is wrong, the function, the right line, the wrong one, the check
-    ("padding writes", DELTA_RULE, "beta = beta.masked_fill(is_padding, 0)", "pass", check_pieces),
-    ("padding fades", DELTA_RULE, "g = g.masked_fill(is_padding, 0)", "pass", check_pieces),
-    ("each piece begins with an empty state", DELTA_RULE,
+    ("padding writes", DELTA_RULE, "beta = beta.masked_fill(is_padding, 0)", "pass",
+     check_segments),
+    ("padding fades", DELTA_RULE, "g = g.masked_fill(is_padding, 0)", "pass", check_segments),
+    ("each segment begins with an empty state", DELTA_RULE,
      "gated_delta_rule(q, k, v, g, beta, self.S)", "gated_delta_rule(q, k, v, g, beta)",
-     check_pieces),
+     check_segments),
     ("convolution remembers the padding", CONVOLUTION,
-     "qkv[:, state.last_tokens]", "qkv[:, -state.past_length:]", check_pieces),
-    ("convolution forgets the piece before", CONVOLUTION,
-     "torch.cat((past, qkv), 1)", "torch.cat((past * 0, qkv), 1)", check_pieces),
+     "qkv[:, state.last_places]", "qkv[:, -state.past_length:]", check_segments),
+    ("convolution forgets the segment before", CONVOLUTION,
+     "torch.cat((past, qkv), 1)", "torch.cat((past * 0, qkv), 1)", check_segments),
     ("padding is one row short", FORWARD, "offsets >= prompt_rows", "offsets > prompt_rows",
-     check_pieces),
+     check_segments),
     ("mask aligned at the upper left", ATTENTION,
-     "causal_lower_right(", "torch.nn.attention.bias.causal_upper_left(", check_pieces),
-    ("every piece attends as the first one", ATTENTION,
-     "self.state.piece_start + T", "T", check_pieces),
-    ("every piece rotates from position 0", FORWARD,
+     "causal_lower_right(", "torch.nn.attention.bias.causal_upper_left(", check_segments),
+    ("every segment attends as the first one", ATTENTION,
+     "self.state.segment_start + T", "T", check_segments),
+    ("every segment rotates from position 0", FORWARD,
      "(self.cos[self.row_positions], self.sin[self.row_positions])",
-     "(self.cos[self.row_positions - (self.piece_start or 0)], "
-     "self.sin[self.row_positions - (self.piece_start or 0)])", check_pieces),
-    ("position advanced by the padding", PREFILL,
-     "state.commit(end - start)", "state.commit(piece.shape[1])", check_pieces),
-    ("features of the padding", PREFILL,
-     "piece_features[:, :end - start]", "piece_features", check_pieces),
-    ("padding past the end of the buffer", PREFILL,
-     "min(start + state.piece_length, state.length)", "start + state.piece_length",
-     lambda: check_prompt(P + K + 1, pads_pieces=True, forward_rows=1)),
-    ("compiled code reads where a piece begins", DELTA_RULE,
-     "state.is_padding[:, None]", "state.is_padding[:, None] & (state.piece_start >= 0)",
+     "(self.cos[self.row_positions - (self.segment_start or 0)], "
+     "self.sin[self.row_positions - (self.segment_start or 0)])", check_segments),
+    ("position advanced by the padding", read_prompt,
+     "state.commit(end - start)", "state.commit(segment.shape[1])", check_segments),
+    ("features of the padding", read_prompt,
+     "segment_features[:, :end - start]", "segment_features", check_segments),
+    ("padding past the end of the buffer", read_prompt,
+     "min(start + state.segment_length, state.length)", "start + state.segment_length",
+     lambda: check_prompt(P + K + 1, pads_segments=True, forward_rows=1)),
+    ("compiled code reads where a segment begins", DELTA_RULE,
+     "state.is_padding[:, None]", "state.is_padding[:, None] & (state.segment_start >= 0)",
      check_one_graph),
 )
 
@@ -215,7 +214,7 @@ WRONG_LINES = (  # what is wrong, the function, the right line, the wrong one, t
     "function, right, wrong, check", [line[1:] for line in WRONG_LINES],
     ids=[line[0] for line in WRONG_LINES])
 def test_prefill_wrong_line(function, right, wrong, check):
-    """The checks of this file could not fail: a row of padding, or a piece before, is taken for
+    """The checks of this file could not fail: a row of padding, or a segment before, is taken for
     something else."""
     with slip(function, right, wrong):
         with pytest.raises((AssertionError, IndexError, RuntimeError)):

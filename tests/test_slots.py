@@ -7,6 +7,7 @@ beside idle slots and beside slots whose answers end earlier. For more prompts:
 
     SLOT_PROMPTS=64 python test_all.py test_slots
 """
+import copy
 import functools
 import os
 import random
@@ -22,7 +23,7 @@ from benchmarks.drafters import Oracle
 from benchmarks.slips import slip
 from chat import chat_prompt, stop_ids
 from checkpoint import load_drafter, load_target
-from decode_state import DecodeState
+from decode_state import DecodeState, read_prompt
 from draft_decode import Decoder, generate, generate_many
 from model import DFlashDraftModel
 from sampling import Sampling
@@ -92,7 +93,7 @@ def drafters_of(dtype, answers):
     """Trained, untrained, always wrong, half right and always right."""
     target, trained = pair(dtype)
     prompts = prompts_of(len(answers))
-    drafters = {"trained": trained, "random": untrained().to(target.embed_tokens.weight.dtype)}
+    drafters = {"trained": trained, "random": copy.deepcopy(untrained()).to(getattr(torch, dtype))}
     for name, p in (("wrong", 0.0), ("half right", 0.7), ("oracle", 1.0)):
         oracle = Oracle(target, prompts=len(prompts))
         for number, prompt in enumerate(prompts):
@@ -242,7 +243,7 @@ def test_slots_of_one_have_the_logits_of_a_plain_loop():
     prompt = prompts_of(4)[3]
     _, recorded = record("float32", None, 1, GREEDY, [prompt])
     state = DecodeState(target, 1, 256, K)
-    _, logits = target.prefill(torch.tensor([prompt]), state)
+    _, logits = read_prompt(target, torch.tensor([prompt]), state)
     token = logits.argmax(-1)
     for position in range(len(prompt), len(prompt) + len(recorded)):
         block = torch.zeros(1, K, dtype=torch.long)
@@ -309,7 +310,7 @@ def test_slots_refuse_a_bad_prompt_before_any_is_read(monkeypatch):
     """A run of hours that ends at its last prompt."""
     target, drafter = pair("float32")
     monkeypatch.setattr(draft_decode, "Decoder", None)  # none must be made
-    with pytest.raises(ValueError, match="the prompt is empty"):
+    with pytest.raises(ValueError, match="prompt 2: the prompt is empty"):
         next(generate_many(target, drafter, [*prompts_of(2), []], 5, 2))
 
 
@@ -410,11 +411,11 @@ WRONG_LINES = (  # what is wrong, the function, the right line, the wrong one, t
     ("state of a neighbour", COMMIT,
      "self.S_chunk_end, self.S,", "self.S_chunk_end.roll(1, 1), self.S,", check_small),
     ("window of a neighbour", COMMIT,
-     "window_is_complete, second_chunk", "window_is_complete, second_chunk.roll(1, 1)",
+     "is_complete[..., 0], second_chunk", "is_complete[..., 0], second_chunk.roll(1, 1)",
      check_small),
     ("convolution place of a neighbour", COMMIT, "n[:, None]", "n.roll(1)[:, None]", check_small),
     ("rows of a neighbour committed", COMMIT,
-     "last_tokens])\n    self.position += n", "last_tokens])\n    self.position += n.roll(1)",
+     "last_places])\n    self.position += n", "last_places])\n    self.position += n.roll(1)",
      check_small),
     ("prompt's state in the first slot", SEQUENCE,
      "self.S[:, here]", "self.S[:, :1]", check_small),
@@ -443,7 +444,7 @@ WRONG_LINES = (  # what is wrong, the function, the right line, the wrong one, t
     ("first anchor in the first slot", PREFILL,
      "self.anchor[place]", "self.anchor[0]", check_small),
     ("traces of the sequence before", PREFILL,
-     "state.reset()", "state.piece_start = 0; state.position.zero_()", check_small),
+     "state.reset()", "state.segment_start = 0; state.position.zero_()", check_small),
     ("drafter's mask of a neighbour", model.Attention.decode,
      "positions[:, -1:, None]", "positions[:, -1:, None].roll(1, 0)", check_small),
     ("drafter's block at a neighbour's position", model.Attention.decode,

@@ -28,6 +28,7 @@ import training_log
 import training_state
 from checkpoint import load_drafter, newest_checkpoint
 from configurator import configure
+from cpu import attention_by_anchor_groups
 from draft_decode import Piece
 from flops import training_operations
 from model import block_labels, block_loss, chunk_loss, sample_anchors
@@ -301,9 +302,9 @@ def test_leak_from_features_at_other_places(small_run):
     run = small_training_run(config, rows)
     handed_on = []
 
-    def keep(features, embedded, anchors, use_flex):
+    def keep(features, embedded, anchors, attend):
         handed_on.append(features)
-        return run.drafter(features, embedded, anchors, use_flex)
+        return run.drafter(features, embedded, anchors, attend)
 
     tokens, supervised = run.micro_batches[0]
     train.block_forward(run, tokens, supervised, torch.Generator(), keep)
@@ -339,8 +340,8 @@ STEP_KEYS = (  # a key of train.py, a value, and what acts on it must be given
     ("num_anchors", 5, {"count": 5}),
     ("max_length", 77, {"max_length": 77}),
     ("guesses_at_once", 45, {"guesses_at_once": 45}),
-    ("attention", "flex", {"use_flex": True}),
-    ("attention", "grouped", {"use_flex": False}),
+    ("attention", "flex", {"attend": None}),
+    ("attention", "grouped", {"attend": attention_by_anchor_groups}),
     ("compile", True, {"chunk_loss": "compiled"}),
     ("compile", False, {"chunk_loss": "plain"}),
     ("dtype", "bfloat16", {"products": torch.bfloat16, "parameters": torch.float32}),
@@ -362,9 +363,10 @@ def test_step_hands_its_keys_on(small_run, monkeypatch, key, value, expected):
         given.update(count=count, max_length=max_length)
         return sample_anchors(supervised, count, generator, max_length)
 
-    def keep_attention(features, embedded, anchors, use_flex):
-        hidden = forward(features, embedded, anchors)  # flex runs on GPUs only
-        given.update(use_flex=use_flex, products=run.drafter.fc(features).dtype)
+    def keep_attention(features, embedded, anchors, attend):
+        # flex_attention has no backward here
+        hidden = forward(features, embedded, anchors, attention_by_anchor_groups)
+        given.update(attend=attend, products=run.drafter.fc(features).dtype)
         return hidden
 
     def keep_loss(hidden, head, labels, weights, guesses_at_once, chunk_loss):
