@@ -9,7 +9,7 @@ What decoding remembers of a sequence. A forward proposes tokens, commit(n) adop
 A row is one token's place in a forward. For a key-value cache it is easy to forget rejected
 guesses: they are overwritten. The matrix S of a linear layer is the hard part, as what a token
 wrote into it cannot be taken out again. This file keeps S where no guess has been yet, and beside
-it what the next few tokens write.
+it the inputs of the delta rule for the few tokens since then.
 
 Shapes: B batch, K rows of a forward, H heads of queries and keys, Hv heads of values, D and Dv
 their widths.
@@ -206,12 +206,13 @@ class DecodeState:
         n = torch.zeros_like(self.position) + n                              # (B,)
         # Does the first chunk of the window hold committed tokens only?
         is_complete = self.position % K + n >= K                             # (B,)
-        is_complete = is_complete[:, None, None, None]  # for tensors (layers, B, ...)
+        is_complete = is_complete[:, None, None, None]  # for S (layers, B, Hv, D, Dv)
         torch.where(is_complete, self.S_chunk_end, self.S, out=self.S)
         if K > 1:
             first_chunk = self.window[:, :, :K]
             second_chunk = self.window[:, :, K:]
-            self.window[:, :, :K] = torch.where(is_complete[..., 0], second_chunk, first_chunk)
+            is_complete = is_complete[..., 0]           # for the window (layers, B, 2 K, widths)
+            self.window[:, :, :K] = torch.where(is_complete, second_chunk, first_chunk)
         # The convolution's memory is [the 3 tokens before the block | the block]. Once n rows are
         # adopted, the 3 last tokens stand n places further on:
         #     n = 2, K = 5:    t t t a b c d e    ->    t a b

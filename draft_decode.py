@@ -62,9 +62,9 @@ class Decoder:
 
     drafter         None: the target alone
     forward_rows    K, the rows of a forward of the target. With a drafter it is its block size
-    batch           B. Each of these places holds a sequence at its own position, or is idle
+    batch           B. Each of these *slots* holds a sequence at its own position, or is idle
 
-    The bits of a sequence depend neither on its place nor on the others: they share its forwards,
+    The bits of a sequence depend neither on its slot nor on the others: they share its forwards,
     and nothing else. A round has static shapes and keeps its positions in tensors. So on CUDA it is
     captured as a graph, which all later rounds replay, also those of later prompts. A round waits
     for the device only once. A graph holds the addresses of its tensors, so what one round leaves
@@ -121,9 +121,9 @@ class Decoder:
         # 4. commit the old anchor and the accepted guesses: accepted + 1 rows, from row 0 on. (The
         #    new anchor goes through the target in the next round.) The drafter's context grows by
         #    the same rows. As shapes must not vary, it is given the features of all K. Those of
-        #    rejected rows stand from the new anchor's place on, where the next round writes over
-        #    them before it reads. commit comes last, since it moves the position. An idle place
-        #    runs along and commits nothing.
+        #    rejected rows stand from the new anchor's position on. There the next round's block,
+        #    which has K slots too, is written over them before anything is read. commit comes last,
+        #    since it moves the position. An idle slot runs along and commits nothing.
         if drafter is not None:
             drafter.write_context(features, self.cache, state.position)
         state.commit((accepted + 1) * self.is_active)
@@ -144,32 +144,32 @@ class Decoder:
             return None
         return gumbel_noise(self.sampling.seed, positions, self.target.config.vocab_size)
 
-    def prefill(self, place, prompt_ids):
-        """Read a prompt into one of the places, and leave the others as they are. Returns the
+    def prefill(self, slot, prompt_ids):
+        """Read a prompt into one of the slots, and leave the others as they are. Returns the
         target's token after it, which is the first anchor."""
-        state = self.state.sequence(place, self.target.config)
+        state = self.state.sequence(slot, self.target.config)
         state.reset()
         prompt = torch.tensor([prompt_ids], device=self.anchor.device)
         start = state.position.clone()  # reading moves the position in place
         features, logits = read_prompt(self.target, prompt, state, self.layer_ids)
         if self.drafter is not None:
-            here = slice(place, place + 1)
+            here = slice(slot, slot + 1)
             cache = [(keys[here], values[here]) for keys, values in self.cache]
             self.drafter.write_context(features, cache, start)
         noise = self.noise_at(state.position)  # the token at this position is chosen now
         first = choose(logits, self.sampling, self.sampling.temperature, noise)
-        self.anchor[place] = first[0]
-        self.is_active[place] = 1
+        self.anchor[slot] = first[0]
+        self.is_active[slot] = 1
         return first.item()
 
-    def end(self, place):
-        """A sequence has ended: its place is idle until the next prompt. It runs along at position
+    def end(self, slot):
+        """A sequence has ended: its slot is idle until the next prompt. It runs along at position
         0, as no block may fit into the buffer where the sequence ended."""
-        self.is_active[place] = 0
-        self.state.position[place] = 0
+        self.is_active[slot] = 0
+        self.state.position[slot] = 0
 
     def next_round(self):
-        """Run a round. Returns for each place its tokens as a list, and how many were guesses."""
+        """Run a round. Returns for each slot its tokens as a list, and how many were guesses."""
         if not self.is_warm or not self.anchor.is_cuda:
             # Without a GPU a round just runs. On CUDA so does the first: it compiles and warms up.
             self.outcome = self.run_round()

@@ -1,9 +1,9 @@
 """
 Many sequences at once: the bits of a sequence depend on nothing but itself.
 
-A slot is here a place for a sequence in a batch, which the Decoder calls a place. All is decoded by
-the shipped pair. Prompts are compared in any slot, with any neighbours, in any order of arrival,
-beside idle slots and beside slots whose answers end earlier. For more prompts:
+A slot is here a place for a sequence in a batch. All is decoded by the shipped pair. Prompts are
+compared in any slot, with any neighbours, in any order of arrival, beside idle slots and beside
+slots whose answers end earlier. For more prompts:
 
     SLOT_PROMPTS=64 python test_all.py test_slots
 """
@@ -411,7 +411,7 @@ WRONG_LINES = (  # what is wrong, the function, the right line, the wrong one, t
     ("state of a neighbour", COMMIT,
      "self.S_chunk_end, self.S,", "self.S_chunk_end.roll(1, 1), self.S,", check_small),
     ("window of a neighbour", COMMIT,
-     "is_complete[..., 0], second_chunk", "is_complete[..., 0], second_chunk.roll(1, 1)",
+     "is_complete, second_chunk", "is_complete, second_chunk.roll(1, 1)",
      check_small),
     ("convolution place of a neighbour", COMMIT, "n[:, None]", "n.roll(1)[:, None]", check_small),
     ("rows of a neighbour committed", COMMIT,
@@ -440,9 +440,9 @@ WRONG_LINES = (  # what is wrong, the function, the right line, the wrong one, t
     ("draft at a neighbour's position", Decoder.guesses,
      "self.cache, self.state.position)", "self.cache, self.state.position.roll(1))", check_small),
     ("drafter's prompt in the first slot", PREFILL,
-     "slice(place, place + 1)", "slice(0, 1)", check_small),
+     "slice(slot, slot + 1)", "slice(0, 1)", check_small),
     ("first anchor in the first slot", PREFILL,
-     "self.anchor[place]", "self.anchor[0]", check_small),
+     "self.anchor[slot]", "self.anchor[0]", check_small),
     ("traces of the sequence before", PREFILL,
      "state.reset()", "state.segment_start = 0; state.position.zero_()", check_small),
     ("drafter's mask of a neighbour", model.Attention.decode,
@@ -460,11 +460,11 @@ WRONG_LINES = (  # what is wrong, the function, the right line, the wrong one, t
     ("an idle slot commits", ROUND,
      "state.commit((accepted + 1) * self.is_active)", "state.commit(accepted + 1)", check_idle),
     ("an ended slot stays active", Decoder.end,
-     "self.is_active[place] = 0", "pass", check_idle),
+     "self.is_active[slot] = 0", "pass", check_idle),
     ("a slot left active", draft_decode.decode_in_slots,
      "decoder.end(slot)  # an earlier", "pass  # an earlier", check_idle),
     ("an idle slot at the end of its buffer", Decoder.end,
-     "self.state.position[place] = 0", "pass", check_buffer_end),
+     "self.state.position[slot] = 0", "pass", check_buffer_end),
 )
 
 
