@@ -13,7 +13,7 @@ CURVES = {  # label: report
     "0.8B shape, random weights, one H200": "logs/curve_h200.json",
 }
 THROUGHPUTS = {  # label: report
-    "nano pair, one CPU thread": "logs/throughput_nano.json",
+    "nano pair, two CPU cores": "logs/throughput_nano.json",
     "0.8B shape, random weights, one H200": "logs/throughput_h200.json",
 }
 BUGS = "logs/bugs_nano.json"
