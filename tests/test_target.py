@@ -456,3 +456,11 @@ def test_target_configs_flat_and_without_defaults(tmp_path):
     assert parsed.rms_norm_eps == 1e-6
     assert parsed.pad_token_id is None
     assert parsed.layer_types == config.layer_types
+
+
+def test_only_bf16_models_multiply_in_tf32():
+    """fp32 that is none: a target in float32, loaded after one in bfloat16, with products of 11
+    bits; or a delta rule on a GPU at half its speed."""
+    for dtype, is_tf32 in (("bfloat16", True), ("float32", False)):
+        load_target(NANO_TARGET, dtype=dtype)
+        assert torch.backends.cuda.matmul.allow_tf32 == is_tf32
