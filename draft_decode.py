@@ -253,7 +253,8 @@ def generate_many(target, drafter, prompts, max_new_tokens, slots, stops=(), for
         try:
             answer = Answer(index, prompt_ids, target.config, forward_rows, max_new_tokens, stops)
         except ValueError as error:
-            raise ValueError(f"prompt {index}: {error}") from None
+            which = f"prompt {index}: " if len(prompts) > 1 else ""
+            raise ValueError(f"{which}{error}") from None
         by_length.setdefault(answer.buffer_length, []).append(answer)
     for length, answers in by_length.items():
         key = (drafter, length, forward_rows, sampling, slots)
