@@ -37,8 +37,9 @@ def load_target(name, device="cpu", dtype="float32"):
     Raises ValueError, naming the file and what is wrong, when there is no such target.
     """
     dtype = parse_dtype(device, dtype)
-    # A bf16 model multiplies in fp32 within the delta rule only. What goes into it was rounded to
-    # the 8 bits of bf16, so factors may be rounded to the 11 bits of TF32, which is twice as fast.
+    # A bf16 model multiplies in fp32 within the delta rule only. What goes into that was rounded to
+    # the 8 bits of bf16. So its factors may be rounded to the 11 bits of TF32, which is faster on a
+    # GPU and changes features by less than bf16 does (logs/readme.md).
     torch.backends.cuda.matmul.allow_tf32 = dtype == torch.bfloat16
     config, folder = read_target_config(name)
     if folder is None:  # random weights

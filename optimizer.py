@@ -5,8 +5,8 @@ What turns gradients into a step: AdamW for all weights, or Muon for the matrice
 
 Both are torch's own. AdamW scales each entry of a gradient by itself. Muon takes the gradient G of
 a matrix as a whole: with U s V^T its singular value decomposition, it steps along about U V^T. So
-directions in which gradients are small move as fast as all others. On the nano pair that is worth
-as much as twice the steps of AdamW (data/nano/readme.md).
+directions in which gradients are small move as fast as all others. On the nano pair 2,100 steps of
+it reach a tau of 9.6 to 9.7, and 2,100 of AdamW 8.4 (data/nano/readme.md).
 
 Source: Jordan, "Muon: an optimizer for hidden layers in neural networks", 2024; its step has the
 size of AdamW's, so that a learning rate means the same for both: arXiv 2502.16982, equation 4.
