@@ -1,5 +1,5 @@
 """
-What only a CPU needs. On a GPU none of this runs.
+What only a CPU needs. A GPU can do without all of it.
 
 Four things. Large frozen weights are packed once into the order in which oneDNN reads them, so
 that products with few rows run faster. Elementwise functions are applied to few rows at a time
