@@ -14,12 +14,14 @@ it the inputs of the delta rule for the few tokens since then.
 Shapes: B batch, K rows of a forward, H heads of queries and keys, Hv heads of values, D and Dv
 their widths.
 """
-import copy
+import functools
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
+from cuda_graph import Graphs
 from model import masked_attention, rotary_table, write_at
 from target import conv_channels, delta_rule_widths, delta_step, gated_delta_rule
 
@@ -77,7 +79,6 @@ class DecodeState:
     S_chunk_end  the same at the next multiple of K, as the last forward computed it
     window       q k v g beta of the 2 K tokens from S on, side by side in one tensor
     conv         inputs of the short convolution: the last tokens before `position`, then the block
-    segment_start  `position` as an int, while a prompt is read; None after the first block
 
     forward_rows (K) is one number for three things: rows of a forward, tokens of a chunk, and the
     drafter's block, as a forward verifies one block. With forward_rows 1 the window is not used,
@@ -104,7 +105,7 @@ class DecodeState:
         conv_length = self.past_length + forward_rows
 
         # A prompt is read in segments of so many tokens. Where they are compiled, the last one is
-        # padded to this length too, so that prompts of all lengths share one graph.
+        # padded to this length too: prompts of all lengths share compiled code and CUDA graphs.
         self.segment_length = 2048 if weight.is_cuda else 1024
         self.pads_segments = weight.is_cuda and target.compiled_layers is not None
 
@@ -127,7 +128,6 @@ class DecodeState:
         self.cos, self.sin = rotary_table(self.all_positions, rotary_dim, config.rope_theta)
 
         self.layers = self.layer_states(config)
-        self.reset()
 
     def layer_states(self, config):
         """Each layer's part, as views of the tensors above."""
@@ -143,39 +143,34 @@ class DecodeState:
                 next_full += 1
         return layers
 
-    def sequence(self, index, config):
-        """A DecodeState of one of the B sequences, on the same memory: to read a prompt into it."""
-        one = copy.copy(self)
-        here = slice(index, index + 1)
-        one.sequences = self.sequences[:1]
-        one.position = self.position[here]
-        one.keys = self.keys[:, here]
-        one.values = self.values[:, here]
-        one.S = self.S[:, here]
-        one.S_chunk_end = self.S_chunk_end[:, here]
-        one.window = self.window[:, here]
-        one.conv = self.conv[:, here]
-        one.layers = one.layer_states(config)
-        return one
+    def put(self, slot, other):
+        """Copy the one sequence of another state of this length into place `slot` of the B.
+
+        All but S_chunk_end, which each forward computes anew.
+        """
+        self.position[slot] = other.position[0]
+        self.keys[:, slot] = other.keys[:, 0]
+        self.values[:, slot] = other.values[:, 0]
+        self.S[:, slot] = other.S[:, 0]
+        self.window[:, slot] = other.window[:, 0]
+        self.conv[:, slot] = other.conv[:, 0]
 
     def reset(self):
         """Begin anew with empty sequences.
 
         Keys and values stay, as the mask hides them.
         """
-        self.segment_start = 0
         self.position.zero_()
         self.S.zero_()
         self.window.zero_()
         self.conv.zero_()
 
-    def begin_forward(self, T, prompt_rows=None):
+    def begin_forward(self, T, segment=None):
         """Set what the layers need to know of a forward of T rows.
 
-        prompt_rows None: a block, T = K. Else a segment of a prompt, at the same position in all
-        sequences: so many rows are its tokens, and the rows after them are padding.
+        segment None: a block, T = K. Else the rows are part of a prompt, as the Segment says.
         """
-        self.forward_is_block = prompt_rows is None
+        self.forward_is_block = segment is None
         offsets = self.all_positions[:T]
         self.row_positions = self.position[:, None] + offsets                # (B, T)
         self.rotary = (self.cos[self.row_positions], self.sin[self.row_positions])
@@ -185,23 +180,21 @@ class DecodeState:
             self.window_places = tail[:, None] + offsets                     # (B, K)
             self.mask = self.all_positions <= self.row_positions[..., None]  # (B, K, length)
         else:
-            assert self.segment_start is not None, "a segment of a prompt after a block"
+            self.segment_start = segment.start
             # as tensors: a compiled layer that read the number would be compiled for each one
-            self.is_padding = offsets >= prompt_rows                         # (T,)
-            self.last_places = prompt_rows + self.all_positions[:self.past_length]
+            self.is_padding = offsets >= segment.prompt_rows                 # (T,)
+            self.last_places = segment.prompt_rows + self.all_positions[:self.past_length]
 
     def commit(self, n):
-        """Adopt the first n rows, an int or a tensor (B,) of 0 .. K, of the last forward.
+        """Adopt the first n rows of the last forward: an int or a tensor, (B,) or (1,), of 0 .. K.
 
-        After a segment of a prompt n is an int: all of its tokens. Everything is written in place:
-        a CUDA graph of a round holds the addresses of these tensors.
+        After a segment of a prompt n is its prompt_rows. Everything is written in place: CUDA
+        graphs hold the addresses of these tensors.
         """
         if not self.forward_is_block:
             # the layers have already put the segment into S and into the convolution's memory
-            self.segment_start += n
             self.position += n
             return
-        self.segment_start = None
         K = self.forward_rows
         n = torch.zeros_like(self.position) + n                              # (B,)
         # Does the first chunk of the window hold committed tokens only?
@@ -310,11 +303,23 @@ class FullLayerState:
         return F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True)
 
 
-@torch.no_grad()
-def read_prompt(target, tokens, state, target_layer_ids=()):
-    """Read prompts (B, n), 1 <= n <= length - K, into an empty state of K rows.
+class Segment(NamedTuple):
+    """Says that the rows of a forward are part of a prompt, at the same place in all sequences.
 
-    Returns their features (B, n, ...), and the logits (B, V) of the last token.
+    start           position of the first row. An int, as it decides how many keys attention reads
+    prompt_rows     so many rows are tokens of the prompt, and those after them are padding; an int
+                    or a tensor (1,)
+    """
+    start: int
+    prompt_rows: int | torch.Tensor
+
+
+@torch.no_grad()
+def read_prompt(target, tokens, state, target_layer_ids=(), graphs=None):
+    """Read prompts (B, n), 1 <= n <= length - K, into a state of K rows, from its beginning.
+
+    Returns their features (B, n, ...), and the logits (B, V) of the last token. With a state's
+    Graphs its forwards are kept for later prompts, a graph for each place of a segment.
 
     All but the last 1 to K tokens go through in segments, always cut at the same places, in the
     longer chunks of target.chunk_length(). The last ones are a block, whose chunk begins at a
@@ -323,27 +328,45 @@ def read_prompt(target, tokens, state, target_layer_ids=()):
     """
     n = tokens.shape[1]
     K = state.forward_rows
-    assert state.segment_start == 0 and 1 <= n <= state.length - K, \
-        (state.segment_start, n, state.length, K)
+    assert 1 <= n <= state.length - K, (n, state.length, K)
+    if graphs is None:
+        graphs = Graphs(tokens.device)  # which is used once, so all forwards just run
     bulk = (n - 1) // K * K
     rest = n - bulk
     features = []
+    state.reset()
+
     for start in range(0, bulk, state.segment_length):
         end = min(start + state.segment_length, bulk)
         segment = tokens[:, start:end]
+        prompt_rows = torch.full((1,), end - start, device=tokens.device)
+        forward = functools.partial(forward_and_commit, target, state, target_layer_ids, start)
         if state.pads_segments:
             padded_end = min(start + state.segment_length, state.length)  # the buffer's end
             segment = F.pad(segment, (0, padded_end - end))
-        segment_features, _ = target(segment, state, target_layer_ids, prompt_rows=end - start)
-        state.commit(end - start)
+            segment_features, _ = graphs.run(("segment", start), forward, segment, prompt_rows)
+        else:
+            segment_features, _ = forward(segment, prompt_rows)
         if target_layer_ids:
-            features.append(segment_features[:, :end - start])
+            # a copy, as the next graph may write over what this one returned
+            features.append(segment_features[:, :end - start].clone())
+
     block = F.pad(tokens[:, bulk:], (0, K - rest))
-    block_features, hidden = target(block, state, target_layer_ids)
-    state.commit(rest)
+    adopted = torch.full((1,), rest, device=tokens.device)
+    forward = functools.partial(forward_and_commit, target, state, target_layer_ids, None)
+    block_features, hidden = graphs.run("end of a prompt", forward, block, adopted)
     last_hidden = hidden[:, rest - 1:rest]
     logits = target.logits(last_hidden)[:, 0]
     if not target_layer_ids:
         return None, logits
     features.append(block_features[:, :rest])
     return torch.cat(features, 1), logits
+
+
+def forward_and_commit(target, state, target_layer_ids, start, tokens, n):
+    """Features and hidden states of tokens, of which the first n, a tensor (1,), are adopted. They
+    are a segment of a prompt that begins at `start`, or a block where start is None."""
+    segment = None if start is None else Segment(start, n)
+    features, hidden = target(tokens, state, target_layer_ids, segment=segment)
+    state.commit(n)
+    return features, hidden

@@ -33,6 +33,7 @@ from checkpoint import load_drafter, load_target
 from configurator import configure
 from console import survive_closed_output
 from cpu import use_one_thread_if_small
+from cuda_graph import Graphs
 from decode_state import DecodeState, read_prompt
 from sampling import Sampling, choose, gumbel_noise
 
@@ -66,9 +67,9 @@ class Decoder:
 
     The bits of a sequence depend neither on its slot nor on the others: they share its forwards,
     and nothing else. A round has static shapes and keeps its positions in tensors. So on CUDA it is
-    captured as a graph, which all later rounds replay, also those of later prompts. A round waits
-    for the device only once. A graph holds the addresses of its tensors, so what one round leaves
-    to the next is written in place.
+    recorded as a graph (cuda_graph.py), which all later rounds replay, also those of later prompts.
+    Prompts are read by graphs too. A round waits for the device only once. A graph holds the
+    addresses of its tensors, so what one round leaves to the next is written in place.
     """
 
     def __init__(self, target, drafter, length, forward_rows, sampling, batch=1):
@@ -76,6 +77,10 @@ class Decoder:
         self.drafter = drafter
         self.sampling = sampling
         self.state = DecodeState(target, batch, length, forward_rows)
+        # Prompts are read one at a time into this state, and copied from there into a slot.
+        self.reader = self.state
+        if batch > 1:
+            self.reader = DecodeState(target, 1, length, forward_rows)
         self.layer_ids = ()                 # the target's layers that give the features
         if drafter is not None:
             self.layer_ids = drafter.target_layer_ids
@@ -85,8 +90,7 @@ class Decoder:
         self.anchor = torch.zeros(batch, dtype=torch.long, device=device)
         self.is_active = torch.zeros(batch, dtype=torch.long, device=device)  # 1, or 0 if idle
         self.offsets = torch.arange(forward_rows, device=device)
-        self.graph = None
-        self.is_warm = False
+        self.graphs = Graphs(device)        # of a round, and of the forwards that read prompts
 
     def run_round(self):
         """One round. Returns (B, 1 + K): the number of accepted guesses, and the target's choice
@@ -147,16 +151,16 @@ class Decoder:
     def prefill(self, slot, prompt_ids):
         """Read a prompt into one of the slots, and leave the others as they are. Returns the
         target's token after it, which is the first anchor."""
-        state = self.state.sequence(slot, self.target.config)
-        state.reset()
+        reader = self.reader
         prompt = torch.tensor([prompt_ids], device=self.anchor.device)
-        start = state.position.clone()  # reading moves the position in place
-        features, logits = read_prompt(self.target, prompt, state, self.layer_ids)
+        features, logits = read_prompt(self.target, prompt, reader, self.layer_ids, self.graphs)
+        if reader is not self.state:
+            self.state.put(slot, reader)
         if self.drafter is not None:
             here = slice(slot, slot + 1)
             cache = [(keys[here], values[here]) for keys, values in self.cache]
-            self.drafter.write_context(features, cache, start)
-        noise = self.noise_at(state.position)  # the token at this position is chosen now
+            self.drafter.write_context(features, cache, torch.zeros_like(reader.position))
+        noise = self.noise_at(reader.position)  # the token at this position is chosen now
         first = choose(logits, self.sampling, self.sampling.temperature, noise)
         self.anchor[slot] = first[0]
         self.is_active[slot] = 1
@@ -170,20 +174,9 @@ class Decoder:
 
     def next_round(self):
         """Run a round. Returns for each slot its tokens as a list, and how many were guesses."""
-        if not self.is_warm or not self.anchor.is_cuda:
-            # Without a GPU a round just runs. On CUDA so does the first: it compiles and warms up.
-            self.outcome = self.run_round()
-            self.is_warm = True
-        else:
-            # The second round on CUDA is captured: that records its kernels and runs none of them.
-            # Then it is replayed, as all later ones are. A replay fills the same tensors.
-            if self.graph is None:
-                self.graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graph):
-                    self.outcome = self.run_round()
-            self.graph.replay()
+        outcome = self.graphs.run("round", self.run_round)
         outcomes = []
-        for accepted, *choices in self.outcome.tolist():  # the one wait for the device
+        for accepted, *choices in outcome.tolist():  # the one wait for the device
             # guesses that were accepted are the target's choices, so these hold all tokens
             outcomes.append((choices[:accepted + 1], accepted))
         return outcomes

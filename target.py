@@ -503,13 +503,11 @@ class Target(nn.Module):
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
 
-    def forward(self, tokens, state=None, target_layer_ids=(), features_only=False,
-                prompt_rows=None):
+    def forward(self, tokens, state=None, target_layer_ids=(), features_only=False, segment=None):
         """Features and hidden states of tokens (B, T).
 
         Without a state the tokens are whole sequences. With one (decode_state.py) they follow its
-        position: they are a block of K rows, or, with prompt_rows, a segment of a prompt, which has
-        so many tokens and is padded to T.
+        position: they are a block of K rows, or part of a prompt if a Segment is given.
 
         Returns features (B, T, len(target_layer_ids) * width), the residual stream after each of
         these layers, before any norm, in ascending order (None if no layer is named); and the
@@ -523,7 +521,7 @@ class Target(nn.Module):
             rotary_dim = int(self.config.head_dim * self.config.partial_rotary_factor)
             rotary = rotary_table(positions, rotary_dim, self.config.rope_theta)
         else:
-            state.begin_forward(T, prompt_rows)
+            state.begin_forward(T, segment)
             rotary = state.rotary
             if self.compiled_layers and (state.forward_is_block or state.pads_segments):
                 layers = self.compiled_layers

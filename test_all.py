@@ -21,7 +21,8 @@ differs; ...):
           test_target: test_target_equals_transformers, test_failure_4_*; test_drafter: test_taps_*
     5  output differs from the target alone
           test_decode_state: test_cuts_*; test_generate: test_generate_is_identical_*
-          test_slots: all of it; test_prefill: test_prefill_padding_changes_no_bit
+          test_slots, test_cuda_graph: all of it
+          test_prefill: test_prefill_padding_changes_no_bit
     6  a rejected block leaves traces
           test_decode_state: test_cuts_rejected_block, test_cuts_propose_twice
     7  logits of all anchors at once

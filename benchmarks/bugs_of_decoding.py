@@ -9,7 +9,7 @@ import draft_decode
 from benchmarks.slips import Bug, both, slip
 from chat import chat_prompt
 from checkpoint import load_weights
-from decode_state import DecodeState, LinearLayerState
+from decode_state import DecodeState, LinearLayerState, Segment
 from draft_decode import Decoder, count_accepted
 from model import Attention, DFlashDraftModel
 from model import RMSNorm as DrafterRMSNorm
@@ -243,10 +243,11 @@ def rejected_state_kept():
         self.S_chunk_end.copy_(S)  # so commit(n) cannot put it back
         return o
 
-    def read_prompt(target, tokens, state, target_layer_ids=()):
+    def read_prompt(target, tokens, state, target_layer_ids=(), graphs=None):
         # as one segment, so that no row pads a block
         n = tokens.shape[1]
-        features, hidden = target(tokens, state, target_layer_ids, prompt_rows=n)
+        state.reset()
+        features, hidden = target(tokens, state, target_layer_ids, segment=Segment(0, n))
         state.commit(n)
         return features, target.logits(hidden[:, -1:])[:, 0]
 

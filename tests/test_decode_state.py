@@ -107,10 +107,11 @@ def decode_each(target, x, prompt_lengths, next_cuts):
     generator = torch.Generator().manual_seed(0)
     B, T = x.shape
     state = DecodeState(target, B, T + K)
+    reader = DecodeState(target, 1, T + K)
     all_logits = []
     for b, length in enumerate(prompt_lengths):
-        one = state.sequence(b, target.config)
-        _, logits = read_prompt(target, x[b:b + 1, :length], one, LAYER_IDS)
+        _, logits = read_prompt(target, x[b:b + 1, :length], reader, LAYER_IDS)
+        state.put(b, reader)
         all_logits.append([logits])
     while (state.position < T).any():
         block = torch.randint(0, V, (B, K), generator=generator)
@@ -174,7 +175,6 @@ def test_cuts_rejected_block(accepted):
 
     one_by_one, _ = decode(target, x[:, :n + 1], 20, [1] * 60)
     assert torch.equal(logits, one_by_one[:, -1])
-    state.reset()
     _, fresh = read_prompt(target, x[:, :n + 1], state)
     assert apart(logits, fresh) < 1e-4
 

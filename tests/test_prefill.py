@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from benchmarks.slips import slip
-from decode_state import DecodeState, FullLayerState, LinearLayerState, read_prompt
+from decode_state import (DecodeState, FullLayerState, LinearLayerState, Segment,
+                          forward_and_commit, read_prompt)
 from draft_decode import Decoder
 from sampling import Sampling
 from tests.common import (K, LAYER_IDS, apart, nano, shipped, small_target, tiny_target,
@@ -75,10 +76,10 @@ def test_prefill_padding_changes_no_bit(dtype):
     results = []
     for padding in paddings:
         state = new_state(target, 2, 128, pads_segments=True)
-        target(x[:, :P], state, prompt_rows=P)
+        target(x[:, :P], state, segment=Segment(0, P))
         state.commit(P)
         segment = torch.cat((last_segment, padding), 1)
-        features, _ = target(segment, state, LAYER_IDS, prompt_rows=K)
+        features, _ = target(segment, state, LAYER_IDS, segment=Segment(P, K))
         state.commit(K)
         S = state.S.clone()
         conv = state.conv[:, :, :state.past_length].clone()
@@ -100,8 +101,8 @@ def test_prefill_in_segments_leads_to_the_same_tokens():
     answers = []
     for drafter, place in ((None, 0), (shipped(), 0), (shipped(), 1)):
         decoder = Decoder(target, drafter, 256, K, Sampling(), batch=2)
-        decoder.state.segment_length = P
-        decoder.state.pads_segments = True
+        decoder.reader.segment_length = P
+        decoder.reader.pads_segments = True
         answer = [decoder.prefill(place, prompt)]
         while len(answer) < 30:
             tokens, _ = decoder.next_round()[place]
@@ -150,18 +151,20 @@ def test_prefill_of_all_lengths_is_one_graph():
     check_one_graph()
 
 
-def test_prefill_refuses_a_state_that_is_not_empty():
-    """A second prompt is read as the end of the first one, or a segment after a block."""
-    target = tiny_target()
-    x = tokens_of(1, P) % 8
-    state = new_state(target, 1, 128, pads_segments=False)
-    read_prompt(target, x, state)
-    with pytest.raises(AssertionError):
-        read_prompt(target, x, state)
-    with pytest.raises(AssertionError, match="a segment of a prompt after a block"):
-        target(x, state, prompt_rows=P)
-    state.reset()
-    read_prompt(target, x, state)
+@torch.no_grad()
+def test_prefill_forgets_the_sequence_before():
+    """A second prompt is read as the end of the first one, or upon its state."""
+    target = small_target()
+    x = tokens_of(1, P + 5)
+    new = new_state(target, 1, 128, pads_segments=False)
+    used = new_state(target, 1, 128, pads_segments=False)
+    read_prompt(target, tokens_of(1, 2 * P, seed=1), used)
+    target(tokens_of(1, K, seed=2), used)
+    used.commit(K - 1)
+    for expected, given in zip(read_prompt(target, x, new, LAYER_IDS),
+                               read_prompt(target, x, used, LAYER_IDS)):
+        assert torch.equal(given, expected)
+    assert torch.equal(used.position, new.position)
 
 # ------------------------------------------------------------------------------------------------
 # wrong lines, each of which a check above must catch
@@ -187,18 +190,18 @@ WRONG_LINES = (  # what is wrong, the function, the right line, the wrong one, t
      "qkv[:, state.last_places]", "qkv[:, -state.past_length:]", check_segments),
     ("convolution forgets the segment before", CONVOLUTION,
      "torch.cat((past, qkv), 1)", "torch.cat((past * 0, qkv), 1)", check_segments),
-    ("padding is one row short", FORWARD, "offsets >= prompt_rows", "offsets > prompt_rows",
-     check_segments),
+    ("padding is one row short", FORWARD,
+     "offsets >= segment.prompt_rows", "offsets > segment.prompt_rows", check_segments),
     ("mask aligned at the upper left", ATTENTION,
      "causal_lower_right(", "torch.nn.attention.bias.causal_upper_left(", check_segments),
     ("every segment attends as the first one", ATTENTION,
      "self.state.segment_start + T", "T", check_segments),
     ("every segment rotates from position 0", FORWARD,
      "(self.cos[self.row_positions], self.sin[self.row_positions])",
-     "(self.cos[self.row_positions - (self.segment_start or 0)], "
-     "self.sin[self.row_positions - (self.segment_start or 0)])", check_segments),
-    ("position advanced by the padding", read_prompt,
-     "state.commit(end - start)", "state.commit(segment.shape[1])", check_segments),
+     "(self.cos[self.row_positions - (segment.start if segment else 0)], "
+     "self.sin[self.row_positions - (segment.start if segment else 0)])", check_segments),
+    ("position advanced by the padding", forward_and_commit,
+     "state.commit(n)", "state.commit(tokens.shape[1] if segment else n)", check_segments),
     ("features of the padding", read_prompt,
      "segment_features[:, :end - start]", "segment_features", check_segments),
     ("padding past the end of the buffer", read_prompt,

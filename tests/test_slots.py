@@ -394,7 +394,7 @@ def test_slots_small_check():
 
 FORWARD = DecodeState.begin_forward
 COMMIT = DecodeState.commit
-SEQUENCE = DecodeState.sequence
+PUT = DecodeState.put
 ROUND = Decoder.run_round
 PREFILL = Decoder.prefill
 WRONG_LINES = (  # what is wrong, the function, the right line, the wrong one, the check
@@ -417,16 +417,18 @@ WRONG_LINES = (  # what is wrong, the function, the right line, the wrong one, t
     ("rows of a neighbour committed", COMMIT,
      "last_places])\n    self.position += n", "last_places])\n    self.position += n.roll(1)",
      check_small),
-    ("prompt's state in the first slot", SEQUENCE,
-     "self.S[:, here]", "self.S[:, :1]", check_small),
-    ("prompt's window in the first slot", SEQUENCE,
-     "self.window[:, here]", "self.window[:, :1]", check_small),
-    ("prompt's convolution in the first slot", SEQUENCE,
-     "self.conv[:, here]", "self.conv[:, :1]", check_small),
-    ("prompt's keys in the first slot", SEQUENCE,
-     "self.keys[:, here]", "self.keys[:, :1]", check_small),
-    ("prompt's position in the first slot", SEQUENCE,
-     "self.position[here]", "self.position[:1]", check_small),
+    ("prompt's state in the first slot", PUT, "self.S[:, slot]", "self.S[:, 0]", check_small),
+    ("prompt's window in the first slot", PUT,
+     "self.window[:, slot]", "self.window[:, 0]", check_small),
+    ("prompt's convolution in the first slot", PUT,
+     "self.conv[:, slot]", "self.conv[:, 0]", check_small),
+    ("prompt's keys in the first slot", PUT, "self.keys[:, slot]", "self.keys[:, 0]", check_small),
+    ("prompt's values in the first slot", PUT,
+     "self.values[:, slot]", "self.values[:, 0]", check_small),
+    ("prompt's position in the first slot", PUT,
+     "self.position[slot]", "self.position[0]", check_small),
+    ("prompt left where it was read", PREFILL,
+     "self.state.put(slot, reader)", "pass", check_small),
     ("noise of a neighbour", ROUND,
      "state.position[:, None] + 1", "state.position.roll(1)[:, None] + 1", check_small),
     ("slot taken for row", ROUND,
@@ -443,8 +445,8 @@ WRONG_LINES = (  # what is wrong, the function, the right line, the wrong one, t
      "slice(slot, slot + 1)", "slice(0, 1)", check_small),
     ("first anchor in the first slot", PREFILL,
      "self.anchor[slot]", "self.anchor[0]", check_small),
-    ("traces of the sequence before", PREFILL,
-     "state.reset()", "state.segment_start = 0; state.position.zero_()", check_small),
+    ("traces of the sequence before", read_prompt,
+     "state.reset()", "state.position.zero_()", check_small),
     ("drafter's mask of a neighbour", model.Attention.decode,
      "positions[:, -1:, None]", "positions[:, -1:, None].roll(1, 0)", check_small),
     ("drafter's block at a neighbour's position", model.Attention.decode,

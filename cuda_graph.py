@@ -1,0 +1,64 @@
+"""
+Forwards as CUDA graphs: recorded once, then replayed. On a CPU they just run.
+
+    graphs = Graphs(device)
+    features, hidden = graphs.run("a block", function, tokens)      # runs function(tokens)
+    features, hidden = graphs.run("a block", function, tokens)      # records it, and replays that
+    features, hidden = graphs.run("a block", function, tokens)      # replays it
+
+A forward is a thousand kernels. Python launches them one by one, which takes longer than most of
+them run. A graph is a recording of all these launches, and is launched at once.
+"""
+from typing import NamedTuple
+
+import torch
+
+
+class Recording(NamedTuple):
+    """A graph with the tensors that it reads and fills."""
+    graph: torch.cuda.CUDAGraph
+    inputs: list
+    outputs: object     # as the function returned them
+
+
+class Graphs:
+    """Recordings by name. A recording holds addresses and launches. Python does not run again, so:
+
+    shapes       are always the same
+    numbers      that change are tensors: inputs, or what the function itself keeps. Those that are
+                 ints are in the name, so that there is a graph for each of them
+    tensors      that live longer than one run are changed in place. The function makes no new ones
+                 that are read after it, but its outputs
+    outputs      hold until the next run of any name, as all graphs share their memory
+    """
+
+    def __init__(self, device):
+        self.on_cuda = device.type == "cuda"
+        self.recordings = {}
+        self.pool = None    # memory of the first graph, in which all later ones work too
+
+    def run(self, name, function, *inputs):
+        """What function(*inputs) returns; inputs are tensors."""
+        if not self.on_cuda:
+            return function(*inputs)
+        if name not in self.recordings:
+            # The first run is a plain one: it compiles and warms up.
+            outputs = function(*inputs)
+            self.recordings[name] = None
+            return outputs
+        if self.recordings[name] is None:
+            self.recordings[name] = self.record(function, inputs)
+        recording = self.recordings[name]
+        for own, given in zip(recording.inputs, inputs):
+            own.copy_(given)
+        recording.graph.replay()
+        return recording.outputs
+
+    def record(self, function, inputs):
+        """Record the kernels of function(*inputs). None of them runs."""
+        inputs = [x.clone() for x in inputs]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            outputs = function(*inputs)
+        self.pool = graph.pool()
+        return Recording(graph, inputs, outputs)
