@@ -8,14 +8,15 @@ import random
 
 import pytest
 import torch
-from torch.nn.attention.flex_attention import flex_attention
+from torch._dynamo.utils import counters
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 import model
 from checkpoint import drafter_config
 from cpu import attention_by_anchor_groups
-from model import DFlashDraftModel, masked_attention, rotary_table
+from model import DFlashDraftModel, block_mask, block_visibility, masked_attention, rotary_table
 from tests.common import (DRAFTERS, HIDDEN, K, LAYER_IDS, MASK, V, apart, random_normal, slow_block,
                           small_config, small_drafter, small_target, tokens_of)
 
@@ -127,6 +128,7 @@ def test_leak_in_flex_attention(layer_types, window, monkeypatch):
     """Failures 1 and 2 on GPUs: flex_attention's mask is not that of the form for CPUs. Here it
     runs uncompiled."""
     monkeypatch.setattr(model, "compiled_flex_attention", flex_attention)
+    monkeypatch.setattr(model, "compiled_create_block_mask", create_block_mask)
     drafter = small_drafter(layer_types, window)
     features, blocks, anchors = drafting(200, A=20)
     anchors[0, 0] = 0    # a block without context
@@ -134,6 +136,44 @@ def test_leak_in_flex_attention(layer_types, window, monkeypatch):
     with_flex = drafter(features, blocks, anchors)
     in_groups = drafter(features, blocks, anchors, attention_by_anchor_groups)
     assert apart(with_flex, in_groups) < 1e-5
+
+
+@pytest.mark.parametrize("window", (None, 24))
+def test_block_mask_is_compiled_once_for_all_anchors(window, monkeypatch):
+    """A mask that is compiled anew in every micro-batch, or that keeps the anchors of the first.
+    Here it is traced and not turned into kernels."""
+    compiled = torch.compile(create_block_mask, dynamic=False, backend="eager")
+    monkeypatch.setattr(model, "compiled_create_block_mask", compiled)
+    graphs = counters["stats"]["unique_graphs"]
+    T = 200
+    for seed in range(3):
+        _, _, anchors = drafting(T, A=20, seed=seed)
+        visible = block_visibility(anchors, T, K, window)
+        shape = (20 * K, T + 20 * K, anchors.device)
+        mask = block_mask(visible, 2, *shape)
+        expected = create_block_mask(visible, 2, None, *shape)
+        assert torch.equal(mask.to_dense(), expected.to_dense())
+        assert torch.equal(mask.full_kv_num_blocks, expected.full_kv_num_blocks)
+        assert mask.mask_mod is visible
+    assert counters["stats"]["unique_graphs"] == graphs + 1
+
+
+def test_only_wide_heads_have_options_of_their_own(monkeypatch):
+    """An option that is meant for the backward of heads of 256 channels and slows others down."""
+    given = []
+
+    def keep_options(q, k, v, block_mask, enable_gqa, kernel_options):
+        given.append(kernel_options)
+        return q
+
+    monkeypatch.setattr(model, "compiled_flex_attention", keep_options)
+    monkeypatch.setattr(model, "compiled_create_block_mask", create_block_mask)
+    features, blocks, anchors = drafting(200)
+    config = small_drafter().config
+    for head_dim in (128, 256):
+        config = Qwen3Config(**config.to_dict() | {"head_dim": head_dim})  # of two layers
+        DFlashDraftModel(config)(features, blocks, anchors)
+    assert given == [None] * 2 + [{"bwd_num_warps": 8}] * 2
 
 
 @pytest.mark.parametrize("gain_dtype", (torch.float32, torch.bfloat16))
