@@ -9,7 +9,7 @@ import threading
 
 import torch
 
-from parallel import sum_over_ranks
+from parallel import sum_over_ranks, world_size
 
 # torchrun sends SIGTERM when another process has died, and SIGKILL 30 seconds later
 PATIENCE_S = 20.0
@@ -75,4 +75,6 @@ def watch(reader, has_ended):
 
 def any_rank_received(received, device):
     """Whether a signal reached any process; the same answer in all of them."""
+    if world_size() == 1:
+        return bool(received)  # without a word from the GPU, which may be busy with the step
     return bool(sum_over_ranks(torch.tensor(len(received), device=device)))

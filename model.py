@@ -462,11 +462,15 @@ def sample_anchors(supervised, count, generator, max_length):
     B, T = supervised.shape
     candidates = supervised[:, :-1] & supervised[:, 1:]
     candidates = F.pad(candidates, (0, 1))  # the last token has none after it
-    random_numbers = torch.rand(B, max_length, generator=generator)
+
+    # Random numbers on the device, where they are padded or cut to T. A copy from pinned memory
+    # does not wait for what the device has still to do.
+    random_numbers = torch.rand(
+        B, max_length, generator=generator, pin_memory=supervised.is_cuda)
+    random_numbers = random_numbers.to(supervised.device, non_blocking=True)
     random_numbers = F.pad(random_numbers, (0, T - max_length))  # a width below 0 cuts
 
     # the candidates in random order, and after them all other positions
-    random_numbers = random_numbers.to(supervised.device)
     random_numbers = random_numbers.masked_fill(~candidates, -1.0)
     positions = random_numbers.argsort(dim=1, descending=True)[:, :count]
     real = candidates.gather(1, positions)

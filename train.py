@@ -33,6 +33,7 @@ from checkpoint import drafter_config, load_drafter, load_target, newest_checkpo
 from configurator import configure
 from console import survive_closed_output
 from cpu import attention_by_anchor_groups
+from cuda_graph import Graphs
 from data.samples import Samples
 from draft_decode import generate_many
 from flops import training_operations
@@ -95,7 +96,7 @@ decode_tokens = 512                         # new tokens of each at most
 device = "cuda" if torch.cuda.is_available() else "cpu"  # cpu or cuda
 dtype = "float32" if device == "cpu" else "bfloat16"     # of products; what is trained is fp32
 attention = "flex" if device == "cuda" else "grouped"    # grouped suits CPUs, both run on GPUs
-compile = False                             # torch.compile both models; minutes at the start
+compile = False                             # torch.compile, and CUDA graphs; minutes at the start
 parallel = "ddp"                            # or fsdp, which also shards the frozen target
 
 # --------------------------------------------------------------------------------------------------
@@ -158,13 +159,16 @@ def pad(samples, config):
     T = math.ceil(T / config.length_multiple) * config.length_multiple
 
     # fill in sample by sample; what is not filled stays token 0 and unsupervised
-    tokens = torch.zeros(len(samples), T, dtype=torch.long)
-    supervised = torch.zeros(len(samples), T, dtype=torch.bool)
+    is_pinned = config.device == "cuda"  # a copy from pinned memory does not wait for the device
+    tokens = torch.zeros(len(samples), T, dtype=torch.long, pin_memory=is_pinned)
+    supervised = torch.zeros(len(samples), T, dtype=torch.bool, pin_memory=is_pinned)
     for i, (sample_tokens, sample_mask) in enumerate(samples):
         n = min(len(sample_tokens), config.max_length)
         tokens[i, :n] = torch.from_numpy(sample_tokens[:n])
         supervised[i, :n] = torch.from_numpy(sample_mask[:n] > 0)
-    return tokens.to(config.device), supervised.to(config.device)
+    tokens = tokens.to(config.device, non_blocking=True)
+    supervised = supervised.to(config.device, non_blocking=True)
+    return tokens, supervised
 
 # --------------------------------------------------------------------------------------------------
 # one step
@@ -196,6 +200,8 @@ class Run:
     optimizer: torch.optim.Optimizer
     micro_batches: MicroBatches
     total_steps: int
+    target_graphs: Graphs | None = None # the target's forward, a CUDA graph for each shape of
+                                        # samples; None: it runs without graphs
     step: int = 0
     guard: GradientGuard = field(default_factory=GradientGuard)
 
@@ -224,17 +230,15 @@ def block_forward(run, tokens, supervised, generator, trained_module=None):
     if trained_module is None:
         trained_module = drafter
 
-    # the frozen target reads the samples; layers above the last that gives features are not run
-    with torch.no_grad():
-        features, _ = target(
-            tokens, target_layer_ids=drafter.target_layer_ids, features_only=True)
-
     # blocks at random places of the responses, what they should guess, and what each slot weighs
     anchors, real = sample_anchors(
         supervised, config.num_anchors, generator, config.max_length)
     labels, weights = block_labels(
         tokens, supervised, anchors, real, drafter.block_size, config.gamma)
     inside = weights > 0  # slots that count: all that D-PACE takes from these weights
+
+    # the frozen target reads the samples
+    features = target_features(run, tokens)
 
     # the drafter: all blocks at once. Its weights are fp32, its products bf16 where dtype says so.
     anchor_tokens = tokens.gather(1, anchors)
@@ -256,18 +260,39 @@ def block_forward(run, tokens, supervised, generator, trained_module=None):
         config.guesses_at_once,
         chunk_loss_function)
 
-    # what the step and its log are made of
+    # What the step and its log are made of. Numbers of Python are filled in, not copied to a GPU: a
+    # copy would first wait until the GPU has done all that it was told before.
     right_up_to = (correct & inside).long().cumprod(-1)
+    token_count = torch.full((), tokens.numel(), dtype=torch.float64, device=tokens.device)
     operations = training_operations(drafter, *tokens.shape, anchors.shape[1], target)
+    operations = torch.full((), operations, dtype=torch.float64, device=tokens.device)
     sums = BlockSums(
         loss=loss.detach().double(),
         weight=used_weights.sum().double(),
         blocks=real.sum().double(),
-        tokens=loss.new_tensor(tokens.numel(), dtype=torch.float64),
-        operations=loss.new_tensor(operations, dtype=torch.float64),
+        tokens=token_count,
+        operations=operations,
         right_up_to=right_up_to.sum((0, 1)).double(),
         reached=inside.sum((0, 1)).double())
     return loss, sums
+
+
+def target_features(run, tokens):
+    """Features (B, T, ...) of tokens (B, T), from the frozen target.
+
+    Those of a graph hold until the next call only. That is long enough, as the backward of a
+    micro-batch ends before the next micro-batch begins, and an estimate has no backward.
+    """
+    def forward(tokens):
+        # layers above the last that gives features are not run
+        features, _ = run.target(
+            tokens, target_layer_ids=run.drafter.target_layer_ids, features_only=True)
+        return features
+
+    with torch.no_grad():
+        if run.target_graphs is None:
+            return forward(tokens)
+        return run.target_graphs.run(tokens.shape, forward, tokens)
 
 
 def add_sums(a, b):
@@ -301,14 +326,19 @@ def train_step(run):
     sums = BlockSums(*[sum_over_ranks(x) for x in sums])
 
     # From sums to means by weight. If all samples of a step were cut before their answer, its
-    # weight is 0, and the clamp leaves a loss and gradients of 0.
+    # weight is 0, and the clamp leaves gradients of 0.
     weight = sums.weight.clamp(min=1e-9)
     # DDP and FSDP average the gradients of the processes. Times their number that is the sum, and
     # `weight` is the sum over all of them already.
+    factor = world_size() / weight
     for parameter in run.drafter.parameters():
-        parameter.grad *= (world_size() / weight).to(parameter.dtype)
+        parameter.grad *= factor.to(parameter.dtype)
     grad_norm = torch.nn.utils.clip_grad_norm_(run.drafter.parameters(), config.grad_clip)
+
+    # Up to here a GPU is only told what to do. Now the processor waits for it, once in a step: for
+    # the norm, by which it decides, and at the same time for all that the log needs.
     grad_norm = gather_full(grad_norm).item()  # the norm before it was clipped
+    sums = BlockSums(*[x.cpu() for x in sums])
 
     # the step itself, unless the gradient is broken
     is_skipped = is_unusual(grad_norm, run)
@@ -325,7 +355,7 @@ def train_step(run):
 
     # what the log says of this step
     tau, accepted_up_to_slot = acceptance(sums)
-    entry = {"lr": lr, "loss": (sums.loss / weight).item(), "grad_norm": grad_norm, "tau": tau,
+    entry = {"lr": lr, "loss": mean_loss(sums), "grad_norm": grad_norm, "tau": tau,
              "accepted_up_to_slot": accepted_up_to_slot, "skipped": run.guard.skipped}
     return entry, sums
 
@@ -371,6 +401,11 @@ def describe_skipped_step(run, grad_norm):
             f"samples {sample_numbers} of {config.data} (split train), or lower lr")
 
 
+def mean_loss(sums):
+    """The loss of a guess by its weight; 0 if no guess had any."""
+    return (sums.loss / sums.weight.clamp(min=1e-9)).item()
+
+
 def acceptance(sums):
     """tau as training estimates it, and the share of blocks that are right up to each slot, (K-1,).
 
@@ -405,8 +440,7 @@ def estimate(run, samples):
         _, batch_sums = block_forward(run, tokens, supervised, generator)
         sums = add_sums(sums, batch_sums)
     tau, accepted_up_to_slot = acceptance(sums)
-    loss = (sums.loss / sums.weight.clamp(min=1e-9)).item()
-    return {"loss": loss, "tau": tau, "accepted_up_to_slot": accepted_up_to_slot}
+    return {"loss": mean_loss(sums), "tau": tau, "accepted_up_to_slot": accepted_up_to_slot}
 
 # --------------------------------------------------------------------------------------------------
 # the loop
@@ -531,7 +565,20 @@ def new_run(config, target, drafter, samples):
         config.optimizer, drafter.parameters(), config.lr, config.betas, config.weight_decay)
     micro_batches_of_a_step = config.accumulation * world_size()
     total_steps = int(config.epochs * micro_batches.per_epoch()) // micro_batches_of_a_step
-    return Run(config, target, drafter, wrapped_drafter, optimizer, micro_batches, total_steps)
+    target_graphs = new_target_graphs(config)
+    return Run(config, target, drafter, wrapped_drafter, optimizer, micro_batches, total_steps,
+               target_graphs)
+
+
+def new_target_graphs(config):
+    """What records the target's forward as CUDA graphs; None where it is not recorded.
+
+    Graphs belong to --compile: shapes are few there, and warm_up() meets them all. FSDP gathers the
+    weights of the target layer by layer, at addresses that a graph could not know.
+    """
+    if not config.compile or config.device != "cuda" or config.parallel == "fsdp":
+        return None
+    return Graphs(torch.device(config.device))
 
 
 def compile_layers(target, drafter):
@@ -545,16 +592,22 @@ def compile_layers(target, drafter):
 
 
 def warm_up(run):
-    """Compile every length of samples before the first step, so that none is met late."""
+    """Compile every length of samples before the first step, so that none is met late.
+
+    Each length goes through twice: the first forward of the target is a plain one, and the second
+    is recorded as a graph. The longest comes first. What it frees is memory for all others.
+    """
     config = run.config
     multiple = config.length_multiple
-    for T in range(multiple, config.max_length + multiple, multiple):
+    lengths = range(multiple, config.max_length + multiple, multiple)
+    for T in reversed(lengths):
         tokens = torch.zeros(config.batch_size, T, dtype=torch.long, device=config.device)
         supervised = torch.ones_like(tokens, dtype=torch.bool)
-        generator = torch.Generator()
-        loss, _ = block_forward(run, tokens, supervised, generator, run.wrapped_drafter)
-        loss.backward()
-        run.optimizer.zero_grad(set_to_none=True)
+        for _ in range(2):
+            generator = torch.Generator()
+            loss, _ = block_forward(run, tokens, supervised, generator, run.wrapped_drafter)
+            loss.backward()
+            run.optimizer.zero_grad(set_to_none=True)
 
 
 def deterministic_kernels():

@@ -35,8 +35,8 @@ def features_one_early():
     is applied to the features: the last one that a block sees is that of its anchor."""
     return slip(
         block_forward,
-        "labels, weights = block_labels(",
-        "features = features.roll(-1, 1); labels, weights = block_labels(")
+        "features = target_features(run, tokens)",
+        "features = target_features(run, tokens).roll(-1, 1)")
 
 
 def blocks_see_one_another():

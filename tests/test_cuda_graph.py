@@ -5,6 +5,7 @@ A graph holds kernels with the addresses of their tensors. Python does not run a
 that it read, or a tensor that it bound to a name, is forever the one of the recording. The stand-in
 below records torch's operations with their tensors, and runs them again on the same ones.
 """
+import contextlib
 from typing import NamedTuple
 
 import pytest
@@ -15,12 +16,14 @@ from torch.utils._pytree import tree_leaves
 
 import decode_state
 import draft_decode
+import train
 from benchmarks.slips import slip
 from cuda_graph import Graphs
 from decode_state import DecodeState, read_prompt
 from draft_decode import Decoder
 from sampling import Sampling
 from tests.common import K, small_drafter, small_target, tokens_of
+from tests.test_train import changed, small_training_run
 
 P = 32      # tokens of a segment
 
@@ -118,6 +121,17 @@ def written_tensors(function, args, kwargs):
     return written
 
 
+@contextlib.contextmanager
+def recorded_graphs():
+    """Graphs are those of this file; yields the list of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RecordedGraph, "pool_graphs", [])
+        patch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
+        patch.setattr(torch.cuda, "graph", Recorder)
+        patch.setattr(decode_state, "causal_lower_right", unrecorded_mask)
+        yield RecordedGraph.pool_graphs
+
+
 # ------------------------------------------------------------------------------------------------
 # replays are runs
 
@@ -146,11 +160,7 @@ def check_replays(slots, sampling=Sampling()):
     filled in turn; when one ends, another goes on."""
     plain = new_decoder(slots, sampling, on_cuda=False)
     replayed = new_decoder(slots, sampling, on_cuda=True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RecordedGraph, "pool_graphs", [])
-        patch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
-        patch.setattr(torch.cuda, "graph", Recorder)
-        patch.setattr(decode_state, "causal_lower_right", unrecorded_mask)
+    with recorded_graphs() as graphs:
         for number, length in enumerate((2 * P, 5, 2 * P + 1, 2 * P + K + 5, K + 1, P, 2 * P + 9)):
             slot = number % slots
             prompt = tokens_of(length, seed=number).tolist()
@@ -163,7 +173,7 @@ def check_replays(slots, sampling=Sampling()):
                 replayed.end(slot)
                 plain.end(slot)
         # a round, the last block, and segments from 0 and from P on
-        assert len(RecordedGraph.pool_graphs) == 4
+        assert len(graphs) == 4
 
 
 @pytest.mark.parametrize("slots, sampling", ((1, Sampling()), (3, Sampling(1.0, seed=3))))
@@ -217,3 +227,113 @@ def test_graphs_wrong_line(function, right, wrong):
     with slip(function, right, wrong):
         with pytest.raises((AssertionError, IndexError, RuntimeError)):
             check_replays(slots=1)
+
+
+# ------------------------------------------------------------------------------------------------
+# the target's forward in training
+
+
+def training_run(config, rows, on_cuda):
+    run = small_training_run(config, rows)
+    run.target_graphs = Graphs(torch.device("cpu"))
+    run.target_graphs.on_cuda = on_cuda
+    return run
+
+
+def check_training(config, rows):
+    """Steps and an estimate, with graphs and without, on samples of two lengths."""
+    config.length_multiple = 32  # rows have up to 59 tokens
+    with recorded_graphs() as graphs:
+        plain = training_run(config, rows, on_cuda=False)
+        replayed = training_run(config, rows, on_cuda=True)
+        for _ in range(5):
+            expected, _ = train.train_step(plain)
+            entry, _ = train.train_step(replayed)
+            assert entry == expected
+            assert torch.equal(replayed.optimizer.gradient, plain.optimizer.gradient)
+        samples = plain.micro_batches.samples
+        assert train.estimate(replayed, samples) == train.estimate(plain, samples)
+        assert set(replayed.target_graphs.recordings) == {(2, 32), (2, 64)}
+        assert len(graphs) == 2
+
+
+def test_training_with_graphs_is_training_without(small_run):
+    """Failure 5: a drafter that learns from the features of other samples: of those that were
+    recorded, of another length, or of the next micro-batch."""
+    check_training(*small_run)
+
+
+TARGET_FEATURES = train.target_features
+WRONG_LINES_OF_TRAINING = (
+    ("a graph of another length", TARGET_FEATURES, "run(tokens.shape,", "run('samples',"),
+    ("tokens of the recording", TARGET_FEATURES, "def forward(tokens)", "def forward(_)"),
+    ("features of the next micro-batch", train.train_step,
+     "loss.backward()", "target_features(run, tokens), loss.backward()"),
+)
+
+
+@pytest.mark.parametrize(
+    "function, right, wrong", [line[1:] for line in WRONG_LINES_OF_TRAINING],
+    ids=[line[0] for line in WRONG_LINES_OF_TRAINING])
+def test_graphs_in_training_wrong_line(small_run, function, right, wrong):
+    """The check of training with graphs could not fail."""
+    with slip(function, right, wrong):
+        with pytest.raises((AssertionError, RuntimeError)):
+            check_training(*small_run)
+
+
+def test_warm_up_records_every_length(small_run):
+    """A step that waits until its graph is recorded; a resumed run that takes the plain kernels
+    where the run before it had graphs."""
+    config, rows = small_run
+    config.max_length = 100  # padded to 128
+    with recorded_graphs():
+        run = training_run(config, rows, on_cuda=True)
+        train.warm_up(run)
+        recordings = run.target_graphs.recordings
+        assert set(recordings) == {(2, 64), (2, 128)}
+        assert None not in recordings.values()
+
+
+@pytest.mark.parametrize("values, has_graphs", (
+    ({}, True),
+    ({"device": "cpu"}, False),
+    ({"compile": False}, False),
+    ({"parallel": "fsdp"}, False)))
+def test_training_has_graphs_only_where_they_can_be(small_run, monkeypatch, values, has_graphs):
+    """A CPU that asks CUDA for a graph; a graph that knows addresses of weights which FSDP frees;
+    shapes without number; a run that is left without graphs."""
+    config, rows = small_run
+    on_gpu = {"device": "cuda", "compile": True, "parallel": "ddp"}
+    graphs = train.new_target_graphs(changed(config, **on_gpu | values))
+    assert (graphs is not None) == has_graphs
+    assert graphs is None or graphs.on_cuda
+    monkeypatch.setattr(train, "new_target_graphs", lambda config: graphs)
+    assert small_training_run(config, rows).target_graphs is graphs
+
+
+class NoWaits(TorchDispatchMode):
+    """Raises where a GPU would have to be waited for."""
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function not in WAITS, function
+        return function(*args, **(kwargs or {}))
+
+
+def test_micro_batch_waits_for_nothing(small_run, monkeypatch):
+    """A number that is read from the GPU, or copied to it, in the midst of a micro-batch: nobody
+    tells the GPU what comes next, until it has done all before."""
+    config, rows = small_run
+    # the form of attention for CPUs reads numbers, and flex_attention has no backward here
+    monkeypatch.setattr(train, "attention_by_anchor_groups", lambda q, *others: q)
+    run = small_training_run(config, rows)
+    tokens, supervised = run.micro_batches[0]
+    generator = torch.Generator()
+    with NoWaits():
+        loss, _ = train.block_forward(run, tokens, supervised, generator, run.drafter)
+        loss.backward()
+    # it could fail
+    for right, wrong in (("weights > 0", "weights > float(weights.min())"),
+                         ("torch.full((), operations,", "loss.new_tensor(operations,")):
+        with slip(train.block_forward, right, wrong):
+            with pytest.raises(AssertionError), NoWaits():
+                train.block_forward(run, tokens, supervised, generator)
