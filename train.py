@@ -557,6 +557,9 @@ def new_drafter(config, target_config, mask_token_id):
 
 def new_run(config, target, drafter, samples):
     """A run at step 0 from loaded models and samples."""
+    # Lengths of samples x kinds of layer. Also without --compile, as flex_attention is compiled
+    # always: beyond the limit, of 8, it would form all scores.
+    torch._dynamo.config.recompile_limit = 64
     if config.compile:
         compile_layers(target, drafter)
     wrapped_drafter = distribute(target, drafter, config.parallel, config.device)
@@ -586,7 +589,6 @@ def compile_layers(target, drafter):
 
     With static shapes, as these are faster; pad() makes few of them.
     """
-    torch._dynamo.config.recompile_limit = 64  # lengths of samples x kinds of layer
     for layer in (*target.layers, *drafter.layers):
         layer.compile(dynamic=False)
 

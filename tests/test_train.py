@@ -498,6 +498,15 @@ def test_warm_up_meets_every_length(small_run, monkeypatch):
     assert shapes == [(2, 256)] * 2 + [(2, 192)] * 2 + [(2, 128)] * 2 + [(2, 64)] * 2
 
 
+def test_every_length_may_be_compiled(small_run, monkeypatch):
+    """A run without --compile whose flex_attention is not compiled for the ninth length of samples,
+    and forms all scores there."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    small_training_run(*small_run)
+    nano_lengths = 256 // 16
+    assert torch._dynamo.config.recompile_limit >= nano_lengths
+
+
 def test_rate_warms_up_and_ends_at_zero(small_run):
     """A schedule that starts at zero (a lost step), never reaches its peak or ends above zero."""
     config, _ = small_run
