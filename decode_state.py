@@ -81,8 +81,10 @@ class DecodeState:
     conv         inputs of the short convolution: the last tokens before `position`, then the block
 
     forward_rows (K) is one number for three things: rows of a forward, tokens of a chunk, and the
-    drafter's block, as a forward verifies one block. With forward_rows 1 the window is not used,
-    and delta_step runs: the fastest way for the target alone.
+    drafter's block, as a forward verifies one block. forward_rows 1 is the fastest way for the
+    target alone: delta_step runs, and no window is needed. There is no guess to reject, so the
+    forward changes S itself, and commit(1) must follow. (Decoder's idle slots commit 0 instead:
+    their S means nothing.)
 
     For one K, the bits of what follows a prompt do not depend on how it was cut into blocks. Chunks
     begin at multiples of K, so a token always has the same place in its chunk and the same tokens
@@ -116,7 +118,9 @@ class DecodeState:
         S_shape = (linear_layers, batch, config.linear_num_value_heads,
                    config.linear_key_head_dim, config.linear_value_head_dim)
         self.S = weight.new_zeros(S_shape, dtype=dtype)
-        self.S_chunk_end = weight.new_zeros(S_shape, dtype=dtype)
+        self.S_chunk_end = self.S  # of one row; of more, a tensor of its own
+        if forward_rows > 1:
+            self.S_chunk_end = torch.zeros_like(self.S)
         window_shape = (linear_layers, batch, window_length, sum(delta_rule_widths(config)))
         self.window = weight.new_zeros(window_shape, dtype=dtype)
         self.conv = weight.new_zeros(linear_layers, batch, conv_length, conv_channels(config))
@@ -197,14 +201,14 @@ class DecodeState:
             return
         K = self.forward_rows
         n = torch.zeros_like(self.position) + n                              # (B,)
-        # Does the first chunk of the window hold committed tokens only?
-        is_complete = self.position % K + n >= K                             # (B,)
-        is_complete = is_complete[:, None, None, None]  # for S (layers, B, Hv, D, Dv)
-        torch.where(is_complete, self.S_chunk_end, self.S, out=self.S)
         if K > 1:
+            # Does the first chunk of the window hold committed tokens only?
+            is_complete = self.position % K + n >= K                         # (B,)
+            is_complete = is_complete[:, None, None, None]  # for S (layers, B, Hv, D, Dv)
+            torch.where(is_complete, self.S_chunk_end, self.S, out=self.S)
             first_chunk = self.window[:, :, :K]
             second_chunk = self.window[:, :, K:]
-            is_complete = is_complete[..., 0]           # for the window (layers, B, 2 K, widths)
+            is_complete = is_complete[..., 0]       # for the window (layers, B, 2 K, widths)
             self.window[:, :, :K] = torch.where(is_complete, second_chunk, first_chunk)
         # The convolution's memory is [the 3 tokens before the block | the block]. Once n rows are
         # adopted, the 3 last tokens stand n places further on:

@@ -76,6 +76,10 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, chunks_until_state=No
     after chunks_until_state chunks (None: after all) in fp32 or wider. The last chunk is padded
     with tokens of beta = g = 0, which write nothing and fade nothing: they change no bit of S.
 
+    If v is bf16, as in a prompt or in training, what enters most products is rounded to bf16, like
+    what enters all other products of the model. Fading, the inverse and S are in fp32. Decoding
+    hands over all of it in fp32, and nothing is rounded.
+
     How. All vectors are rows. Let S be the state before a chunk, and let token t write W_t: it adds
     k_t^T W_t to the state. First a chunk of two tokens. By the definition
 
@@ -127,9 +131,12 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, chunks_until_state=No
     device = v.device
     if chunk is None:
         chunk = chunk_length(v)
-    output_dtype = v.dtype
-    dtype = torch.promote_types(v.dtype, torch.float32)  # all that follows is in fp32 or wider
+    input_dtype = v.dtype
+    dtype = torch.promote_types(input_dtype, torch.float32)  # of all but what is rounded
     q, k = repeat_heads(q, k, Hv)
+
+    def rounded(x):
+        return x.to(input_dtype)
 
     q = to_chunks(q, chunk, dtype)                                           # (B Hv, N, C, D)
     k = to_chunks(k, chunk, dtype)
@@ -148,16 +155,14 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, chunks_until_state=No
     fade_of_chunk = log_fade[..., -1:].exp()[..., None]                      # (B Hv, N, 1, 1)
     decay_to_end = (log_fade[..., -1:] - log_fade).exp()                     # (B Hv, N, C)
 
-    # (2), (3). The solver reads A below the diagonal only and takes the diagonal as 1: so it solves
-    # with I + A, whatever else stands in A.
+    # (2), (3)
     A = (k @ k.mT).mul_(decay).mul_(beta[..., None])                        # [beta] (decay * k k^T)
-    identity = (place[:, None] == place).to(dtype).expand_as(A)
-    M = torch.linalg.solve_triangular(A, identity, upper=False, unitriangular=True)
+    M = inverse_of_unit_lower(A)
     M = M * beta[..., None, :]                                               # (I + A)^-1 [beta]
-    U = M @ v
-    Y = (M * fade[..., None, :]) @ k                                         # M [fade] k
-    P = (q @ k.mT).mul_(decay)                                               # decay * q k^T
-    k_to_end = k * decay_to_end[..., None]
+    U = rounded(M) @ rounded(v)
+    Y = rounded(M * fade[..., None, :]) @ rounded(k)                         # M [fade] k
+    P = (rounded(q) @ rounded(k).mT).mul_(decay)                             # decay * q k^T
+    k_to_end = rounded(k * decay_to_end[..., None])
     k_to_end_T = k_to_end.mT                                                 # (B Hv, N, D, C)
 
     # (3), (4), from chunk to chunk. unbind, not an index: where a target is trained (data/nano does
@@ -175,7 +180,7 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, chunks_until_state=No
     states = [S]  # states[i] is the state after i chunks, with which chunk i begins
     writes = []
     for i in range(N):
-        W = U[i] - Y[i] @ states[i]
+        W = U[i] - Y[i] @ rounded(states[i])
         writes.append(W)
         # the last state only if it is asked for: decoding asks for that after the first of two
         if i + 1 < N or chunks_until_state == N:
@@ -185,11 +190,34 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, chunks_until_state=No
     # (5): the outputs of all chunks at once
     scale = D ** -0.5
     states = torch.stack(states[:N], 1)                                      # (B Hv, N, D, Dv)
-    writes = torch.stack(writes, 1).flatten(0, 1)                            # (B Hv N, C, Dv)
-    o = (q @ states).mul_(fade[..., None] * scale).flatten(0, 1)             # (B Hv N, C, Dv)
-    o = o.baddbmm_(P.flatten(0, 1), writes, alpha=scale)
-    o = from_chunks(o, B, N, T).to(output_dtype)                             # (B, T, Hv, Dv)
+    writes = torch.stack(writes, 1)                                          # (B Hv, N, C, Dv)
+    o = to_fp32(rounded(q) @ rounded(states)).mul_(fade[..., None] * scale)
+    o = o.add_(P @ writes, alpha=scale)
+    o = rounded(from_chunks(o, B, T))                                        # (B, T, Hv, Dv)
     return o, S_after.unflatten(0, (B, Hv))
+
+
+def inverse_of_unit_lower(A):
+    """(I + A)^-1 for A (..., C, C), of which only what stands below the diagonal is read.
+
+    A GPU's triangular solver is slow for many rows, so long chunks are halved, down to 32 rows:
+
+        [P 0]^-1   [    P^-1        0  ]
+        [Q R]    = [-R^-1 Q P^-1   R^-1]
+    """
+    C = A.shape[-1]
+    if C <= 32 or C % 2 == 1:
+        # the solver takes the diagonal as 1: so it solves with I + A
+        identity = torch.eye(C, dtype=A.dtype, device=A.device).expand_as(A)
+        return torch.linalg.solve_triangular(A, identity, upper=False, unitriangular=True)
+    half = C // 2
+    both = torch.stack((A[..., :half, :half], A[..., half:, half:]))
+    P, R = inverse_of_unit_lower(both)
+    Q = A[..., half:, :half]
+    corner = -(R @ (Q @ P))
+    top = F.pad(P, (0, half))
+    bottom = torch.cat((corner, R), -1)
+    return torch.cat((top, bottom), -2)
 
 
 def to_chunks(x, chunk, dtype):
@@ -203,9 +231,9 @@ def to_chunks(x, chunk, dtype):
     return x.unflatten(1, (-1, chunk))
 
 
-def from_chunks(x, B, N, T):
-    """(B H N, C, ...) -> (B, T, H, ...), without the tokens that padded the last chunk."""
-    x = x.unflatten(0, (B, -1, N)).flatten(2, 3)                             # (B, H, N C, ...)
+def from_chunks(x, B, T):
+    """(B H, N, C, ...) -> (B, T, H, ...), without the tokens that padded the last chunk."""
+    x = x.unflatten(0, (B, -1)).flatten(2, 3)                                # (B, H, N C, ...)
     return x[:, :, :T].transpose(1, 2)
 
 
