@@ -21,8 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from cpu import rowwise  # applies a function; on CPUs so that a row's bits do not depend on others
-from model import rotary_table, rotate, to_fp32
-from projections import JoinedProjections  # a module that may join its products into one
+from model import JoinedProjections, rotary_table, rotate, to_fp32
 
 # --------------------------------------------------------------------------------------------------
 # the gated delta rule (Yang, Kautz, Hatamizadeh, arXiv 2412.06464)
@@ -554,13 +553,6 @@ class Target(nn.Module):
         if self.packed_head is not None:
             return self.packed_head(hidden)
         return F.linear(hidden, self.head_weight)
-
-    def join_projections(self):
-        """Join the projections of every layer; the weights must not change after it."""
-        for module in self.modules():
-            if isinstance(module, JoinedProjections):
-                module.join()
-        return self
 
     def compile_decoding(self):
         """Compile the layers for blocks, and for segments of a prompt where these are padded.
