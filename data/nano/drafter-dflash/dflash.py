@@ -243,11 +243,13 @@ class JoinedProjections(nn.Module):
         if self.joined_weight is None:
             return [getattr(self, name)(x) for name in self.projections[first:]]
         widths = self.projection_widths[first:]
-        if self.packed_product is None:
-            weight = self.joined_weight[-sum(widths):]  # one after another: the last rows
-            product = F.linear(x, weight)
+        if self.packed_product is not None:
+            product = self.packed_product(x)  # the target: it asks for all
+        elif first == 0:
+            product = F.linear(x, self.joined_weight)
         else:
-            product = self.packed_product(x)  # of all; the target never asks for less
+            last_rows = self.joined_weight[-sum(widths):]
+            product = F.linear(x, last_rows)
         return product.split(widths, -1)
 
     def join(self):
