@@ -530,7 +530,11 @@ class Target(nn.Module):
                                  "outputs are wanted")
             layers = layers[:max(target_layer_ids) + 1]
 
-        x = self.embed_tokens(tokens)
+        if state is None:
+            x = self.embed_tokens(tokens)
+        else:
+            # for few tokens faster on a GPU, but slow where a gradient is wanted
+            x = self.embed_tokens.weight[tokens]
         features = []
         for i, layer in enumerate(layers):
             layer_state = None if state is None else state.layers[i]
