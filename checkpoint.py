@@ -22,7 +22,7 @@ from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
 import model
 from cpu import pack_linears, pack_target
-from model import DFlashDraftModel
+from model import DFlashDraftModel, join_projections
 from target import Target, TargetConfig
 
 # --------------------------------------------------------------------------------------------------
@@ -43,7 +43,7 @@ def load_target(name, device="cpu", dtype="float32"):
     torch.backends.cuda.matmul.allow_tf32 = dtype == torch.bfloat16
     config, folder = read_target_config(name)
     if folder is None:  # random weights
-        return pack_target(random_target(config, device, dtype).join_projections())
+        return pack_target(join_projections(random_target(config, device, dtype)))
     # a model without memory, into which the tensors of the file are put as they are
     with torch.device("meta"):
         target = Target(config)
@@ -58,7 +58,7 @@ def load_target(name, device="cpu", dtype="float32"):
         return our
 
     load_weights(target, folder, device, dtype, our_name, FP32_WEIGHTS)
-    return pack_target(target.join_projections())
+    return pack_target(join_projections(target))
 
 
 # stored and used in fp32 whatever the model's dtype is
@@ -209,6 +209,17 @@ def load_drafter(name, target_config, device="cpu", dtype="float32"):
     check_pair(folder, drafter, target_config)
     # then its weights
     load_weights(drafter, folder, device, getattr(torch, dtype))
+    return prepare_decoding(drafter)
+
+
+def prepare_decoding(drafter):
+    """Bring the weights of a frozen drafter into the form that decodes fastest; returns it.
+
+    On a GPU several projections become one product. On a CPU that would gain 1 %, and lose the
+    large weights' packing.
+    """
+    if drafter.fc.weight.is_cuda:
+        return join_projections(drafter)
     return pack_linears(drafter)
 
 

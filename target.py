@@ -21,8 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from cpu import rowwise  # applies a function; on CPUs so that a row's bits do not depend on others
-from model import rotary_table, rotate, to_fp32
-from projections import JoinedProjections  # a module that may join its products into one
+from model import JoinedProjections, linear_product, rotary_table, rotate, to_fp32
 
 # --------------------------------------------------------------------------------------------------
 # the gated delta rule (Yang, Kautz, Hatamizadeh, arXiv 2412.06464)
@@ -278,17 +277,17 @@ class GatedDeltaNet(JoinedProjections):
         self.key_width = config.linear_num_key_heads * config.linear_key_head_dim
         self.value_width = config.linear_num_value_heads * config.linear_value_head_dim
         channels = conv_channels(config)
-        self.in_proj_qkv = linear(config.hidden_size, channels)
-        self.in_proj_z = linear(config.hidden_size, self.value_width)
-        self.in_proj_b = linear(config.hidden_size, self.value_heads)
-        self.in_proj_a = linear(config.hidden_size, self.value_heads)
+        self.in_proj_qkv = Linear(config.hidden_size, channels)
+        self.in_proj_z = Linear(config.hidden_size, self.value_width)
+        self.in_proj_b = Linear(config.hidden_size, self.value_heads)
+        self.in_proj_a = Linear(config.hidden_size, self.value_heads)
         self.conv1d = nn.Conv1d(
             channels, channels, config.linear_conv_kernel_dim, groups=channels, bias=False)
         fading_rate = torch.empty(self.value_heads).uniform_(0.01, 16)
         self.A_log = nn.Parameter(fading_rate.log())
         self.dt_bias = nn.Parameter(torch.ones(self.value_heads))
         self.norm = GatedRMSNorm(config.linear_value_head_dim, config.rms_norm_eps)
-        self.out_proj = linear(self.value_width, config.hidden_size)
+        self.out_proj = Linear(self.value_width, config.hidden_size)
 
     def forward(self, x, layer_state, rotary):
         """x (B, T, width). Positions act through the recurrence, so rotary is not used."""
@@ -346,10 +345,10 @@ class GatedAttention(JoinedProjections):
         self.kv_heads = config.num_key_value_heads
         query_width = config.num_attention_heads * config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim
-        self.q_proj = linear(config.hidden_size, 2 * query_width)  # a head's query, then its gate
-        self.k_proj = linear(config.hidden_size, kv_width)
-        self.v_proj = linear(config.hidden_size, kv_width)
-        self.o_proj = linear(query_width, config.hidden_size)
+        self.q_proj = Linear(config.hidden_size, 2 * query_width)  # a head's query, then its gate
+        self.k_proj = Linear(config.hidden_size, kv_width)
+        self.v_proj = Linear(config.hidden_size, kv_width)
+        self.o_proj = Linear(query_width, config.hidden_size)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
@@ -378,9 +377,9 @@ class MLP(JoinedProjections):
 
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = linear(config.hidden_size, config.intermediate_size)
-        self.up_proj = linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = linear(config.intermediate_size, config.hidden_size)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x):
         gate, up = self.project(x)
@@ -448,8 +447,14 @@ def unit_length(x):
     return F.rms_norm(to_fp32(x), (D,), None, 1e-6 / D) * D ** -0.5
 
 
-def linear(inputs, outputs):
-    return nn.Linear(inputs, outputs, bias=False)
+class Linear(nn.Linear):
+    """A linear layer without a bias, whose product of one row suits a GPU."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x):
+        return linear_product(x, self.weight)
 
 # --------------------------------------------------------------------------------------------------
 # the model
@@ -526,7 +531,7 @@ class Target(nn.Module):
         self.layers = nn.ModuleList(Layer(config, kind) for kind in config.layer_types)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
-            self.lm_head = linear(config.hidden_size, config.vocab_size)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size)
         for parameter in self.parameters():
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
@@ -559,7 +564,11 @@ class Target(nn.Module):
                                  "outputs are wanted")
             layers = layers[:max(target_layer_ids) + 1]
 
-        x = self.embed_tokens(tokens)
+        if state is None:
+            x = self.embed_tokens(tokens)
+        else:
+            # for few tokens faster on a GPU, but slow where a gradient is wanted
+            x = self.embed_tokens.weight[tokens]
         features = []
         for i, layer in enumerate(layers):
             layer_state = None if state is None else state.layers[i]
@@ -582,13 +591,6 @@ class Target(nn.Module):
         if self.packed_head is not None:
             return self.packed_head(hidden)
         return F.linear(hidden, self.head_weight)
-
-    def join_projections(self):
-        """Join the projections of every layer; the weights must not change after it."""
-        for module in self.modules():
-            if isinstance(module, JoinedProjections):
-                module.join()
-        return self
 
     def compile_decoding(self):
         """Compile the layers for blocks, and for segments of a prompt where these are padded.

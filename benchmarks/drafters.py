@@ -4,8 +4,7 @@ and an untrained drafter, which costs what a trained one costs.
 """
 import torch
 
-from checkpoint import drafter_config
-from cpu import pack_linears
+from checkpoint import drafter_config, prepare_decoding
 from model import DFlashDraftModel
 
 CERTAIN = 1e9  # a logit so large that no noise changes the choice
@@ -87,7 +86,7 @@ def probability_for(tau, block_size):
 def random_drafter(target):
     """An untrained drafter that decodes: it costs what a trained one costs."""
     drafter = untrained_drafter(target).to(target.embed_tokens.weight.dtype)
-    return pack_linears(drafter.requires_grad_(False).eval())
+    return prepare_decoding(drafter.requires_grad_(False).eval())
 
 
 def untrained_drafter(target):

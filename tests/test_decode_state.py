@@ -11,8 +11,7 @@ import torch.nn.functional as F
 
 import cpu
 from checkpoint import drafter_config
-from model import DFlashDraftModel
-from projections import JoinedProjections
+from model import DFlashDraftModel, JoinedProjections, join_projections
 from decode_state import DecodeState, read_prompt
 from tests.common import (K, LAYER_IDS, V, apart, nano, random_normal, small_target, tiny_target,
                           tokens_of)
@@ -266,7 +265,7 @@ def test_packed_and_plain_models_agree(monkeypatch):
     plain = results()
     assert all(product is None for product in packed_products(target, drafter))
 
-    target.join_projections()
+    join_projections(target)
     joined = results()
 
     monkeypatch.setattr(cpu, "MIN_PACKED", 0)

@@ -1,6 +1,7 @@
 """
 The drafter, against the contract in words: what a block sees, in training and in decoding.
 """
+import copy
 import dataclasses
 import itertools
 import math
@@ -8,17 +9,21 @@ import random
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
+import cpu
 import model
-from checkpoint import drafter_config
+from checkpoint import drafter_config, prepare_decoding
 from cpu import attention_by_anchor_groups
-from model import DFlashDraftModel, block_mask, block_visibility, masked_attention, rotary_table
-from tests.common import (DRAFTERS, HIDDEN, K, LAYER_IDS, MASK, V, apart, random_normal, slow_block,
-                          small_config, small_drafter, small_target, tokens_of)
+from model import (DFlashDraftModel, block_mask, block_visibility, join_projections,
+                   masked_attention, rotary_table)
+from tests.common import (DRAFTERS, HIDDEN, K, LAYER_IDS, MASK, V, apart, perturb, random_normal,
+                          shipped, slow_block, small_config, small_drafter, small_target,
+                          tokens_of)
 
 
 def drafting(T, A=5, seed=0):
@@ -79,6 +84,126 @@ def test_drafter_decodes_as_it_was_trained(layer_types, window):
         expected = target.logits(expected[:, 1:])
         assert apart(logits, expected) < 1e-5, n
         assert torch.equal(logits.argmax(-1), expected.argmax(-1)), n
+
+
+def drafter_named(name):
+    if name == "nano":
+        return copy.deepcopy(shipped())  # as other tests use it as it is
+    config = small_drafter().config
+    config.attention_bias = name == "with biases"
+    return perturb(DFlashDraftModel(config), scale=5.0)
+
+
+def written_and_decoded(drafter):
+    """The cache with a context of K positions and a block after it, and the block's hidden states.
+    """
+    draw = random_normal()
+    feature_width = drafter.fc.in_features
+    features = draw(2, K, feature_width)
+    block = draw(2, K, drafter.config.hidden_size)
+    cache = drafter.new_cache(2, 2 * K)
+    drafter.write_context(features, cache, torch.tensor([0, 0]))
+    hidden = drafter.decode_block(block, cache, torch.tensor([K, K]))
+    results = [hidden]
+    for keys, values in cache:
+        results += [keys, values]
+    return results
+
+
+@pytest.mark.parametrize("name", ("small", "nano", "with biases"))
+@torch.no_grad()
+def test_joined_projections_give_the_same_drafter(name):
+    """On GPUs: a joined projection takes the rows of another one's weight or loses its bias; a
+    checkpoint saved from such a drafter has other names or weights."""
+    drafter = drafter_named(name)
+    results = written_and_decoded(drafter)
+    weights = {key: weight.clone() for key, weight in drafter.state_dict().items()}
+
+    join_projections(drafter)
+    for joined, plain in zip(written_and_decoded(drafter), results, strict=True):
+        assert apart(joined, plain) < 1e-5
+    weights_after = drafter.state_dict()
+    assert list(weights_after) == list(weights)
+    assert list(dict(drafter.named_parameters())) == list(weights)
+    for key in weights:
+        assert torch.equal(weights_after[key], weights[key]), key
+
+    # and into a drafter that is not joined
+    other = DFlashDraftModel(drafter.config).eval()
+    other.load_state_dict(weights_after)
+    assert apart(written_and_decoded(other)[0], results[0]) < 1e-5
+
+
+@torch.no_grad()
+def test_joined_projections_are_fewer_products(monkeypatch):
+    """A projection that is left out of the joined product: a launch more in every layer."""
+    products = []
+    linear = F.linear
+
+    def counted_linear(x, weight, bias=None):
+        products.append(weight.shape)
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(F, "linear", counted_linear)
+    drafter = small_drafter()
+    written_and_decoded(drafter)
+    context = 1 + 2 * 2  # fc; k and v in each of two layers
+    block = 2 * 7        # q, k, v, o, gate, up and down
+    assert len(products) == context + block
+
+    products.clear()
+    join_projections(drafter)
+    written_and_decoded(drafter)
+    context = 1 + 2      # fc; in each layer k and v as one
+    block = 2 * 4        # q, k, v as one; o; gate and up as one; down
+    assert len(products) == context + block
+
+
+def test_joined_projections_take_no_memory():
+    """A drafter's weights are in memory twice, joined and apart."""
+    drafter = join_projections(small_drafter())
+    for layer in drafter.layers:
+        for module in (layer.self_attn, layer.mlp):
+            joined = module.joined_weight.untyped_storage().data_ptr()
+            for name in module.projections:
+                weight = getattr(module, name).weight
+                assert weight.untyped_storage().data_ptr() == joined, name
+
+
+@torch.no_grad()
+def test_context_has_keys_and_values_of_its_own():
+    """The queries of the context are taken for its keys. With as many key heads as query heads all
+    shapes are right, and in training, where nothing is joined, all is well."""
+    config = small_drafter().config
+    config.num_key_value_heads = config.num_attention_heads
+    attention = perturb(DFlashDraftModel(config), scale=5.0).layers[1].self_attn
+    x = random_normal()(2, K, HIDDEN)
+    expected = [attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)]
+
+    for join in (False, True):
+        if join:
+            attention.join()
+        for first in range(3):
+            projected = attention.project(x, first)
+            for ours, its_own in zip(projected, expected[first:], strict=True):
+                assert apart(ours, its_own) < 1e-6, (join, first)
+
+    rotary = rotary_table(torch.arange(K), config.head_dim, 1e4)
+    k, v = attention.keys_values(x, rotary)
+    _, block_k, block_v = attention.queries_keys_values(x, rotary)
+    assert apart(k, block_k) < 1e-6
+    assert apart(v, block_v) < 1e-6
+
+
+def test_drafter_on_a_cpu_is_packed_not_joined(monkeypatch):
+    """Large weights joined on a CPU, where packing each by itself is faster: a round takes a fifth
+    longer."""
+    monkeypatch.setattr(cpu, "MIN_PACKED", 0)
+    drafter = prepare_decoding(small_drafter())
+    for name, module in drafter.named_modules():
+        assert getattr(module, "joined_weight", None) is None, name
+        if isinstance(module, torch.nn.Linear):
+            assert "forward" in vars(module), name  # pack_linears puts its own there
 
 
 def test_block_is_the_anchor_and_masks():
