@@ -76,7 +76,7 @@ class DecodeState:
     keys         and values of each full-attention layer; a mask hides from a row what comes after
                  it
     S            of each linear layer, after `position` rounded down to a multiple of K
-    S_chunk_end  the same at the next multiple of K, as the last forward computed it
+    S_chunk_end  the same at the next multiple of K, as the last forward computed it; only if K > 1
     window       q k v g beta of the 2 K tokens from S on, side by side in one tensor
     conv         inputs of the short convolution: the last tokens before `position`, then the block
 
@@ -118,9 +118,7 @@ class DecodeState:
         S_shape = (linear_layers, batch, config.linear_num_value_heads,
                    config.linear_key_head_dim, config.linear_value_head_dim)
         self.S = weight.new_zeros(S_shape, dtype=dtype)
-        self.S_chunk_end = self.S  # of one row; of more, a tensor of its own
-        if forward_rows > 1:
-            self.S_chunk_end = torch.zeros_like(self.S)
+        self.S_chunk_end = torch.zeros_like(self.S)
         window_shape = (linear_layers, batch, window_length, sum(delta_rule_widths(config)))
         self.window = weight.new_zeros(window_shape, dtype=dtype)
         self.conv = weight.new_zeros(linear_layers, batch, conv_length, conv_channels(config))
@@ -243,7 +241,7 @@ class LinearLayerState:
 
     def delta_rule(self, q, k, v, g, beta):
         """Outputs (B, T, Hv, Dv) of the rows, given the committed tokens; fills S_chunk_end, or S
-        for a segment of a prompt."""
+        for a segment of a prompt or for one row."""
         state = self.state
         if not state.forward_is_block:
             # a segment of a prompt; its padding fades nothing and writes nothing
@@ -254,7 +252,7 @@ class LinearLayerState:
             self.S.copy_(S)
         elif state.forward_rows == 1:
             o, S = delta_step(q, k, v, g, beta, self.S)
-            self.S_chunk_end.copy_(S)
+            self.S.copy_(S)
         else:
             # write the block after the tail
             inputs = [x.to(self.S.dtype).flatten(2) for x in (q, k, v, g, beta)]
