@@ -42,15 +42,18 @@ def run(config):
     if "decoding" in config.parts or "prefill" in config.parts:
         peer = transformers_peer(target)
     rows = []
-    if "decoding" in config.parts:
-        rows += decoding_rows(config, workload, peer, bandwidth)
-    if "prefill" in config.parts:
-        rows += prefill_rows(config, workload, peer, rate)
-    if "kernel" in config.parts:
-        rows += kernel_rows(config, rate)
-    if "training" in config.parts:
-        rows += training_rows(config, target, rate)
-    print_table(rows)
+    for part in config.parts:
+        if part == "decoding":
+            rows_of_part = decoding_rows(config, workload, peer, bandwidth)
+        elif part == "prefill":
+            rows_of_part = prefill_rows(config, workload, peer, rate)
+        elif part == "kernel":
+            rows_of_part = kernel_rows(config, rate)
+        else:
+            rows_of_part = training_rows(config, target, rate)
+        print_table(rows_of_part)  # at once, as a part may take minutes
+        print(flush=True)
+        rows += rows_of_part
     report = {
         "command": "speed", "target": config.target, "compile": config.compile,
         "device": device_name(config.device), "dtype": config.dtype, "torch": torch.__version__,
