@@ -22,7 +22,8 @@ from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
 import model
 from cpu import pack_linears, pack_target
-from model import DFlashDraftModel, join_projections
+from model import DFlashDraftModel
+from projections import join_projections
 from target import Target, TargetConfig
 
 # --------------------------------------------------------------------------------------------------

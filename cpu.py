@@ -13,6 +13,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from projections import groups_of
+
 MIN_PACKED = 1 << 18        # numbers in a weight from which packing pays
 PARALLEL_ELEMENTS = 32768   # torch gives no thread fewer elements than this
 SMALL = 50_000_000          # parameters below which one thread is enough
@@ -33,22 +35,20 @@ def use_one_thread_if_small(target):
 
 def pack_target(target):
     """Let a frozen target whose projections are joined use packed weights; returns the target."""
-    for module in target.modules():
-        if getattr(module, "joined_weight", None) is not None:
-            module.packed_product = pack_weight(module.joined_weight)
-            pack_linears(module, skip=module.projections)
+    for layers in groups_of(target):
+        layers[0].packed_product = pack_weight(layers[0].joined_weight)
+    pack_linears(target.layers)
     target.packed_head = pack_weight(target.head_weight)  # the embedding's own weight where tied
     return target
 
 
-def pack_linears(module, skip=()):
-    """Let the bias-free linear layers of a frozen module use packed weights; returns the module.
-
-    skip: names of layers to leave alone.
-    """
-    for name, layer in module.named_modules():
-        if not isinstance(layer, nn.Linear) or layer.bias is not None or name in skip:
+def pack_linears(module):
+    """Let the bias-free linear layers of a frozen module use packed weights; returns the module."""
+    for layer in module.modules():
+        if not isinstance(layer, nn.Linear) or layer.bias is not None:
             continue
+        if hasattr(layer, "joined_weight"):
+            continue  # it is computed as part of a joined product
         packed_product = pack_weight(layer.weight)
         if packed_product is not None:
             layer.forward = packed_product

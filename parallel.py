@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from model import JoinedProjections
+from projections import unjoin_projections
 
 
 def join_processes(device):
@@ -99,9 +99,7 @@ def distribute(target, drafter, method, device):
             drafter, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     # tensors that join several weights would stay whole in every process
-    for module in target.modules():
-        if isinstance(module, JoinedProjections):
-            module.unjoin()
+    unjoin_projections(target)
 
     # Embedding and head of the target stay whole: the loss needs all of their rows in every step.
     in_layers = set()

@@ -21,7 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from cpu import rowwise  # applies a function; on CPUs so that a row's bits do not depend on others
-from model import JoinedProjections, linear_product, rotary_table, rotate, to_fp32
+from model import linear_product, project, rotary_table, rotate, to_fp32
 
 # --------------------------------------------------------------------------------------------------
 # the gated delta rule (Yang, Kautz, Hatamizadeh, arXiv 2412.06464)
@@ -268,9 +268,8 @@ def delta_step(q, k, v, g, beta, S):
 # layers; parameter names are those of the public checkpoint
 
 
-class GatedDeltaNet(JoinedProjections):
+class GatedDeltaNet(nn.Module):
     """Token mixing by the gated delta rule, after a short causal depthwise convolution."""
-    projections = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
 
     def __init__(self, config):
         super().__init__()
@@ -293,7 +292,8 @@ class GatedDeltaNet(JoinedProjections):
 
     def forward(self, x, layer_state, rotary):
         """x (B, T, width). Positions act through the recurrence, so rotary is not used."""
-        qkv, z, b, a = self.project(x)  # in the order of `projections`
+        qkv, z, b, a = project(
+            x, (self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a))
         q, k, v = self.convolve_and_split(qkv, layer_state)
 
         # the share of what is stored under its key that a token replaces, and the log of S's fading
@@ -337,9 +337,8 @@ class GatedDeltaNet(JoinedProjections):
         return q, k, v
 
 
-class GatedAttention(JoinedProjections):
+class GatedAttention(nn.Module):
     """Grouped-query attention: normed heads, partial rotary, a sigmoid gate on the output."""
-    projections = ("q_proj", "k_proj", "v_proj")
 
     def __init__(self, config):
         super().__init__()
@@ -356,7 +355,7 @@ class GatedAttention(JoinedProjections):
 
     def forward(self, x, layer_state, rotary):
         """x (B, T, width)."""
-        q, k, v = self.project(x)
+        q, k, v = project(x, (self.q_proj, self.k_proj, self.v_proj))
         q, gate = q.unflatten(-1, (self.heads, -1)).chunk(2, dim=-1)         # (B, T, H, D)
         k = k.unflatten(-1, (self.kv_heads, -1))                             # (B, T, Hkv, D)
         v = v.unflatten(-1, (self.kv_heads, -1))
@@ -373,9 +372,8 @@ class GatedAttention(JoinedProjections):
         return self.o_proj(o.flatten(-2))
 
 
-class MLP(JoinedProjections):
+class MLP(nn.Module):
     """SwiGLU."""
-    projections = ("gate_proj", "up_proj")
 
     def __init__(self, config):
         super().__init__()
@@ -384,7 +382,7 @@ class MLP(JoinedProjections):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x):
-        gate, up = self.project(x)
+        gate, up = project(x, (self.gate_proj, self.up_proj))
         return self.down_proj(rowwise(F.silu, gate) * up)
 
 

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 import cpu
 from checkpoint import drafter_config
-from model import DFlashDraftModel, JoinedProjections, join_projections
+from model import DFlashDraftModel
+from projections import groups_of, join_projections
 from decode_state import DecodeState, read_prompt
 from tests.common import (K, LAYER_IDS, V, apart, nano, random_normal, small_target, tiny_target,
                           tokens_of)
@@ -236,10 +237,9 @@ def packed_products(target, drafter):
     """The packed product of every projection of both models, None for those that have none."""
     products = [target.packed_head]
     inside = []  # linear layers that are computed as part of a joined product
-    for module in target.modules():
-        if isinstance(module, JoinedProjections):
-            products.append(module.packed_product)
-            inside += [getattr(module, name) for name in module.projections]
+    for layers in groups_of(target):
+        products.append(getattr(layers[0], "packed_product", None))
+        inside += layers
     for module in (*target.modules(), *drafter.modules()):
         if isinstance(module, nn.Linear) and not any(module is part for part in inside):
             products.append(vars(module).get("forward"))

@@ -19,8 +19,9 @@ import cpu
 import model
 from checkpoint import drafter_config, prepare_decoding
 from cpu import attention_by_anchor_groups
-from model import (DFlashDraftModel, block_mask, block_visibility, join_projections,
-                   masked_attention, rotary_table)
+from model import (DFlashDraftModel, block_mask, block_visibility, masked_attention, project,
+                   rotary_table)
+from projections import groups_of, join_projections
 from tests.common import (DRAFTERS, HIDDEN, K, LAYER_IDS, MASK, V, apart, perturb, random_normal,
                           shipped, slow_block, small_config, small_drafter, small_target,
                           tokens_of)
@@ -162,12 +163,11 @@ def test_joined_projections_are_fewer_products(monkeypatch):
 def test_joined_projections_take_no_memory():
     """A drafter's weights are in memory twice, joined and apart."""
     drafter = join_projections(small_drafter())
-    for layer in drafter.layers:
-        for module in (layer.self_attn, layer.mlp):
-            joined = module.joined_weight.untyped_storage().data_ptr()
-            for name in module.projections:
-                weight = getattr(module, name).weight
-                assert weight.untyped_storage().data_ptr() == joined, name
+    for layers in groups_of(drafter):
+        joined = layers[0].joined_weight.untyped_storage().data_ptr()
+        for layer in layers:
+            assert layer.weight.untyped_storage().data_ptr() == joined
+            assert layer.joined_weight.untyped_storage().data_ptr() == joined
 
 
 @torch.no_grad()
@@ -178,15 +178,16 @@ def test_context_has_keys_and_values_of_its_own():
     config.num_key_value_heads = config.num_attention_heads
     attention = perturb(DFlashDraftModel(config), scale=5.0).layers[1].self_attn
     x = random_normal()(2, K, HIDDEN)
-    expected = [attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)]
+    layers = [attention.q_proj, attention.k_proj, attention.v_proj]
+    expected = [layer(x) for layer in layers]
 
-    for join in (False, True):
-        if join:
-            attention.join()
+    for is_joined in (False, True):
+        if is_joined:
+            join_projections(attention)
         for first in range(3):
-            projected = attention.project(x, first)
+            projected = project(x, layers[first:])
             for ours, its_own in zip(projected, expected[first:], strict=True):
-                assert apart(ours, its_own) < 1e-6, (join, first)
+                assert apart(ours, its_own) < 1e-6, (is_joined, first)
 
     rotary = rotary_table(torch.arange(K), config.head_dim, 1e4)
     k, v = attention.keys_values(x, rotary)
@@ -201,7 +202,7 @@ def test_drafter_on_a_cpu_is_packed_not_joined(monkeypatch):
     monkeypatch.setattr(cpu, "MIN_PACKED", 0)
     drafter = prepare_decoding(small_drafter())
     for name, module in drafter.named_modules():
-        assert getattr(module, "joined_weight", None) is None, name
+        assert not hasattr(module, "joined_weight"), name
         if isinstance(module, torch.nn.Linear):
             assert "forward" in vars(module), name  # pack_linears puts its own there
 

@@ -173,7 +173,7 @@ def test_decay_in_bf16_is_computed_in_fp32(monkeypatch):
     monkeypatch.setattr(target_module, "gated_delta_rule", keep)
     x = half((1, 30, HIDDEN))
     layer(x, None, None)
-    *_, a = layer.project(x)
+    a = layer.in_proj_a(x)
     exact = -layer.A_log.double().exp() * F.softplus(a.double() + layer.dt_bias.double())
     assert given["g"].dtype == torch.float32
     assert apart(given["g"], exact) < 1e-6

@@ -235,80 +235,6 @@ def block_mask(visible, B, query_count, key_count, device):
     return create(visible, B, None, query_count, key_count, device)
 
 # --------------------------------------------------------------------------------------------------
-# several projections of one input
-
-
-class JoinedProjections(nn.Module):
-    """A module that projects its input several times. `projections` names its linear layers.
-
-    At first each of them runs on its own, and so they are trained. join() makes their weights views
-    of one tensor, and from then on one product does it, which is then split. An entry of a product
-    depends on its own row and column alone, so columns may stand side by side.
-
-    In decoding a product has few rows, and on a GPU a small one takes as long as one several times
-    as large. On an H100 a step of one row of the 0.8B target then has 573 kernels instead of 663
-    and takes 1.61 ms instead of 1.94.
-    """
-    projections = ()
-    joined_weight = None    # the one tensor
-    packed_product = None   # the product from a packed copy of it, where cpu.py made one
-
-    def project(self, x, first=0):
-        """The projections (..., their widths) of x (..., width), from number `first` on."""
-        if self.joined_weight is None:
-            return [getattr(self, name)(x) for name in self.projections[first:]]
-        widths = self.projection_widths[first:]
-        if self.packed_product is not None:
-            product = self.packed_product(x)  # the target: it asks for all
-        elif first == 0:
-            product = linear_product(x, self.joined_weight)
-        else:
-            last_rows = self.joined_weight[-sum(widths):]
-            product = linear_product(x, last_rows)
-        return product.split(widths, -1)
-
-    def join(self):
-        """Make one weight of all, which must not change any more. Biases are rare: where there are
-        some, nothing is joined.
-        """
-        layers = [getattr(self, name) for name in self.projections]
-        if any(layer.bias is not None for layer in layers):
-            return
-        self.projection_widths = [layer.out_features for layer in layers]
-        self.joined_weight = torch.cat([layer.weight.data for layer in layers])
-        pieces = self.joined_weight.split(self.projection_widths)
-        for layer, piece in zip(layers, pieces):
-            layer.weight.data = piece
-
-    def unjoin(self):
-        """Each projection on its own again, as weights that are to be sharded must be."""
-        self.joined_weight = None
-        self.packed_product = None
-
-
-def linear_product(x, weight):
-    """x W^T for x (..., inputs) and a weight W (outputs, inputs).
-
-    One row in code that is compiled for a GPU is written as products and sums: torch.compile makes
-    them one kernel with the norm or the gate beside them. cuBLAS takes up to 1.7 times as long. (On
-    an H100 a step of the 0.8B target has 324 kernels instead of 402, and 1.31 ms instead of 1.46.)
-    """
-    is_one_row = x.numel() == x.shape[-1]
-    if is_one_row and x.is_cuda and torch.compiler.is_compiling():
-        row = to_fp32(x.flatten())
-        sums = (to_fp32(weight) * row).sum(-1)
-        return sums.to(x.dtype).view(*x.shape[:-1], -1)
-    return F.linear(x, weight)
-
-
-def join_projections(model):
-    """Join the projections in every layer of a frozen model; returns the model."""
-    for module in model.modules():
-        if isinstance(module, JoinedProjections):
-            module.join()
-    return model
-
-# --------------------------------------------------------------------------------------------------
 # layers
 
 
@@ -335,9 +261,8 @@ class Layer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Attention(JoinedProjections):
+class Attention(nn.Module):
     """Grouped-query attention from the slots of a block to [context | the block itself]."""
-    projections = ("q_proj", "k_proj", "v_proj")
 
     def __init__(self, config, kind):
         super().__init__()
@@ -363,7 +288,7 @@ class Attention(JoinedProjections):
 
     def queries_keys_values(self, x, rotary):
         """q (..., H, D), k and v (..., Hkv, D) of the normed slots x (..., width)."""
-        q, k, v = self.project(x)
+        q, k, v = project(x, (self.q_proj, self.k_proj, self.v_proj))
         q = q.unflatten(-1, (self.heads, self.head_dim))
         k = k.unflatten(-1, (self.kv_heads, self.head_dim))
         v = v.unflatten(-1, (self.kv_heads, self.head_dim))
@@ -371,7 +296,7 @@ class Attention(JoinedProjections):
 
     def keys_values(self, context, rotary):
         """k and v (..., Hkv, D) of the context (..., width), which has no queries."""
-        k, v = self.project(context, first=1)
+        k, v = project(context, (self.k_proj, self.v_proj))
         k = k.unflatten(-1, (self.kv_heads, self.head_dim))
         v = v.unflatten(-1, (self.kv_heads, self.head_dim))
         return rotate(self.k_norm(k), rotary), v
@@ -427,9 +352,8 @@ class Attention(JoinedProjections):
         return self.o_proj(o.transpose(1, 2).flatten(2))
 
 
-class MLP(JoinedProjections):
+class MLP(nn.Module):
     """SwiGLU."""
-    projections = ("gate_proj", "up_proj")
 
     def __init__(self, config):
         super().__init__()
@@ -440,7 +364,7 @@ class MLP(JoinedProjections):
         self.down_proj = nn.Linear(intermediate, width, bias=False)
 
     def forward(self, x):
-        gate, up = self.project(x)
+        gate, up = project(x, (self.gate_proj, self.up_proj))
         return self.down_proj(F.silu(gate) * up)
 
 
@@ -469,6 +393,35 @@ def write_at(buffer, positions, x):
     """Write x (B, T, Hkv, D) into a buffer (B, Hkv, length, D) at positions (B, T)."""
     sequences = torch.arange(len(x), device=x.device)[:, None]
     buffer.transpose(1, 2)[sequences, positions] = x.to(buffer.dtype)
+
+
+def project(x, layers):
+    """What several linear layers make of x (..., width): a list of (..., their outputs).
+
+    In decoding projections.py may have joined their weights. Then one product makes it all.
+    """
+    joined_weight = getattr(layers[0], "joined_weight", None)
+    if joined_weight is None:
+        return [layer(x) for layer in layers]
+    if layers[0].packed_product is None:
+        product = linear_product(x, joined_weight)
+    else:
+        product = layers[0].packed_product(x)  # of a packed copy, see cpu.py
+    return product.split([layer.out_features for layer in layers], -1)
+
+
+def linear_product(x, weight):
+    """x W^T for x (..., inputs) and a weight W (outputs, inputs).
+
+    One row in code that is compiled for a GPU is written as products and sums. torch.compile makes
+    them one kernel with the norm or the gate beside them, faster than a library's product.
+    """
+    is_one_row = x.numel() == x.shape[-1]
+    if is_one_row and x.is_cuda and torch.compiler.is_compiling():
+        row = to_fp32(x.flatten())
+        sums = (to_fp32(weight) * row).sum(-1)
+        return sums.to(x.dtype).view(*x.shape[:-1], -1)
+    return F.linear(x, weight)
 
 
 def rotary_table(positions, dim, theta):
