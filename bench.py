@@ -50,7 +50,7 @@ slots: tuple[int] = ()                  # sequences decoded at once; empty: 1, t
 thinking = False                        # let a target that can think do so
 # how tokens are chosen
 temperature = 0.0                       # of the target's choice; 0 is greedy
-top_k = 0                               # choose among so many likeliest tokens; 0: all
+top_k = 0                               # choose among this many likeliest tokens; 0: all
 top_p = 1.0                             # choose among the likeliest that hold this share; 1: all
 seed = 0                                # of the noise
 draft_temperature = 0.0                 # above 0: guesses share the target's noise

@@ -81,10 +81,11 @@ class DecodeState:
     conv         inputs of the short convolution: the last tokens before `position`, then the block
 
     forward_rows (K) is one number for three things: rows of a forward, tokens of a chunk, and the
-    drafter's block, as a forward verifies one block. forward_rows 1 is the fastest way for the
-    target alone: delta_step runs, and no window is needed. There is no guess to reject, so the
-    forward changes S itself, and commit(1) must follow. (Decoder's idle slots commit 0 instead:
-    their S means nothing.)
+    drafter's block, as a forward verifies one block.
+
+    forward_rows 1 is an exception, and the fastest way for the target alone. delta_step runs, and
+    no window is needed. There is no guess to reject, so the forward changes S itself, and commit(1)
+    must follow. (Decoder's idle slots commit 0 instead: their S means nothing.)
 
     For one K, the bits of what follows a prompt do not depend on how it was cut into blocks. Chunks
     begin at multiples of K, so a token always has the same place in its chunk and the same tokens
@@ -106,7 +107,7 @@ class DecodeState:
         self.past_length = config.linear_conv_kernel_dim - 1  # tokens before a row that it mixes
         conv_length = self.past_length + forward_rows
 
-        # A prompt is read in segments of so many tokens. Where they are compiled, the last one is
+        # A prompt is read in segments of this many tokens. Where they are compiled, the last one is
         # padded to this length too: prompts of all lengths share compiled code and CUDA graphs.
         self.segment_length = 2048 if weight.is_cuda else 1024
         self.pads_segments = weight.is_cuda and target.compiled_layers is not None
@@ -171,6 +172,9 @@ class DecodeState:
         """Set what the layers need to know of a forward of T rows.
 
         segment None: a block, T = K. Else the rows are part of a prompt, as the Segment says.
+
+        A CUDA graph does not run these lines again, but it fills the tensors that they made. So
+        whatever reads them, as commit() does, has to be in the same graph.
         """
         self.forward_is_block = segment is None
         offsets = self.all_positions[:T]
@@ -309,8 +313,8 @@ class Segment(NamedTuple):
     """Says that the rows of a forward are part of a prompt, at the same place in all sequences.
 
     start           position of the first row. An int, as it decides how many keys attention reads
-    prompt_rows     so many rows are tokens of the prompt, and those after them are padding; an int
-                    or a tensor (1,)
+    prompt_rows     this many rows are tokens of the prompt, and those after them are padding. An
+                    int or a tensor (1,)
     """
     start: int
     prompt_rows: int | torch.Tensor
@@ -321,12 +325,14 @@ def read_prompt(target, tokens, state, target_layer_ids=(), graphs=None):
     """Read prompts (B, n), 1 <= n <= length - K, into a state of K rows, from its beginning.
 
     Returns their features (B, n, ...), and the logits (B, V) of the last token. With a state's
-    Graphs its forwards are kept for later prompts, a graph for each place of a segment.
+    Graphs its forwards are kept for later prompts: the end of a prompt; and where segments are
+    padded, so that they have one shape, those too, a graph for each place of one.
 
     All but the last 1 to K tokens go through in segments, always cut at the same places, in the
-    longer chunks of target.chunk_length(). The last ones are a block, whose chunk begins at a
-    multiple of K. It is padded to K rows, the first `rest` of which are adopted, and the last of
-    these gives the logits. So the end of a prompt goes through the same code as all that follows.
+    longer chunks of target.chunk_length(). The last ones are a block without guesses, whose chunk
+    begins at a multiple of K. It is padded to K rows, the first `rest` of which are adopted, and
+    the last of these gives the logits. So the end of a prompt goes through the same code as all
+    that follows.
     """
     n = tokens.shape[1]
     K = state.forward_rows

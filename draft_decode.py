@@ -37,11 +37,12 @@ from cuda_graph import Graphs
 from decode_state import DecodeState, read_prompt
 from sampling import Sampling, choose, gumbel_noise
 
+# keys of the command line, which main() reads
 prompt = ""                                 # the question
 target = "data/nano/target"                 # folder or hub id of the target
 drafter = "data/nano/drafter-dflash"        # folder or hub id of the drafter
 temperature = 0.0                           # of the target's choice; 0 is greedy
-top_k = 0                                   # choose among so many likeliest tokens; 0: all
+top_k = 0                                   # choose among this many likeliest tokens; 0: all
 top_p = 1.0                                 # choose among the likeliest of this share; 1: all
 seed = 0                                    # of the noise
 draft_temperature = 0.0                     # above 0: guesses share the target's noise
@@ -68,8 +69,9 @@ class Decoder:
     The bits of a sequence depend neither on its slot nor on the others: they share its forwards,
     and nothing else. A round has static shapes and keeps its positions in tensors. So on CUDA it is
     recorded as a graph (cuda_graph.py), which all later rounds replay, also those of later prompts.
-    Prompts are read by graphs too. A round waits for the device only once. A graph holds the
-    addresses of its tensors, so what one round leaves to the next is written in place.
+    So are the forwards that read a prompt, where they have one shape (read_prompt). A round waits
+    for the device only once. A graph holds the addresses of its tensors, so what one round leaves
+    to the next is written in place.
     """
 
     def __init__(self, target, drafter, length, forward_rows, sampling, batch=1):
@@ -122,24 +124,28 @@ class Decoder:
             accepted = count_accepted(self.block[:, 1:], choices)
         self.anchor.copy_(choices.gather(1, accepted[:, None])[:, 0])
 
-        # 4. commit the old anchor and the accepted guesses: accepted + 1 rows, from row 0 on. (The
-        #    new anchor goes through the target in the next round.) The drafter's context grows by
-        #    the same rows. As shapes must not vary, it is given the features of all K. Those of
-        #    rejected rows stand from the new anchor's position on. There the next round's block,
-        #    which has K slots too, is written over them before anything is read. commit comes last,
-        #    since it moves the position. An idle slot runs along and commits nothing.
+        # 4. commit the old anchor and the accepted guesses: accepted + 1 rows. (The new anchor goes
+        #    through the target in the next round.) An idle slot runs along and commits nothing.
+        #    The drafter's context grows by the same rows. But shapes must not vary, so it is given
+        #    the features of all K rows. With two guesses accepted:
+        #        p            p + 1        p + 2      p + 3       ..   p + K - 1
+        #        anchor       guess 1      guess 2    new anchor
+        #        features that stay                   features of rejected guesses
+        #    The next round writes its block from the new anchor on, before it reads: over all of
+        #    the rejected ones. commit comes last, since it moves p.
         if drafter is not None:
             drafter.write_context(features, self.cache, state.position)
         state.commit((accepted + 1) * self.is_active)
         return torch.cat((accepted[:, None], choices), 1)
 
     def guesses(self, noise):
-        """The drafter's guesses (B, K-1): greedy, or with the target's noise at these positions."""
+        """The drafter's guesses (B, K-1): greedy, or chosen as the target chooses, and with the
+        noise that it has at these positions."""
         logits = self.drafter.draft_logits(
             self.anchor, self.target, self.cache, self.state.position)
         if noise is None or self.sampling.draft_temperature == 0:
             return logits.argmax(-1)
-        # at the last position only the target chooses
+        # the noise of the last position is for the target, which chooses one token more
         return choose(logits, self.sampling, self.sampling.draft_temperature, noise[:, :-1])
 
     def noise_at(self, positions):
@@ -168,7 +174,7 @@ class Decoder:
 
     def end(self, slot):
         """A sequence has ended: its slot is idle until the next prompt. It runs along at position
-        0, as no block may fit into the buffer where the sequence ended."""
+        0, as a block may no longer fit into the buffer where the sequence ended."""
         self.is_active[slot] = 0
         self.state.position[slot] = 0
 
@@ -225,7 +231,7 @@ def generate_many(target, drafter, prompts, max_new_tokens, slots, stops=(), for
     stops           token ids that end an answer
     forward_rows    rows of a forward for each sequence; None: the drafter's block size, 16 without
                     a drafter. 1 is the fastest way for the target alone. Its products have another
-                    shape and round otherwise, so it is equal up to rounding only, not to the bit.
+                    shape and round differently, so it is equal up to rounding only, not to the bit.
     decoders        a dict that keeps Decoders, and with them their graphs, for later calls with the
                     same target; one generation at a time may use it
 
@@ -259,11 +265,11 @@ def generate_many(target, drafter, prompts, max_new_tokens, slots, stops=(), for
 def decode_in_slots(decoder, waiting, slots):
     """Yields (index, Piece) of the Answers that wait, in the order in which they become known."""
     for slot in range(slots):
-        decoder.end(slot)  # an earlier generation may have been left in the midst
+        decoder.end(slot)  # an earlier generation may have been left unfinished
     waiting = deque(waiting)
     running = {}  # the Answer in each slot that is not idle
     while waiting or running:
-        # a free slot reads the next prompt
+        # a free slot reads the next prompt, or more of them where the first token ends an answer
         for slot in range(slots):
             while waiting and slot not in running:
                 answer = waiting.popleft()

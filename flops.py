@@ -52,7 +52,7 @@ def prefill_operations(target, T, chunk):
         2 * H * D * T * (T + 1)         a full layer: q k^T and the product with v, 2 D operations
                                         each, for every head and each pair of a token and one that
                                         it sees
-        the delta rule                  of a linear layer, in chunks of so many tokens
+        the delta rule                  of a linear layer, in chunks of this many tokens
         2 * V * width                   the head, for one token
     """
     c = target.config

@@ -1,7 +1,7 @@
 """
 The drafter of DFlash and its loss.
 
-DFlash (Chen, Liang, Liu, arXiv 2602.06036) guesses a block of K tokens in one forward. The input is
+DFlash (Chen, Liang, Liu, arXiv 2602.06036) drafts a block of K tokens in one forward. The input is
 [x_n, MASK, .., MASK]: the embeddings of the last known token, the *anchor*, at position n, and of
 K - 1 masks. (In decoding `anchor` is this token; in training `anchors` are positions of some.)
 All that the drafter knows of the past are the *features*: hidden states which the target computed
@@ -223,12 +223,13 @@ compiled_create_block_mask = torch.compile(create_block_mask, dynamic=False)
 
 # How flex_attention's kernels are launched where a head has more than 128 channels. torch gives
 # their backward 4 warps. With 8 it takes 4.2 ms in place of 6.5 at Phase 1.2's shape (H200), and
-# gives the same bits. The prefix keeps this from the forward.
+# gives the same bits. The prefix bwd_ says that it is for the backward alone.
 WIDE_HEAD_OPTIONS = {"bwd_num_warps": 8}
 
 
 def block_mask(visible, B, query_count, key_count, device):
-    """What flex_attention makes of visible(): which tiles of 128 x 128 scores it has to compute."""
+    """What flex_attention makes of visible(): which tiles of 128 x 128 scores, which torch calls
+    blocks, it has to compute."""
     create = compiled_create_block_mask
     if key_count <= 128:
         create = create_block_mask  # torch.compile has no code for a mask of a single tile
@@ -428,8 +429,8 @@ def rotary_table(positions, dim, theta):
     """cos and sin (..., dim) in fp32 for integer positions (...).
 
     Channel i and channel i + dim/2 turn together, by the angle position * (1 / theta^(2i/dim)). The
-    frequency is a quotient, as in transformers: theta^(-2i/dim) would be rounded otherwise, which
-    at position 200,000 changes cos by 0.01, and published weights were trained with the quotient.
+    frequency is a quotient, as in transformers: theta^(-2i/dim) would be rounded differently. At
+    position 200,000 that changes cos by 0.01, and published weights were trained with the quotient.
     """
     channels = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32)
     frequencies = 1.0 / theta ** (channels / dim)

@@ -21,6 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from cpu import rowwise  # applies a function; on CPUs so that a row's bits do not depend on others
+# what the drafter's file has too, which ships alone
 from model import linear_product, project, rotary_table, rotate, to_fp32
 
 # --------------------------------------------------------------------------------------------------
@@ -77,7 +78,8 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, chunks_until_state=No
 
     If v is bf16, as in a prompt or in training, what enters most products is rounded to bf16, like
     what enters all other products of the model. Fading, the inverse and S are in fp32. Decoding
-    hands over all of it in fp32, and nothing is rounded.
+    hands over all of it in fp32, so nothing is rounded to bf16. (The products of fp32 in a bf16
+    model are TF32 on a GPU, see load_target.)
 
     How. All vectors are rows. Let S be the state before a chunk, and let token t write W_t: it adds
     k_t^T W_t to the state. First a chunk of two tokens. By the definition
@@ -156,10 +158,10 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, chunks_until_state=No
     fade_of_chunk = log_fade[..., -1:].exp()[..., None]                      # (B Hv, N, 1, 1)
     decay_to_end = (log_fade[..., -1:] - log_fade).exp()                     # (B Hv, N, C)
 
-    # (2), (3)
+    # (2), (3). A has entries on its diagonal here: the inverse does not read them. If v is bf16, so
+    # are U, Y, P, k_to_end and the writes W.
     A = (k @ k.mT).mul_(decay).mul_(beta[..., None])                        # [beta] (decay * k k^T)
-    M = inverse_of_unit_lower(A)
-    M = M * beta[..., None, :]                                               # (I + A)^-1 [beta]
+    M = inverse_of_unit_lower(A) * beta[..., None, :]                        # (I + A)^-1 [beta]
     U = rounded(M) @ rounded(v)
     Y = rounded(M * fade[..., None, :]) @ rounded(k)                         # M [fade] k
     P = (rounded(q) @ rounded(k).mT).mul_(decay)                             # decay * q k^T
@@ -201,23 +203,26 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, chunks_until_state=No
 def inverse_of_unit_lower(A):
     """(I + A)^-1 for A (..., C, C), of which only what stands below the diagonal is read.
 
-    A GPU's triangular solver is slow for many rows, so long chunks are halved, down to 32 rows:
+    A GPU's triangular solver is slow for many rows, so long chunks are halved, down to 32 rows. Of
+    the four halves of I + A one is 0. Call the others E, F and G. Then
 
-        [P 0]^-1   [    P^-1        0  ]
-        [Q R]    = [-R^-1 Q P^-1   R^-1]
+        [E 0]^-1   [    E^-1        0  ]
+        [F G]    = [-G^-1 F E^-1   G^-1]
+
+    as the product of both matrices shows. E and G are again of this form.
     """
     C = A.shape[-1]
-    if C <= 32 or C % 2 == 1:
+    if C <= 32 or C % 2 == 1:  # an odd chunk has no halves
         # the solver takes the diagonal as 1: so it solves with I + A
         identity = torch.eye(C, dtype=A.dtype, device=A.device).expand_as(A)
         return torch.linalg.solve_triangular(A, identity, upper=False, unitriangular=True)
     half = C // 2
-    both = torch.stack((A[..., :half, :half], A[..., half:, half:]))
-    P, R = inverse_of_unit_lower(both)
-    Q = A[..., half:, :half]
-    corner = -(R @ (Q @ P))
-    top = F.pad(P, (0, half))
-    bottom = torch.cat((corner, R), -1)
+    below = A[..., half:, :half]                                             # F
+    on_diagonal = torch.stack((A[..., :half, :half], A[..., half:, half:]))
+    E_inverse, G_inverse = inverse_of_unit_lower(on_diagonal)
+    corner = -(G_inverse @ (below @ E_inverse))
+    top = F.pad(E_inverse, (0, half))
+    bottom = torch.cat((corner, G_inverse), -1)
     return torch.cat((top, bottom), -2)
 
 
@@ -296,7 +301,8 @@ class GatedDeltaNet(nn.Module):
             x, (self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a))
         q, k, v = self.convolve_and_split(qkv, layer_state)
 
-        # the share of what is stored under its key that a token replaces, and the log of S's fading
+        # the share of what is stored under its key that a token replaces, and the log of S's
+        # fading, g = -exp(A_log) softplus(a + dt_bias), as in Mamba: a rate times a time step
         beta = b.sigmoid()
         time_step = F.softplus(to_fp32(a) + self.dt_bias)
         g = -self.A_log.exp() * time_step
@@ -597,7 +603,7 @@ class Target(nn.Module):
 
         One by one: each kind of layer is compiled once for each of the two. Compiled together,
         layers would be fused in another way where one of them feeds the drafter, and round
-        otherwise. Segments that are not padded vary in length, and go through the plain layers.
+        differently. Segments that are not padded vary in length, and go through the plain layers.
         """
         # kinds of layer x (block sizes and segments) x buffer lengths
         torch._dynamo.config.recompile_limit = 64

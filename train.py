@@ -12,7 +12,7 @@ engines load; beside it stand log.jsonl, and loss, tau and acceptance as a pictu
 writes; nodes share the file system that out_dir is on.
 
 The defaults below are the recipe of the published drafter for Qwen3.5-0.8B, "Phase 1.2" of the
-project la-draftery; config/phase1_2.py repeats them with reasons. A file in config/ holds what
+project la-draftery; config/phase1_2.py repeats them, with sums. A file in config/ holds what
 another run changes.
 """
 import functools
@@ -80,7 +80,7 @@ optimizer = "adamw"                         # of all weights; or muon for matric
 betas = (0.9, 0.999)                        # of AdamW
 weight_decay = 0.0                          # times lr: the share that a weight loses in a step
 grad_clip = 1.0                             # norm of the gradient at most
-spike_factor = 10.0                         # a norm so many times the usual one: step skipped
+spike_factor = 10.0                         # a norm this many times the usual one: step skipped
 patience = 5                                # skipped steps in a row that end the run
 seed = 0                                    # of weights, order of samples and anchors
 # looking at it
@@ -200,8 +200,8 @@ class Run:
     optimizer: torch.optim.Optimizer
     micro_batches: MicroBatches
     total_steps: int
-    target_graphs: Graphs | None = None # the target's forward, a CUDA graph for each shape of
-                                        # samples; None: it runs without graphs
+    target_graphs: Graphs | None = None # the target's forward as a CUDA graph (cuda_graph.py) for
+                                        # each shape of samples; None: it runs without
     step: int = 0
     guard: GradientGuard = field(default_factory=GradientGuard)
 
@@ -220,7 +220,7 @@ class BlockSums(NamedTuple):
 compiled_chunk_loss = torch.compile(chunk_loss, dynamic=False)  # compiled when first called
 
 
-def block_forward(run, tokens, supervised, generator, trained_module=None):
+def micro_batch_loss(run, tokens, supervised, generator, trained_module=None):
     """The loss of a micro-batch, summed over its blocks, and its BlockSums.
 
     trained_module: what wraps the drafter to exchange gradients; None: the drafter itself, as for
@@ -247,7 +247,7 @@ def block_forward(run, tokens, supervised, generator, trained_module=None):
         attend = attention_by_anchor_groups if config.attention == "grouped" else None
         hidden = trained_module(features, embedded, anchors, attend)
 
-    # the target's head and the loss, in one pass that also yields the gradient by hidden
+    # the target's head and the loss, in one pass that also yields the gradient by `hidden`
     chunk_loss_function = compiled_chunk_loss if config.compile else chunk_loss
     if config.weighting == "dpace":
         chunk_loss_function = functools.partial(
@@ -260,8 +260,8 @@ def block_forward(run, tokens, supervised, generator, trained_module=None):
         config.guesses_at_once,
         chunk_loss_function)
 
-    # What the step and its log are made of. Numbers of Python are filled in, not copied to a GPU: a
-    # copy would first wait until the GPU has done all that it was told before.
+    # What the step and its log are made of. torch.full lets a GPU fill in a number; a copy of one
+    # would first wait until the GPU has done all that it was told before.
     right_up_to = (correct & inside).long().cumprod(-1)
     token_count = torch.full((), tokens.numel(), dtype=torch.float64, device=tokens.device)
     operations = training_operations(drafter, *tokens.shape, anchors.shape[1], target)
@@ -319,7 +319,7 @@ def train_step(run):
         generator = anchor_generator(config.seed, number)
         tokens, supervised = run.micro_batches[number]
         with gradient_exchange(run.wrapped_drafter, is_last):
-            loss, micro_sums = block_forward(
+            loss, micro_sums = micro_batch_loss(
                 run, tokens, supervised, generator, run.wrapped_drafter)
             loss.backward()
         sums = add_sums(sums, micro_sums)
@@ -402,7 +402,7 @@ def describe_skipped_step(run, grad_norm):
 
 
 def mean_loss(sums):
-    """The loss of a guess by its weight; 0 if no guess had any."""
+    """The weighted mean of the guesses' losses; 0 if no guess had a weight."""
     return (sums.loss / sums.weight.clamp(min=1e-9)).item()
 
 
@@ -437,7 +437,7 @@ def estimate(run, samples):
         end = min(first + batch_size, count)
         tokens, supervised = pad([samples[i] for i in range(first, end)], run.config)
         generator = torch.Generator().manual_seed(first)
-        _, batch_sums = block_forward(run, tokens, supervised, generator)
+        _, batch_sums = micro_batch_loss(run, tokens, supervised, generator)
         sums = add_sums(sums, batch_sums)
     tau, accepted_up_to_slot = acceptance(sums)
     return {"loss": mean_loss(sums), "tau": tau, "accepted_up_to_slot": accepted_up_to_slot}
@@ -607,7 +607,7 @@ def warm_up(run):
         supervised = torch.ones_like(tokens, dtype=torch.bool)
         for _ in range(2):
             generator = torch.Generator()
-            loss, _ = block_forward(run, tokens, supervised, generator, run.wrapped_drafter)
+            loss, _ = micro_batch_loss(run, tokens, supervised, generator, run.wrapped_drafter)
             loss.backward()
             run.optimizer.zero_grad(set_to_none=True)
 

@@ -8,7 +8,7 @@ from data.nano.prepare import read_answers
 from cpu import attention_by_anchor_groups
 from model import block_labels, block_visibility, sample_anchors
 from target import Target
-from train import block_forward, pad
+from train import micro_batch_loss, pad
 
 # --------------------------------------------------------------------------------------------------
 # what a block sees
@@ -34,7 +34,7 @@ def features_one_early():
     """The feature of token t + 1 stands at position t, as where a shift that belongs to the labels
     is applied to the features: the last one that a block sees is that of its anchor."""
     return slip(
-        block_forward,
+        micro_batch_loss,
         "features = target_features(run, tokens)",
         "features = target_features(run, tokens).roll(-1, 1)")
 
@@ -91,7 +91,7 @@ def mean_of_means():
     """The loss of a text is divided by its own weight, so each text counts the same, long or short.
     Split into micro-batches or processes, the loss then depends on the split."""
     return slip(
-        block_forward,
+        micro_batch_loss,
         "inside = weights > 0",
         "inside = weights > 0; weights = weights / weights.sum((1, 2), True).clamp(min=1e-9)")
 

@@ -329,11 +329,11 @@ def test_micro_batch_waits_for_nothing(small_run, monkeypatch):
     tokens, supervised = run.micro_batches[0]
     generator = torch.Generator()
     with NoWaits():
-        loss, _ = train.block_forward(run, tokens, supervised, generator, run.drafter)
+        loss, _ = train.micro_batch_loss(run, tokens, supervised, generator, run.drafter)
         loss.backward()
     # it could fail
     for right, wrong in (("weights > 0", "weights > float(weights.min())"),
                          ("torch.full((), operations,", "loss.new_tensor(operations,")):
-        with slip(train.block_forward, right, wrong):
+        with slip(train.micro_batch_loss, right, wrong):
             with pytest.raises(AssertionError), NoWaits():
-                train.block_forward(run, tokens, supervised, generator)
+                train.micro_batch_loss(run, tokens, supervised, generator)

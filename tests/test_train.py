@@ -250,7 +250,7 @@ def test_step_divides_gradients_before_it_clips_them(small_run):
 
 @pytest.fixture
 def seen(monkeypatch):
-    """What block_forward draws and computes: its anchors, and the hidden states of their blocks;
+    """What micro_batch_loss draws and computes: its anchors, and the hidden states of their blocks;
     and all anchors that were drawn in the test."""
     seen = {"all_anchors": []}
 
@@ -279,7 +279,7 @@ def test_leak_from_future_tokens_through_the_whole(small_run, seen):
 
     def hidden_of(tokens):
         generator = torch.Generator().manual_seed(0)
-        train.block_forward(run, tokens, supervised, generator)
+        train.micro_batch_loss(run, tokens, supervised, generator)
         return seen["hidden"]
 
     x = tokens_of(1, 130)
@@ -307,7 +307,7 @@ def test_leak_from_features_at_other_places(small_run):
         return run.drafter(features, embedded, anchors, attend)
 
     tokens, supervised = run.micro_batches[0]
-    train.block_forward(run, tokens, supervised, torch.Generator(), keep)
+    train.micro_batch_loss(run, tokens, supervised, torch.Generator(), keep)
     features, _ = run.target(tokens, target_layer_ids=run.drafter.target_layer_ids)
     assert torch.equal(handed_on[0], features)
 
@@ -321,7 +321,7 @@ def test_step_has_the_loss_of_its_keys(small_run, seen, weighting):
     config.dpace_smoothing = 0.25
     run = small_training_run(config, rows)
     tokens, supervised = run.micro_batches[0]
-    loss, sums = train.block_forward(run, tokens, supervised, torch.Generator())
+    loss, sums = train.micro_batch_loss(run, tokens, supervised, torch.Generator())
 
     labels, weights = block_labels(tokens, supervised, seen["anchors"], seen["real"], K, gamma=3.0)
     form = None
@@ -397,7 +397,7 @@ def test_step_counts_acceptance_up_to_the_end_of_a_response(small_run, monkeypat
     supervised = torch.zeros(2, 64, dtype=torch.bool)
     supervised[0, 10:13] = True
     supervised[1, 55:64] = True
-    _, sums = train.block_forward(run, tokens, supervised, torch.Generator())
+    _, sums = train.micro_batch_loss(run, tokens, supervised, torch.Generator())
     assert sums.blocks == 10
     assert sums.reached.tolist() == [10, 8, 6, 5, 4, 3, 2, 1] + [0] * 7
     assert sums.right_up_to.tolist() == sums.reached.tolist()
@@ -493,7 +493,7 @@ def test_warm_up_meets_every_length(small_run, monkeypatch):
         assert supervised.all()
         return torch.zeros((), requires_grad=True), None
 
-    monkeypatch.setattr(train, "block_forward", keep_shape)
+    monkeypatch.setattr(train, "micro_batch_loss", keep_shape)
     train.warm_up(run)
     assert shapes == [(2, 256)] * 2 + [(2, 192)] * 2 + [(2, 128)] * 2 + [(2, 64)] * 2
 
@@ -588,7 +588,7 @@ def test_estimate_is_the_same_every_time(small_run):
     for first in (0, 2):
         tokens, supervised = train.pad(run.micro_batches.samples[first:first + 2], config)
         generator = torch.Generator().manual_seed(first)
-        _, sums = train.block_forward(run, tokens, supervised, generator)
+        _, sums = train.micro_batch_loss(run, tokens, supervised, generator)
         loss += sums.loss.item()
         weight += sums.weight.item()
     assert estimate["loss"] == pytest.approx(loss / weight)
@@ -756,10 +756,10 @@ def test_train_hands_on_and_prints(small_run, monkeypatch, capsys, wandb):
 # steps that are skipped
 
 
-def factors_by_step(factors, block_forward):
-    """block_forward with the loss of some steps, counted from 0, multiplied by a factor."""
+def factors_by_step(factors, micro_batch_loss):
+    """micro_batch_loss with the loss of some steps, counted from 0, multiplied by a factor."""
     def faulty(run, *args, **options):
-        loss, sums = block_forward(run, *args, **options)
+        loss, sums = micro_batch_loss(run, *args, **options)
         return loss * factors.get(run.step, 1), sums
     return faulty
 
@@ -769,8 +769,8 @@ def test_strange_gradients_are_skipped_and_counted(small_run, monkeypatch, tmp_p
     were small, that undoes the work of hours."""
     config, _ = small_run
     config.eval_every = 99
-    faulty = factors_by_step({2: math.nan, 4: 1e4}, train.block_forward)
-    monkeypatch.setattr(train, "block_forward", faulty)
+    faulty = factors_by_step({2: math.nan, 4: 1e4}, train.micro_batch_loss)
+    monkeypatch.setattr(train, "micro_batch_loss", faulty)
     weights = []
     step = train.train_step
 
@@ -824,8 +824,8 @@ def test_strange_gradients_end_the_run(small_run, monkeypatch, tmp_path):
     config, rows = small_run
     config.patience = 2
     config.eval_every = 99
-    faulty = factors_by_step({0: math.nan, 1: math.nan}, train.block_forward)
-    monkeypatch.setattr(train, "block_forward", faulty)
+    faulty = factors_by_step({0: math.nan, 1: math.nan}, train.micro_batch_loss)
+    monkeypatch.setattr(train, "micro_batch_loss", faulty)
     batches = train.MicroBatches(rows, config)
     looked_at = batches.sample_numbers(2).tolist() + batches.sample_numbers(3).tolist()
     hint = f"step 2 has norm nan.* 2th? in a row.*{re.escape(str(looked_at))}"
@@ -840,8 +840,9 @@ def test_strange_gradients_apart_do_not_end_the_run(small_run, monkeypatch, tmp_
     config.patience = 2
     config.warmup = 0.5
     config.eval_every = 99
-    faulty = factors_by_step({0: math.nan, 2: 1e4, 3: math.nan, 5: math.nan}, train.block_forward)
-    monkeypatch.setattr(train, "block_forward", faulty)
+    factors = {0: math.nan, 2: 1e4, 3: math.nan, 5: math.nan}
+    faulty = factors_by_step(factors, train.micro_batch_loss)
+    monkeypatch.setattr(train, "micro_batch_loss", faulty)
     outcome = train_into(tmp_path / "c-dflash", config)
     skipped = [entry["skipped"] for entry in training_entries(outcome.log)]
     assert skipped == [1, 1, 1, 2, 2, 3]
@@ -882,8 +883,8 @@ def test_resume_equals_uninterrupted_run(small_run, tmp_path, optimizer):
 def test_resume_skips_the_same_steps(small_run, monkeypatch, tmp_path):
     """Failure 12: what is usual for a gradient, and how many steps were skipped, is forgotten."""
     config, _ = small_run
-    faulty = factors_by_step({1: math.nan, 3: 1e4}, train.block_forward)
-    monkeypatch.setattr(train, "block_forward", faulty)
+    faulty = factors_by_step({1: math.nan, 3: 1e4}, train.micro_batch_loss)
+    monkeypatch.setattr(train, "micro_batch_loss", faulty)
     whole = tmp_path / "whole-dflash"
     expected = train_into(whole, config)
     resumed = tmp_path / "resumed-dflash"
