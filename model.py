@@ -408,7 +408,8 @@ def project(x, layers):
         product = linear_product(x, joined_weight)
     else:
         product = layers[0].packed_product(x)  # of a packed copy, see cpu.py
-    return product.split([layer.out_features for layer in layers], -1)
+    widths = [layer.out_features for layer in layers]
+    return product.split(widths, -1)
 
 
 def linear_product(x, weight):
