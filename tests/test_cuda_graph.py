@@ -210,7 +210,7 @@ WRONG_LINES = (  # what is wrong, the function, the right line, the wrong one
      "last_places])\n    self.position += n",
      "last_places])\n    self.position = self.position + n"),
     ("a state of the recording", decode_state.LinearLayerState.delta_rule,
-     "self.S.copy_(S)", "self.S = S"),
+     "longer ones\n        self.S.copy_(S)", "longer ones\n        self.S = S"),
     ("anchor of the recording", Decoder.run_round,
      "self.anchor.copy_(choices.gather(1, accepted[:, None])[:, 0])",
      "self.anchor = choices.gather(1, accepted[:, None])[:, 0]"),
