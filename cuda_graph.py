@@ -50,6 +50,7 @@ class Graphs:
             self.recordings[name] = self.record(function, inputs)
         recording = self.recordings[name]
         for own, given in zip(recording.inputs, inputs):
+            assert own.shape == given.shape, (name, own.shape, given.shape)
             own.copy_(given)
         recording.graph.replay()
         return recording.outputs

@@ -190,6 +190,16 @@ def test_graphs_are_for_cuda_only():
     assert Graphs(torch.device("cuda", 1)).on_cuda
 
 
+def test_graph_refuses_inputs_of_another_shape():
+    """One row that a copy repeats for all the rows of a recording."""
+    with recorded_graphs():
+        graphs = Graphs(torch.device("cuda"))
+        for _ in range(2):
+            graphs.run("twice", torch.add, torch.ones(3, 2), torch.ones(3, 2))
+        with pytest.raises(AssertionError, match="twice"):
+            graphs.run("twice", torch.add, torch.ones(3, 2), torch.ones(1, 2))
+
+
 # ------------------------------------------------------------------------------------------------
 # wrong lines, each of which the check above must catch
 
