@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from decode_state import DecodeState
-from target import delta_step, gated_delta_rule, recurrent_gated_delta_rule
+from target import (delta_step, gated_delta_rule, inverse_of_unit_lower,
+                    recurrent_gated_delta_rule)
 from tests.common import K, apart, random_normal, small_target
 
 
@@ -140,6 +141,20 @@ def test_kernel_step_equals_recurrence():
         outputs.append(o)
     o = torch.cat(outputs, 1)
     check_against_definition((o, state), inputs, S)
+
+
+@pytest.mark.parametrize("C", (1, 31, 32, 33, 34, 48, 66, 128))
+def test_kernel_inverse_of_every_size(C):
+    """Failure 8: halves that are put together wrongly, or cut where a size is odd; an inverse that
+    reads the diagonal or what stands above it, or is not exactly 0 there, so that a token depends
+    on those after it."""
+    A = random_normal(C, torch.float64)(2, 3, C, C) / C
+    below = A.tril(-1)
+    identity = torch.eye(C, dtype=torch.float64)
+    on_and_above = torch.ones(C, C).triu().bool()
+    inverse = inverse_of_unit_lower(A.masked_fill(on_and_above, torch.nan))
+    assert apart(inverse @ (identity + below), identity.expand_as(A)) < 1e-12
+    assert torch.equal(inverse.triu(), identity.expand_as(A))
 
 
 def test_kernel_is_finite_in_fp32():
