@@ -50,6 +50,7 @@ class Graphs:
             self.recordings[name] = self.record(function, inputs)
         recording = self.recordings[name]
         for own, given in zip(recording.inputs, inputs):
+            assert own.shape == given.shape, (name, own.shape, given.shape)
             own.copy_(given)
         recording.graph.replay()
         return recording.outputs
@@ -58,7 +59,8 @@ class Graphs:
         """Record the kernels of function(*inputs). None of them runs."""
         inputs = [x.clone() for x in inputs]
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        # other threads may go on asking CUDA things, as that of NCCL does in training
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             outputs = function(*inputs)
         self.pool = graph.pool()
         return Recording(graph, inputs, outputs)

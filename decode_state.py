@@ -76,7 +76,7 @@ class DecodeState:
     keys         and values of each full-attention layer; a mask hides from a row what comes after
                  it
     S            of each linear layer, after `position` rounded down to a multiple of K
-    S_chunk_end  the same at the next multiple of K, as the last forward computed it; only if K > 1
+    S_chunk_end  the same at the next multiple of K, as the last forward computed it; empty if K = 1
     window       q k v g beta of the 2 K tokens from S on, side by side in one tensor
     conv         inputs of the short convolution: the last tokens before `position`, then the block
 
@@ -119,7 +119,8 @@ class DecodeState:
         S_shape = (linear_layers, batch, config.linear_num_value_heads,
                    config.linear_key_head_dim, config.linear_value_head_dim)
         self.S = weight.new_zeros(S_shape, dtype=dtype)
-        self.S_chunk_end = torch.zeros_like(self.S)
+        chunk_end_shape = (linear_layers, 0) if forward_rows == 1 else S_shape
+        self.S_chunk_end = weight.new_zeros(chunk_end_shape, dtype=dtype)
         window_shape = (linear_layers, batch, window_length, sum(delta_rule_widths(config)))
         self.window = weight.new_zeros(window_shape, dtype=dtype)
         self.conv = weight.new_zeros(linear_layers, batch, conv_length, conv_channels(config))

@@ -76,8 +76,8 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, chunks_until_state=No
     after chunks_until_state chunks (None: after all) in fp32 or wider. The last chunk is padded
     with tokens of beta = g = 0, which write nothing and fade nothing: they change no bit of S.
 
-    If v is bf16, as in a prompt or in training, what enters most products is rounded to bf16, like
-    what enters all other products of the model. Fading, the inverse and S are in fp32. Decoding
+    If v is bf16, as in a prompt or in training, what enters and leaves most products is rounded to
+    bf16, as in all other products of the model. Fading, A, its inverse and S stay in fp32. Decoding
     hands over all of it in fp32, so nothing is rounded to bf16. (The products of fp32 in a bf16
     model are TF32 on a GPU, see load_target.)
 
@@ -573,7 +573,7 @@ class Target(nn.Module):
         if state is None:
             x = self.embed_tokens(tokens)
         else:
-            # for few tokens faster on a GPU, but slow where a gradient is wanted
+            # an index is faster on a GPU for few tokens, but slow where a gradient is wanted
             x = self.embed_tokens.weight[tokens]
         features = []
         for i, layer in enumerate(layers):

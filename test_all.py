@@ -1,7 +1,7 @@
 """
 Every test of the project. None needs the network, a GPU or files that are not in the repository.
 
-    python test_all.py                    # all, four minutes on two cores
+    python test_all.py                    # all, five minutes on two cores
     python test_all.py test_kernel        # those of a file in tests/; several may be named
     python test_all.py cuts resume        # those with "cuts" or "resume" in their name
     python test_all.py -k "cuts and bf16" # after names, if any: options of pytest

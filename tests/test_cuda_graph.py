@@ -70,9 +70,10 @@ class RecordedGraph:
 class Recorder(TorchDispatchMode):
     """Records the operations of a `with` block. As they run, what they write is put back after."""
 
-    def __init__(self, graph, pool=None):
+    def __init__(self, graph, pool=None, capture_error_mode="global"):
         super().__init__()
         assert pool in (None, "the pool")
+        assert capture_error_mode == "thread_local"  # or a recording fails beside NCCL's thread
         self.graph = graph
         self.before = []    # tensors that were written into, and what they held
 
@@ -190,6 +191,16 @@ def test_graphs_are_for_cuda_only():
     assert Graphs(torch.device("cuda", 1)).on_cuda
 
 
+def test_graph_refuses_inputs_of_another_shape():
+    """One row that a copy repeats for all the rows of a recording."""
+    with recorded_graphs():
+        graphs = Graphs(torch.device("cuda"))
+        for _ in range(2):
+            graphs.run("twice", torch.add, torch.ones(3, 2), torch.ones(3, 2))
+        with pytest.raises(AssertionError, match="twice"):
+            graphs.run("twice", torch.add, torch.ones(3, 2), torch.ones(1, 2))
+
+
 # ------------------------------------------------------------------------------------------------
 # wrong lines, each of which the check above must catch
 
@@ -210,7 +221,7 @@ WRONG_LINES = (  # what is wrong, the function, the right line, the wrong one
      "last_places])\n    self.position += n",
      "last_places])\n    self.position = self.position + n"),
     ("a state of the recording", decode_state.LinearLayerState.delta_rule,
-     "self.S.copy_(S)", "self.S = S"),
+     "longer ones\n        self.S.copy_(S)", "longer ones\n        self.S = S"),
     ("anchor of the recording", Decoder.run_round,
      "self.anchor.copy_(choices.gather(1, accepted[:, None])[:, 0])",
      "self.anchor = choices.gather(1, accepted[:, None])[:, 0]"),

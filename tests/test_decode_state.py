@@ -187,6 +187,13 @@ def test_state_of_a_bf16_target_is_kept_in_fp32():
     for name in ("keys", "values", "conv"):
         assert getattr(state, name).dtype == torch.bfloat16, name
 
+
+def test_state_of_one_row_has_one_S():
+    """Memory for a second S, which forwards of one row neither fill nor read."""
+    state = DecodeState(small_target(), 3, 64, forward_rows=1)
+    assert state.S.numel() > 0
+    assert state.S_chunk_end.numel() == 0
+
 # ------------------------------------------------------------------------------------------------
 # what makes it so on a CPU
 

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from decode_state import DecodeState
-from target import delta_step, gated_delta_rule, recurrent_gated_delta_rule
+from target import (delta_step, gated_delta_rule, inverse_of_unit_lower,
+                    recurrent_gated_delta_rule)
 from tests.common import K, apart, random_normal, small_target
 
 
@@ -142,6 +143,20 @@ def test_kernel_step_equals_recurrence():
     check_against_definition((o, state), inputs, S)
 
 
+@pytest.mark.parametrize("C", (1, 31, 32, 33, 34, 48, 66, 128))
+def test_kernel_inverse_of_every_size(C):
+    """Failure 8: halves that are put together wrongly, or cut where a size is odd; an inverse that
+    reads the diagonal or what stands above it, or is not exactly 0 there, so that a token depends
+    on those after it."""
+    A = random_normal(C, torch.float64)(2, 3, C, C) / C
+    below = A.tril(-1)
+    identity = torch.eye(C, dtype=torch.float64)
+    on_and_above = torch.ones(C, C).triu().bool()
+    inverse = inverse_of_unit_lower(A.masked_fill(on_and_above, torch.nan))
+    assert apart(inverse @ (identity + below), identity.expand_as(A)) < 1e-12
+    assert torch.equal(inverse.triu(), identity.expand_as(A))
+
+
 def test_kernel_is_finite_in_fp32():
     """A decay of exp(50) above the diagonal: infinity times a zero of the mask is nan."""
     (q, k, v, _, beta), S = kernel_inputs(130)
@@ -155,16 +170,15 @@ def test_kernel_is_finite_in_fp32():
     check_against_definition((o, state), doubles, S, tolerance=1e-5)
 
 
-def test_kernel_in_bf16_sums_in_fp32():
-    """Sums of a hundred tokens in bf16, which has three digits: only what enters products is
-    rounded, and the outputs. S of a fp32 v, as decoding has it, is not rounded at all."""
+def test_kernel_in_bf16_fades_in_fp32():
+    """The fading of a chunk summed up in bf16, which has three digits: only what enters and leaves
+    products is rounded. With v in fp32, as decoding has it, nothing is."""
     inputs, S = kernel_inputs(130)
     inputs = [x.bfloat16() for x in inputs]
     exact = [x.double() for x in inputs]
     o_true, S_true = recurrent_gated_delta_rule(*exact, S)
     o, last_S = gated_delta_rule(*inputs, S.float())
     assert o.dtype == torch.bfloat16
-    assert last_S.dtype == torch.float32
     assert apart(o, o_true) < 5e-3
     assert apart(last_S, S_true) < 5e-3
 
@@ -173,6 +187,19 @@ def test_kernel_in_bf16_sums_in_fp32():
     assert o.dtype == torch.float32
     assert apart(o, o_true) < 1e-5
     assert apart(last_S, S_true) < 1e-5
+
+
+def test_kernel_in_bf16_keeps_S_in_fp32():
+    """S rounded to bf16 after each chunk: what many tokens write is lost where each writes
+    little."""
+    (q, k, v, g, beta), S = kernel_inputs(512)
+    no_fading = torch.zeros_like(g)
+    inputs = [x.bfloat16() for x in (q, k, v, no_fading, 0.02 * beta)]
+    exact = [x.double() for x in inputs]
+    _, S_true = recurrent_gated_delta_rule(*exact, S)
+    _, last_S = gated_delta_rule(*inputs, S.float())
+    assert last_S.dtype == torch.float32
+    assert apart(last_S, S_true) < 1e-3  # 9e-3 if it is rounded
 
 
 def test_step_in_bf16_is_computed_in_fp32():

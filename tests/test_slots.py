@@ -188,7 +188,7 @@ class RecordingDecoder(Decoder):
         return outcomes
 
 
-def record(dtype, drafter, slots, sampling, arriving):
+def record(dtype, drafter, slots, sampling, arriving, forward_rows=K):
     """The Pieces {prompt: [Piece]} and the logits {(prompt, position): (V,)} of prompts."""
     target, _ = pair(dtype)
     recorded = {}
@@ -197,18 +197,18 @@ def record(dtype, drafter, slots, sampling, arriving):
         patch.setattr(draft_decode, "Decoder", functools.partial(RecordingDecoder, recorded))
         patch.setattr(target, "logits", target.logits)  # so that it is put back at the end
         for index, piece in generate_many(
-                target, drafter, arriving, NEW_TOKENS, slots, stops(), K, sampling):
+                target, drafter, arriving, NEW_TOKENS, slots, stops(), forward_rows, sampling):
             pieces.setdefault(tuple(arriving[index]), []).append(piece)
     return pieces, recorded
 
 
-def check_logits(dtype, sampling, prompts, arrivals):
+def check_logits(dtype, sampling, prompts, arrivals, forward_rows=K):
     """In three slots all logits of all prompts must be those of the target alone, to the bit, and
     all rounds those of the first arrival with the same drafter. arrivals: (drafter, prompts)."""
-    _, alone = record(dtype, None, 3, sampling, prompts)
+    _, alone = record(dtype, None, 3, sampling, prompts, forward_rows)
     rounds = {}
     for drafter, arriving in arrivals:
-        pieces, recorded = record(dtype, drafter, 3, sampling, arriving)
+        pieces, recorded = record(dtype, drafter, 3, sampling, arriving, forward_rows)
         for prompt in pieces:
             known = rounds.setdefault((drafter, prompt), pieces[prompt])
             assert pieces[prompt] == known
@@ -375,6 +375,19 @@ def test_slots_that_ended_at_the_end_of_the_buffer():
     """An idle slot writes its block past the end of its buffer."""
     check_buffer_end()
 
+
+def check_one_row():
+    """check_logits with forwards of one row: slots that are used again, and two idle ones."""
+    prompts = prompts_of(5)
+    arrivals = ((None, prompts[::-1]), (None, prompts[3:4]))
+    check_logits("float32", UNDECIDED, prompts, arrivals, forward_rows=1)
+
+
+def test_slots_of_one_row():
+    """Failure 5: a forward of one row changes S itself, in idle slots too, and the next prompt in
+    that slot has traces of it."""
+    check_one_row()
+
 # ------------------------------------------------------------------------------------------------
 # wrong lines, each of which a check above must catch
 
@@ -418,6 +431,8 @@ WRONG_LINES = (  # what is wrong, the function, the right line, the wrong one, t
      "last_places])\n    self.position += n", "last_places])\n    self.position += n.roll(1)",
      check_small),
     ("prompt's state in the first slot", PUT, "self.S[:, slot]", "self.S[:, 0]", check_small),
+    ("what an idle slot did to its state", PUT,
+     "self.S[:, slot] = other.S[:, 0]", "pass", check_one_row),
     ("prompt's window in the first slot", PUT,
      "self.window[:, slot]", "self.window[:, 0]", check_small),
     ("prompt's convolution in the first slot", PUT,

@@ -17,10 +17,12 @@ from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 import cpu
 import target as target_module
+from benchmarks.slips import slip
 from chat import chat_prompt, load_tokenizer, tokenizer_fingerprint
 from checkpoint import (SIZES, load_drafter, load_target, parse_target_config, random_target,
                         read_target_config)
 from draft_decode import generate
+from model import linear_product
 from target import GatedRMSNorm, RMSNorm, Target, unit_length
 from tests.common import (HIDDEN, LAYER_IDS, NANO_DRAFTER, NANO_TARGET, ROOT, apart,
                           hub_copy, nano, perturb, phase_1_2, public_weights, publish, questions,
@@ -157,6 +159,25 @@ def test_gated_norm_in_bf16_has_an_fp32_gain_and_gate():
     close = (norm(x, z).double() - exact).abs() <= 1.01 * 2 ** -8 * exact.abs()
     # where normed lies between two numbers of bf16, fp32 and fp64 may round it to either
     assert close.float().mean() > 0.999
+
+
+def test_product_of_one_row_is_summed_in_fp32():
+    """On GPUs, in compiled code: sums of numbers that were rounded to bf16, an output of another
+    shape or dtype, or sums where there are several rows. Here all code takes this form."""
+    draw = random_normal()
+    weight = draw(300, 500)
+    with slip(linear_product,
+              "is_one_row and x.is_cuda and torch.compiler.is_compiling()", "is_one_row"):
+        for shape in ((500,), (1, 500), (1, 1, 500), (1, 2, 500), (2, 1, 500)):
+            x = draw(shape)
+            assert apart(linear_product(x, weight), F.linear(x, weight)) < 1e-6
+            x_bf16 = x.bfloat16()
+            weight_bf16 = weight.bfloat16()
+            product = linear_product(x_bf16, weight_bf16)
+            expected = F.linear(x_bf16.double(), weight_bf16.double())
+            assert product.dtype == torch.bfloat16
+            assert product.shape == expected.shape
+            assert apart(product, expected) < 2e-3  # the output's own rounding
 
 
 @torch.no_grad()
