@@ -24,12 +24,11 @@ class Recording(NamedTuple):
 class Graphs:
     """Recordings by name. A recording holds addresses and launches. Python does not run again, so:
 
-    shapes       are always the same
-    numbers      that change are tensors: inputs, or what the function itself keeps. Those that are
-                 ints are in the name, so that there is a graph for each of them
-    tensors      that live longer than one run are changed in place. The function makes no new ones
-                 that are read after it, but its outputs
-    outputs      hold until the next run of any name, as all graphs share their memory
+    - Shapes are always the same.
+    - A number that changes is a tensor: an input, or something that the function itself keeps. An
+      int has to be part of the name, so that there is a graph for each of its values.
+    - What outlives a run is changed in place. Only the outputs may be new tensors.
+    - Outputs hold until the next run of any name, as all graphs share their memory.
     """
 
     def __init__(self, device):

@@ -174,8 +174,9 @@ class DecodeState:
 
         segment None: a block, T = K. Else the rows are part of a prompt, as the Segment says.
 
-        A CUDA graph does not run these lines again, but it fills the tensors that they made. So
-        whatever reads them, as commit() does, has to be in the same graph.
+        Attention reads row_positions and mask; the delta rule window_places, of a segment
+        is_padding; the convolution last_places. A CUDA graph does not run these lines again, but it
+        fills the tensors that they made. So what reads them has to be in the same graph.
         """
         self.forward_is_block = segment is None
         offsets = self.all_positions[:T]
@@ -325,15 +326,17 @@ class Segment(NamedTuple):
 def read_prompt(target, tokens, state, target_layer_ids=(), graphs=None):
     """Read prompts (B, n), 1 <= n <= length - K, into a state of K rows, from its beginning.
 
-    Returns their features (B, n, ...), and the logits (B, V) of the last token. With a state's
-    Graphs its forwards are kept for later prompts: the end of a prompt; and where segments are
-    padded, so that they have one shape, those too, a graph for each place of one.
+    Returns their features (B, n, ...), and the logits (B, V) of the last token.
 
     All but the last 1 to K tokens go through in segments, always cut at the same places, in the
-    longer chunks of target.chunk_length(). The last ones are a block without guesses, whose chunk
-    begins at a multiple of K. It is padded to K rows, the first `rest` of which are adopted, and
-    the last of these gives the logits. So the end of a prompt goes through the same code as all
-    that follows.
+    long chunks that chunk_length() of target.py names. The last ones are a block without guesses,
+    whose chunk begins at a multiple of K. It is padded to K rows, of which the first `rest` are
+    adopted, and the last of these gives the logits. So the end of a prompt goes through the same
+    code as all that follows. With n = 37 and K = 16: 32 tokens in a segment, a block of 5.
+
+    graphs: the Graphs of this state, which then keep two kinds of forward for later prompts: the
+    block at the end; and if segments are padded, so that they have one shape, a segment, one graph
+    for each place where it begins.
     """
     n = tokens.shape[1]
     K = state.forward_rows

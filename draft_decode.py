@@ -102,7 +102,7 @@ class Decoder:
         # What is at which position, p = state.position:
         #     p            p + 1        p + 2     ..   p + K - 1    p + K
         #     anchor       guess 1      guess 2        guess K-1              the block
-        #                  row 0        row 1          row K-2      row K-1   chosen by the target
+        #                  by row 0     by row 1       by row K-2   by row K-1  the target's choice
         #                  noise 0      noise 1        noise K-2    noise K-1
         noise = self.noise_at(state.position[:, None] + 1 + self.offsets)    # (B, K, V) or None
 

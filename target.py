@@ -6,9 +6,9 @@ The target: the text model of Qwen3.5, a hybrid of Gated DeltaNet and gated atte
     logits = target.logits(hidden)
 
 Three of four layers have no key-value cache but one matrix S a head. The file begins with the rule
-by which a token changes S: its definition, then its fast form for many tokens. The layers and the
-model follow. What decoding keeps of a sequence, and how it forgets a rejected guess, is in
-decode_state.py.
+by which a token changes S: its definition, its fast form for many tokens, and one for a single
+token. The layers and the model follow. What decoding keeps of a sequence, and how it forgets a
+rejected guess, is in decode_state.py.
 
 Shapes: B batch, T tokens, C tokens of a chunk, N chunks, K rows of a decode forward, H heads of
 queries and keys, Hv heads of values, D and Dv their widths, V vocabulary; `width` is that of the
@@ -21,7 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from cpu import rowwise  # applies a function; on CPUs so that a row's bits do not depend on others
-# what the drafter's file has too, which ships alone
+# functions that both models need stand in the drafter's file, as it ships alone
 from model import linear_product, project, rotary_table, rotate, to_fp32
 
 # --------------------------------------------------------------------------------------------------
@@ -88,7 +88,8 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, chunks_until_state=No
         W_2 = beta_2 (v_2 - exp(g_1 + g_2) k_2 S - exp(g_2) (k_2 . k_1) W_1)
 
     since token 2 finds S faded twice, and what token 1 wrote faded once. With more tokens, token t
-    finds S times fade_t, and what token s < t wrote times decay_ts:
+    finds S times fade_t, which is from here on the product of all fadings up to token t; and what
+    token s < t wrote times decay_ts:
 
         fade_t   = exp(g_1 + g_2 + .. + g_t)
         decay_ts = fade_t / fade_s = exp of the sum of all g after token s, up to token t
@@ -100,7 +101,7 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, chunks_until_state=No
         W, k, v, q      a row for each token of the chunk: C rows
         decay           (C, C), row t and column s
         [x]             the diagonal matrix of the x_t. [x] k has row t times x_t, in the code
-                        k * x[..., None]. M [x] has column t times x_t: M * x[..., None, :]
+                        k * x[..., None]. Z [x] has column t times x_t: Z * x[..., None, :]
         X * Y           the product entry by entry
 
     (2) (I + A) W = [beta] (v - [fade] k S)
@@ -125,7 +126,8 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, chunks_until_state=No
     (5) o = D^-0.5 ([fade] q S + P W)
         P = decay * q k^T up to the diagonal and with it, and 0 above
 
-    Source: arXiv 2412.06464, section 3.3, which writes the inverse out (the WY form).
+    Source: arXiv 2412.06464, section 3.3, which writes the inverse out (the WY form). Its W is Y
+    here.
     """
     B, T, Hv, Dv = v.shape
     D = q.shape[-1]
@@ -204,7 +206,7 @@ def inverse_of_unit_lower(A):
     """(I + A)^-1 for A (..., C, C), of which only what stands below the diagonal is read.
 
     A GPU's triangular solver is slow for many rows, so long chunks are halved, down to 32 rows. Of
-    the four halves of I + A one is 0. Call the others E, F and G. Then
+    the four quarters of I + A one is 0. Call the others E, F and G. Then
 
         [E 0]^-1   [    E^-1        0  ]
         [F G]    = [-G^-1 F E^-1   G^-1]
@@ -562,6 +564,7 @@ class Target(nn.Module):
         else:
             state.begin_forward(T, segment)
             rotary = state.rotary
+            # compiled layers are for forwards that always have the same shape
             if self.compiled_layers and (state.forward_is_block or state.pads_segments):
                 layers = self.compiled_layers
         if features_only:

@@ -25,6 +25,5 @@ sort_window = 1                     # batches of mixed lengths: samples of one l
 epochs = 1.2
 optimizer = "muon"                  # in trials of 2,100 steps tau 9.6 to 9.7, with AdamW 8.4
 lr = 3e-3                           # small models like large steps
-eval_every = 500                    # an estimate takes as long as ten steps
 log_every = 20
 save_every = 250

@@ -1,5 +1,5 @@
 # Phase 1.2: the published drafter of Qwen3.5-0.8B (Moonlight556/Qwen3.5-0.8B-DFlash).
-# One GPU, hours. All values are train.py's defaults, written out.
+# One GPU, hours. These values are train.py's defaults, written out.
 #
 # Time: one H100 makes 17.7 samples/s of 3,072 tokens with --compile, so at most 3.8 hours.
 #

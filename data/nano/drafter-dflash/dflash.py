@@ -81,9 +81,10 @@ class DFlashDraftModel(PreTrainedModel):
         return rotary_table(positions, self.config.head_dim, theta)
 
     # Decoding: one block a sequence. A cache holds the keys and values of each layer, by position.
-    # write_context() writes those of committed positions, which stay. decode_block() writes those
-    # of its block after them, for this one forward: the next write_context() starts at the same
-    # position and writes over them.
+    # write_context() writes those of committed positions, which stay. (What it may write beyond
+    # them does not matter: the next block stands there.) decode_block() writes those of its block
+    # after them, for this one forward: the next write_context() starts at the same position and
+    # writes over them.
 
     def new_cache(self, batch, length):
         """For each layer keys and values of `length` positions, (B, Hkv, length, D) both.
@@ -249,10 +250,10 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, *context_and_positions):
+    def forward(self, x, *attention_inputs):
         """Training: x (B, A, K, width); the rest is handed on, see Attention.forward."""
         normed = self.input_layernorm(x)
-        x = x + self.self_attn(normed, *context_and_positions)
+        x = x + self.self_attn(normed, *attention_inputs)
         return x + self.mlp(self.post_attention_layernorm(x))
 
     def decode(self, x, rotary, keys, values, positions):
@@ -399,7 +400,8 @@ def write_at(buffer, positions, x):
 def project(x, layers):
     """What several linear layers make of x (..., width): a list of (..., their outputs).
 
-    In decoding projections.py may have joined their weights. Then one product makes it all.
+    In decoding projections.py may have joined their weights: the joined weight of a layer has its
+    own rows and those of the layers after it. Then one product makes it all.
     """
     joined_weight = getattr(layers[0], "joined_weight", None)
     if joined_weight is None:
@@ -541,9 +543,9 @@ def block_labels(tokens, supervised, anchors, real, K, gamma):
 # 248,320 tokens would be 7.6 GB in bf16. But the head is frozen: its own gradient is not wanted,
 # only that with respect to the drafter's output. Call this output h (guesses, width) and the logits
 # z = h head^T. A row of onehot has a one at the label and zeros else. With
-# loss = sum over guesses of weight nll,
+# loss = sum over guesses of weight * nll,
 #
-#     d loss / d z = weight (softmax(z) - onehot)              (weights scale rows)
+#     d loss / d z = weight * (softmax(z) - onehot)            (weights scale rows)
 #     d loss / d h = (d loss / d z) head
 #
 # which is known as soon as the logits are. So the guesses go through the head in chunks. Each chunk
