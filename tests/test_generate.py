@@ -39,11 +39,14 @@ def test_first_difference_sees_an_end():
 # output identical to the target's own
 
 
+NEW_TOKENS = 40  # one from the prompt, then two and a half blocks
+
+
 def decode_by_all(question_number):
     """{drafter: the tokens of each round}, of the target alone and of four drafters."""
     target, tokenizer = nano()
     prompt = chat_prompt(tokenizer, questions()[question_number])
-    rounds = {"alone": list(generate(target, None, prompt, 64, forward_rows=K))}
+    rounds = {"alone": list(generate(target, None, prompt, NEW_TOKENS, forward_rows=K))}
     answer = all_tokens(rounds["alone"])
     drafters = {
         "random": untrained(),
@@ -52,13 +55,13 @@ def decode_by_all(question_number):
         "perfect": Oracle(len(prompt), answer, right=K - 1),
     }
     for name, drafter in drafters.items():
-        rounds[name] = list(generate(target, drafter, prompt, 64))
+        rounds[name] = list(generate(target, drafter, prompt, NEW_TOKENS))
     return rounds
 
 
 @pytest.mark.parametrize("first", range(0, 64, 8))
 def test_generate_is_identical_for_every_drafter(first):
-    """Failure 5: speculative output is not the target's. 64 prompts of 64 new tokens, four
+    """Failure 5: speculative output is not the target's. 64 prompts of 40 new tokens, four
     drafters, no difference."""
     lengths = {"alone": [], "random": [], "shipped": [], "half-right": [], "perfect": []}
     for i in range(first, first + 8):
@@ -76,7 +79,7 @@ def test_generate_is_identical_for_every_drafter(first):
     assert tau["random"] < 1.2
     assert tau["shipped"] > 1.2
     assert 1.2 < tau["half-right"] < tau["perfect"]
-    assert tau["perfect"] == 63 / 4
+    assert tau["perfect"] == 39 / 3
 
 
 def sampled(drafter, prompt, sampling):
@@ -142,7 +145,7 @@ def test_generate_begins_anew_with_each_prompt():
     for drafter in (None, small_drafter()):
         for sampling in (Sampling(), Sampling(1.0)):
             for prompt in prompts:
-                request = (small_target(), drafter, prompt, 40)
+                request = (small_target(), drafter, prompt, 20)
                 kept = generate(*request, sampling=sampling, decoders=decoders)
                 fresh = generate(*request, sampling=sampling)
                 assert list(kept) == list(fresh)
