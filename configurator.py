@@ -99,7 +99,7 @@ def read_config(path, keys):
     """What a config file assigns to keys, a list of (path, name, value). It may also import
     modules, define functions and use helper variables, whose names begin with an underscore."""
     if not os.path.isfile(path):
-        sys.exit(f"{path}: no such config file")
+        sys.exit(f"{path}: no such config file; config/ has those that ship")
     variables = {"__file__": path, "__name__": "config"}
     try:
         with open(path, "rb") as f:

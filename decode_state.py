@@ -334,9 +334,9 @@ def read_prompt(target, tokens, state, target_layer_ids=(), graphs=None):
     adopted, and the last of these gives the logits. So the end of a prompt goes through the same
     code as all that follows. With n = 37 and K = 16: 32 tokens in a segment, a block of 5.
 
-    graphs: the Graphs of this state, which then keep two kinds of forward for later prompts: the
-    block at the end; and if segments are padded, so that they have one shape, a segment, one graph
-    for each place where it begins.
+    graphs: the Graphs of this state. They keep the block at the end for later prompts. Segments
+    have one shape if they are padded, and then they are kept too: a graph for each place where one
+    begins.
     """
     n = tokens.shape[1]
     K = state.forward_rows

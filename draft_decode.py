@@ -131,8 +131,8 @@ class Decoder:
         #        p            p + 1        p + 2      p + 3       ..   p + K - 1
         #        anchor       guess 1      guess 2    new anchor
         #        features that stay                   features of rejected guesses
-        #    The next round writes its block from the new anchor on, before it reads: over all of
-        #    the rejected ones. commit comes last, since it moves p.
+        #    The next round writes its block over the rejected ones before it reads anything, as it
+        #    begins with the new anchor. commit comes last, since it moves p.
         if drafter is not None:
             drafter.write_context(features, self.cache, state.position)
         state.commit((accepted + 1) * self.is_active)

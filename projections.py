@@ -3,10 +3,9 @@ Several projections of one input as one product, with the weights where the chec
 
     join_projections(model)     # a frozen model, for decoding; model.project() then sees it
 
-In decoding a product has few rows, and on a GPU a small one takes as long as one several times its
-size. On an H100 a step of one row of the 0.8B target had 573 kernels instead of 663 and took 1.61
-ms instead of 1.94 when this was all that was done. An entry of a product depends on its own row and
-column alone, so columns may stand side by side.
+In decoding a product has few rows. On a GPU a small one takes as long as one of several times its
+size, so fewer and larger ones are faster. An entry of a product depends on its own row and column
+alone, so columns may stand side by side.
 """
 import torch
 

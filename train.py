@@ -335,8 +335,8 @@ def train_step(run):
         parameter.grad *= factor.to(parameter.dtype)
     grad_norm = torch.nn.utils.clip_grad_norm_(run.drafter.parameters(), config.grad_clip)
 
-    # Up to here a GPU is only told what to do. Now the processor waits for it, once in a step: for
-    # the norm, by which it decides, and at the same time for all that the log needs.
+    # Up to here a GPU is only told what to do. Now the processor waits for it: for the norm, by
+    # which it decides. What the log needs is read at the same time, so that nothing waits again.
     grad_norm = gather_full(grad_norm).item()  # the norm before it was clipped
     sums = BlockSums(*[x.cpu() for x in sums])
 

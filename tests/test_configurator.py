@@ -179,7 +179,7 @@ lr = sqrt(4)
     ("--window=full,64", "tuple of"),
     ("'--names=(1, 2)'", "tuple of str"),
     ("--betas=1,None", "tuple of float"),
-    ("none.py", "none.py: no such config file"),
+    ("none.py", "none.py: no such config file; config/ has those that ship"),
 ))
 def test_config_mistakes(script, command_line, hint):
     """A typo or a wrong type that passes, and costs a run with the default; a traceback."""
