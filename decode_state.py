@@ -23,7 +23,8 @@ from torch.nn.attention.bias import causal_lower_right
 
 from cuda_graph import Graphs
 from model import masked_attention, rotary_table, write_at
-from target import conv_channels, delta_rule_widths, delta_step, gated_delta_rule
+from target import (conv_channels, delta_rule_of_window, delta_rule_widths, delta_step,
+                    gated_delta_rule)
 
 
 class DecodeState:
@@ -213,7 +214,7 @@ class DecodeState:
             first_chunk = self.window[:, :, :K]
             second_chunk = self.window[:, :, K:]
             is_complete = is_complete[..., 0]       # for the window (layers, B, 2 K, widths)
-            self.window[:, :, :K] = torch.where(is_complete, second_chunk, first_chunk)
+            torch.where(is_complete, second_chunk, first_chunk, out=first_chunk)
         # The convolution's memory is [the 3 tokens before the block | the block]. Once n rows are
         # adopted, the 3 last tokens stand n places further on:
         #     n = 2, K = 5:    t t t a b c d e    ->    t a b
@@ -265,15 +266,13 @@ class LinearLayerState:
             self.window[state.sequences, state.window_places] = torch.cat(inputs, -1)
             # run the two chunks of the window, and keep the outputs of the block
             window_q, window_k, window_v, window_g, window_beta = self.window.split(self.widths, -1)
-            o, S = gated_delta_rule(
+            o, S = delta_rule_of_window(
                 window_q.unflatten(-1, q.shape[2:]),
                 window_k.unflatten(-1, k.shape[2:]),
                 window_v.unflatten(-1, v.shape[2:]),
                 window_g,
                 window_beta,
-                self.S,
-                chunk=state.forward_rows,
-                chunks_until_state=1)
+                self.S)
             self.S_chunk_end.copy_(S)
             o = o[state.sequences, state.window_places]
         return o.to(v.dtype)

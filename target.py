@@ -6,9 +6,9 @@ The target: the text model of Qwen3.5, a hybrid of Gated DeltaNet and gated atte
     logits = target.logits(hidden)
 
 Three of four layers have no key-value cache but one matrix S a head. The file begins with the rule
-by which a token changes S: its definition, its fast form for many tokens, and one for a single
-token. The layers and the model follow. What decoding keeps of a sequence, and how it forgets a
-rejected guess, is in decode_state.py.
+by which a token changes S: its definition, and three fast forms, for many tokens, for the few of a
+block, and for one. The layers and the model follow. What decoding keeps of a sequence, and how it
+forgets a rejected guess, is in decode_state.py.
 
 Shapes: B batch, T tokens, C tokens of a chunk, N chunks, K rows of a decode forward, H heads of
 queries and keys, Hv heads of values, D and Dv their widths, V vocabulary; `width` is that of the
@@ -69,17 +69,16 @@ def chunk_length(v):
     return max(16, v.shape[-1] // 2)
 
 
-def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, chunks_until_state=None):
+def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None):
     """The same in chunks: parallel inside a chunk, one update of S from chunk to chunk.
 
-    Shapes as above. S None: zeros. chunk: tokens of a chunk. Returns o in v's dtype, and the state
-    after chunks_until_state chunks (None: after all) in fp32 or wider. The last chunk is padded
-    with tokens of beta = g = 0, which write nothing and fade nothing: they change no bit of S.
+    Shapes as above. S None: zeros. chunk: tokens of a chunk. Returns o in v's dtype, and the last S
+    in fp32 or wider. The last chunk is padded with tokens of beta = g = 0, which write nothing and
+    fade nothing: they change no bit of S.
 
     If v is bf16, as in a prompt or in training, what enters and leaves most products is rounded to
-    bf16, as in all other products of the model. Fading, A, its inverse and S stay in fp32. Decoding
-    hands over all of it in fp32, so nothing is rounded to bf16. (The products of fp32 in a bf16
-    model are TF32 on a GPU, see load_target.)
+    bf16, as in all other products of the model. Fading, A, its inverse and S stay in fp32. (The
+    products of fp32 in a bf16 model are TF32 on a GPU, see load_target.)
 
     How. All vectors are rows. Let S be the state before a chunk, and let token t write W_t: it adds
     k_t^T W_t to the state. First a chunk of two tokens. By the definition
@@ -131,7 +130,6 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, chunks_until_state=No
     """
     B, T, Hv, Dv = v.shape
     D = q.shape[-1]
-    device = v.device
     if chunk is None:
         chunk = chunk_length(v)
     input_dtype = v.dtype
@@ -147,18 +145,10 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, chunks_until_state=No
     k = to_chunks(k, chunk, dtype)
     v = to_chunks(v, chunk, dtype)                                           # (B Hv, N, C, Dv)
     beta = to_chunks(beta, chunk, dtype)                                     # (B Hv, N, C)
-    log_fade = to_chunks(g, chunk, dtype).cumsum(-1)
-    N = log_fade.shape[1]
-
-    # decay is zero above the diagonal. There fade_t / fade_s is above 1, and exp could overflow: so
-    # its argument is masked before exp, not the result after it.
-    place = torch.arange(chunk, device=device)
-    future = place[:, None] < place
-    decay = log_fade[..., :, None] - log_fade[..., None, :]
-    decay = decay.masked_fill_(future, -torch.inf).exp_()                    # (B Hv, N, C, C)
-    fade = log_fade.exp()                                                    # (B Hv, N, C)
-    fade_of_chunk = log_fade[..., -1:].exp()[..., None]                      # (B Hv, N, 1, 1)
-    decay_to_end = (log_fade[..., -1:] - log_fade).exp()                     # (B Hv, N, C)
+    N = v.shape[1]
+    decay, fade = fadings(g, chunk, dtype)     # (B Hv, N, C, C) and (B Hv, N, C)
+    fade_of_chunk = fade[..., -1:, None]                                     # (B Hv, N, 1, 1)
+    decay_to_end = decay[..., -1, :]                                         # (B Hv, N, C)
 
     # (2), (3). A has entries on its diagonal here: the inverse does not read them. If v is bf16, so
     # are U, Y, P, k_to_end and the writes W.
@@ -176,30 +166,87 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None, chunks_until_state=No
         S = q.new_zeros(B * Hv, D, Dv)
     else:
         S = S.to(dtype).flatten(0, 1)
-    if chunks_until_state is None:
-        chunks_until_state = N
     U = U.unbind(1)
     Y = Y.unbind(1)
     k_to_end_T = k_to_end_T.unbind(1)
     fade_of_chunk = fade_of_chunk.unbind(1)
-    states = [S]  # states[i] is the state after i chunks, with which chunk i begins
+    states = []  # with which each chunk begins
     writes = []
     for i in range(N):
-        W = U[i] - Y[i] @ rounded(states[i])
+        states.append(S)
+        W = U[i] - Y[i] @ rounded(S)
         writes.append(W)
-        # the last state only if it is asked for: decoding asks for that after the first of two
-        if i + 1 < N or chunks_until_state == N:
-            states.append(states[i] * fade_of_chunk[i] + k_to_end_T[i] @ W)
-    S_after = states[chunks_until_state]
+        S = S * fade_of_chunk[i] + k_to_end_T[i] @ W
 
     # (5): the outputs of all chunks at once
     scale = D ** -0.5
-    states = torch.stack(states[:N], 1)                                      # (B Hv, N, D, Dv)
+    states = torch.stack(states, 1)                                          # (B Hv, N, D, Dv)
     writes = torch.stack(writes, 1)                                          # (B Hv, N, C, Dv)
     o = to_fp32(rounded(q) @ rounded(states)).mul_(fade[..., None] * scale)
     o = o.add_(P @ writes, alpha=scale)
     o = rounded(from_chunks(o, B, T))                                        # (B, T, Hv, Dv)
-    return o, S_after.unflatten(0, (B, Hv))
+    return o, S.unflatten(0, (B, Hv))
+
+
+def delta_rule_of_window(q, k, v, g, beta, S):
+    """The same for the two chunks of a DecodeState's window (decode_state.py): T = 2 C.
+
+    All is fp32 or wider. Returns o, and the state after the *first* chunk.
+
+    For so few tokens a GPU's time depends on how many products there are, not on how large they
+    are. So U and Y are left out: with M from (3), equation (2) is
+
+        W = M (v - [fade] k S)        (I + A) M = [beta]
+
+    And as both keys and queries are multiplied by k^T and by S, they stand in one matrix: below the
+    C keys of a chunk are its C queries.
+    """
+    B, T, Hv, Dv = v.shape
+    D = q.shape[-1]
+    C = T // 2
+    dtype = v.dtype
+    q, k = repeat_heads(q, k, Hv)
+    keys_queries = torch.cat((to_chunks(k, C, dtype), to_chunks(q, C, dtype)), 2)
+    k = keys_queries[:, :, :C]                                               # (B Hv, 2, C, D)
+    v = to_chunks(v, C, dtype)                                               # (B Hv, 2, C, Dv)
+    beta = to_chunks(beta, C, dtype)                                         # (B Hv, 2, C)
+    decay, fade = fadings(g, C, dtype)
+    fade = fade[..., None]                                                   # (B Hv, 2, C, 1)
+    k_to_end_T = (k * decay[..., -1, :, None]).mT                            # (B Hv, 2, D, C)
+
+    k_kT, q_kT = (keys_queries @ k.mT).split(C, 2)                           # (B Hv, 2, C, C)
+    A = k_kT * decay * beta[..., None]
+    P = q_kT * decay
+    # the solver takes the diagonal of A as 1
+    M = torch.linalg.solve_triangular(A, beta.diag_embed(), upper=False, unitriangular=True)
+
+    def read_and_write(i, S):
+        """q S and W of chunk i, at whose beginning the state is S."""
+        k_S, q_S = (keys_queries[:, i] @ S).split(C, 1)                      # (B Hv, C, Dv)
+        W = M[:, i] @ (v[:, i] - fade[:, i] * k_S)                           # (2)
+        return q_S, W
+
+    S = S.flatten(0, 1)                                                      # (B Hv, D, Dv)
+    first_q_S, first_W = read_and_write(0, S)
+    S = S * fade[:, 0, -1:] + k_to_end_T[:, 0] @ first_W                     # (4)
+    second_q_S, second_W = read_and_write(1, S)
+
+    q_S = torch.stack((first_q_S, second_q_S), 1)                            # (B Hv, 2, C, Dv)
+    W = torch.stack((first_W, second_W), 1)
+    o = (fade * q_S + P @ W) * D ** -0.5                                     # (5)
+    return from_chunks(o, B, T), S.unflatten(0, (B, Hv))
+
+
+def fadings(g, chunk, dtype):
+    """decay (B Hv, N, C, C) and fade (B Hv, N, C) of gated_delta_rule, of g (B, T, Hv)."""
+    log_fade = to_chunks(g, chunk, dtype).cumsum(-1)
+    # decay is zero above the diagonal. There fade_t / fade_s is above 1, and exp could overflow: so
+    # its argument is masked before exp, not the result after it.
+    place = torch.arange(chunk, device=g.device)
+    future = place[:, None] < place
+    decay = log_fade[..., :, None] - log_fade[..., None, :]
+    decay = decay.masked_fill_(future, -torch.inf).exp_()
+    return decay, log_fade.exp()
 
 
 def inverse_of_unit_lower(A):
@@ -530,6 +577,7 @@ def conv_channels(c):
 class Target(nn.Module):
     """The text model of Qwen3.5; config is a TargetConfig."""
     compiled_layers = None
+    compiled_norm = None
     packed_head = None      # the head's product from a packed weight, where cpu.py made one
 
     def __init__(self, config):
@@ -557,6 +605,7 @@ class Target(nn.Module):
         """
         T = tokens.shape[1]
         layers = self.layers
+        norm = self.norm
         if state is None:
             positions = torch.arange(T, device=tokens.device)
             rotary_dim = int(self.config.head_dim * self.config.partial_rotary_factor)
@@ -567,6 +616,7 @@ class Target(nn.Module):
             # compiled layers are for forwards that always have the same shape
             if self.compiled_layers and (state.forward_is_block or state.pads_segments):
                 layers = self.compiled_layers
+                norm = self.compiled_norm
         if features_only:
             if not target_layer_ids:
                 raise ValueError("features_only without target_layer_ids: name the layers whose "
@@ -585,7 +635,7 @@ class Target(nn.Module):
             if i in target_layer_ids:
                 features.append(x)
         features = torch.cat(features, -1) if features else None
-        hidden = None if features_only else self.norm(x)
+        hidden = None if features_only else norm(x)
         return features, hidden
 
     @property
@@ -614,4 +664,5 @@ class Target(nn.Module):
         options = {"combo_kernels": True}
         self.compiled_layers = [
             torch.compile(layer, dynamic=False, options=options) for layer in self.layers]
+        self.compiled_norm = torch.compile(self.norm.forward, dynamic=False)
         return self

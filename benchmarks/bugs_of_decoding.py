@@ -14,7 +14,7 @@ from draft_decode import Decoder, count_accepted
 from model import Attention, DFlashDraftModel
 from model import RMSNorm as DrafterRMSNorm
 from target import RMSNorm as TargetRMSNorm
-from target import Target, gated_delta_rule
+from target import Target, delta_rule_of_window, gated_delta_rule
 
 # --------------------------------------------------------------------------------------------------
 # what the drafter is given
@@ -270,9 +270,10 @@ def state_of_the_second_chunk():
     """S after the whole window becomes the state of its first chunk: a delta rule that is right for
     one token at a time, and wrong after a block."""
     return slip(
-        LinearLayerState.delta_rule,
-        "chunks_until_state=1",
-        "chunks_until_state=2")
+        delta_rule_of_window,
+        "second_q_S, second_W = read_and_write(1, S)",
+        "second_q_S, second_W = read_and_write(1, S); "
+        "S = S * fade[:, 1, -1:] + k_to_end_T[:, 1] @ second_W")
 
 
 def target_gain_read_as_w():

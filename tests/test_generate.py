@@ -240,6 +240,7 @@ def test_compiled_rounds_equal_plain_ones(rows):
             drafter = join_projections(small_drafter())  # as on a GPU
         if is_compiled:
             target.compiled_layers = [compiled(layer) for layer in target.layers]
+            target.compiled_norm = compiled(target.norm.forward)
         if is_compiled and drafter is not None:
             drafter.decode_block = compiled(drafter.decode_block)
             drafter.write_context = compiled(drafter.write_context)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from decode_state import DecodeState
-from target import (delta_step, gated_delta_rule, inverse_of_unit_lower,
+from target import (delta_rule_of_window, delta_step, gated_delta_rule, inverse_of_unit_lower,
                     recurrent_gated_delta_rule)
 from tests.common import K, apart, random_normal, small_target
 
@@ -106,15 +106,27 @@ def test_kernel_any_split_in_two_calls(T):
         check_against_definition((o, end), inputs, S)
 
 
-@pytest.mark.parametrize("chunks", (0, 1, 2, 3))
-def test_kernel_keeps_the_state_of_an_earlier_chunk(chunks):
-    """Failure 8: chunks_until_state=1 returns the state after the window, not after one chunk."""
-    inputs, S = kernel_inputs(48)
-    _, state = gated_delta_rule(*inputs, S, chunk=16, chunks_until_state=chunks)
-    S_true = S
-    if chunks > 0:
-        _, S_true = recurrent_gated_delta_rule(*first(inputs, 16 * chunks), S)
+@pytest.mark.parametrize("chunk", (4, 16, 40))
+def test_kernel_of_a_window_equals_recurrence(chunk):
+    """Failure 8: the rule of a window returns the state after both chunks, not after the first; or
+    the second chunk begins with another state, or reads the first one's keys."""
+    inputs, S = kernel_inputs(2 * chunk)
+    o, state = delta_rule_of_window(*inputs, S)
+    o_true, _ = recurrent_gated_delta_rule(*inputs, S)
+    _, S_true = recurrent_gated_delta_rule(*first(inputs, chunk), S)
+    assert apart(o, o_true) < 1e-9
     assert apart(state, S_true) < 1e-9
+
+
+def test_kernel_of_a_window_does_not_read_what_comes_after():
+    """Failure 6: rejected guesses after a row change its bits, or the state of the first chunk."""
+    inputs, S = kernel_inputs(32)
+    o, state = delta_rule_of_window(*inputs, S)
+    for T in (1, 15, 16, 17, 31):
+        disturbed = [torch.cat((x[:, :T], x[:, T:].flip(1)), 1) for x in inputs]
+        disturbed_o, disturbed_state = delta_rule_of_window(*disturbed, S)
+        assert torch.equal(disturbed_o[:, :T], o[:, :T])
+        assert torch.equal(disturbed_state, state) == (T >= 16)
 
 
 def test_kernel_padding_leaves_the_state_as_it_is():

@@ -132,6 +132,7 @@ def check_one_graph():
     torch._dynamo.reset()
     compiles.clear()
     target.compiled_layers = compiled
+    target.compiled_norm = target.norm.forward
     try:
         read(K)
         graphs_of_a_block = compiles["unique_graphs"]
@@ -141,7 +142,7 @@ def check_one_graph():
             for n in (K + 1, P, 2 * P, 2 * P + K + 5, 3 * P + 3):
                 read(n)
     finally:
-        del target.compiled_layers
+        del target.compiled_layers, target.compiled_norm
         torch._dynamo.reset()
 
 
