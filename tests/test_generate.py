@@ -43,17 +43,19 @@ NEW_TOKENS = 40  # one from the prompt, then two and a half blocks
 
 
 def decode_by_all(question_number):
-    """{drafter: the tokens of each round}, of the target alone and of four drafters."""
+    """{drafter: the tokens of each round}, of the target alone and of drafters. The untrained one
+    takes as many rounds as the target alone, so it is there for one prompt of four."""
     target, tokenizer = nano()
     prompt = chat_prompt(tokenizer, questions()[question_number])
     rounds = {"alone": list(generate(target, None, prompt, NEW_TOKENS, forward_rows=K))}
     answer = all_tokens(rounds["alone"])
     drafters = {
-        "random": untrained(),
         "shipped": shipped(),
         "half-right": HalfRightOracle(len(prompt), answer, seed=question_number),
         "perfect": Oracle(len(prompt), answer, right=K - 1),
     }
+    if question_number % 4 == 0:
+        drafters["random"] = untrained()
     for name, drafter in drafters.items():
         rounds[name] = list(generate(target, drafter, prompt, NEW_TOKENS))
     return rounds
@@ -62,7 +64,7 @@ def decode_by_all(question_number):
 @pytest.mark.parametrize("first", range(0, 64, 8))
 def test_generate_is_identical_for_every_drafter(first):
     """Failure 5: speculative output is not the target's. 64 prompts of 40 new tokens, four
-    drafters, no difference."""
+    drafters, an untrained one for 16 of the prompts, no difference."""
     lengths = {"alone": [], "random": [], "shipped": [], "half-right": [], "perfect": []}
     for i in range(first, first + 8):
         rounds = decode_by_all(i)
