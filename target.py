@@ -146,7 +146,7 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None):
     v = to_chunks(v, chunk, dtype)                                           # (B Hv, N, C, Dv)
     beta = to_chunks(beta, chunk, dtype)                                     # (B Hv, N, C)
     N = v.shape[1]
-    decay, fade = fadings(g, chunk, dtype)     # (B Hv, N, C, C) and (B Hv, N, C)
+    fade, decay = fade_and_decay(g, chunk, dtype)         # (B Hv, N, C) and (B Hv, N, C, C)
     fade_of_chunk = fade[..., -1:, None]                                     # (B Hv, N, 1, 1)
     decay_to_end = decay[..., -1, :]                                         # (B Hv, N, C)
 
@@ -170,8 +170,8 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None):
     Y = Y.unbind(1)
     k_to_end_T = k_to_end_T.unbind(1)
     fade_of_chunk = fade_of_chunk.unbind(1)
-    states = []  # with which each chunk begins
-    writes = []
+    states = []  # S at the beginning of each chunk
+    writes = []  # W of each chunk
     for i in range(N):
         states.append(S)
         W = U[i] - Y[i] @ rounded(S)
@@ -189,64 +189,71 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None):
 
 
 def delta_rule_of_window(q, k, v, g, beta, S):
-    """The same for the two chunks of a DecodeState's window (decode_state.py): T = 2 C.
+    """The same for the window of a decode forward: two chunks of C tokens each, T = 2 C.
 
-    All is fp32 or wider. Returns o, and the state after the *first* chunk.
+    decode_state.py says what stands in the window, and why the state is wanted after its first
+    chunk, not at its end. Returns o, and that state. All is fp32 or wider, what is returned too.
 
-    For so few tokens a GPU's time depends on how many products there are, not on how large they
-    are. So U and Y are left out: with M from (3), equation (2) is
+    Here a GPU's time depends on how many products there are, as all of them are small. Two changes
+    make them fewer. U and Y pay where they are computed for many chunks at once; for two chunks (3)
+    is written without them:
 
         W = M (v - [fade] k S)        (I + A) M = [beta]
 
-    And as both keys and queries are multiplied by k^T and by S, they stand in one matrix: below the
-    C keys of a chunk are its C queries.
+    And both keys and queries are multiplied by k^T, and both by S. So they stand in one matrix, the
+    C queries of a chunk below its C keys: one product gives k k^T and q k^T, one k S and q S.
     """
     B, T, Hv, Dv = v.shape
     D = q.shape[-1]
     C = T // 2
     dtype = v.dtype
     q, k = repeat_heads(q, k, Hv)
-    keys_queries = torch.cat((to_chunks(k, C, dtype), to_chunks(q, C, dtype)), 2)
-    k = keys_queries[:, :, :C]                                               # (B Hv, 2, C, D)
+    k = to_chunks(k, C, dtype)
+    q = to_chunks(q, C, dtype)
+    keys_queries = torch.cat((k, q), 2)                                      # (B Hv, 2, 2 C, D)
+    k = keys_queries[:, :, :C]  # the same numbers: so compiled code writes them once
     v = to_chunks(v, C, dtype)                                               # (B Hv, 2, C, Dv)
     beta = to_chunks(beta, C, dtype)                                         # (B Hv, 2, C)
-    decay, fade = fadings(g, C, dtype)
+    fade, decay = fade_and_decay(g, C, dtype)
     fade = fade[..., None]                                                   # (B Hv, 2, C, 1)
-    k_to_end_T = (k * decay[..., -1, :, None]).mT                            # (B Hv, 2, D, C)
+    fade_of_chunk = fade[:, :, -1:]                                          # (B Hv, 2, 1, 1)
+    decay_to_end = decay[..., -1, :]                                         # (B Hv, 2, C)
 
     k_kT, q_kT = (keys_queries @ k.mT).split(C, 2)                           # (B Hv, 2, C, C)
     A = k_kT * decay * beta[..., None]
     P = q_kT * decay
-    # the solver takes the diagonal of A as 1
+    # the solver takes A's diagonal as 1, so it solves (I + A) M = [beta]
     M = torch.linalg.solve_triangular(A, beta.diag_embed(), upper=False, unitriangular=True)
-
-    def read_and_write(i, S):
-        """q S and W of chunk i, at whose beginning the state is S."""
-        k_S, q_S = (keys_queries[:, i] @ S).split(C, 1)                      # (B Hv, C, Dv)
-        W = M[:, i] @ (v[:, i] - fade[:, i] * k_S)                           # (2)
-        return q_S, W
+    k_to_end_T = (k * decay_to_end[..., None]).mT                            # (B Hv, 2, D, C)
 
     S = S.flatten(0, 1)                                                      # (B Hv, D, Dv)
-    first_q_S, first_W = read_and_write(0, S)
-    S = S * fade[:, 0, -1:] + k_to_end_T[:, 0] @ first_W                     # (4)
-    second_q_S, second_W = read_and_write(1, S)
+    reads = []   # q S of each chunk
+    writes = []  # W of each chunk
+    for i in range(2):
+        k_S, q_S = (keys_queries[:, i] @ S).split(C, 1)                      # (B Hv, C, Dv)
+        W = M[:, i] @ (v[:, i] - fade[:, i] * k_S)
+        reads.append(q_S)
+        writes.append(W)
+        if i == 0:  # (4): the state after the first chunk, with which the second begins
+            S = S * fade_of_chunk[:, i] + k_to_end_T[:, i] @ W
 
-    q_S = torch.stack((first_q_S, second_q_S), 1)                            # (B Hv, 2, C, Dv)
-    W = torch.stack((first_W, second_W), 1)
-    o = (fade * q_S + P @ W) * D ** -0.5                                     # (5)
+    reads = torch.stack(reads, 1)                                            # (B Hv, 2, C, Dv)
+    writes = torch.stack(writes, 1)
+    o = (fade * reads + P @ writes) * D ** -0.5                              # (5)
     return from_chunks(o, B, T), S.unflatten(0, (B, Hv))
 
 
-def fadings(g, chunk, dtype):
-    """decay (B Hv, N, C, C) and fade (B Hv, N, C) of gated_delta_rule, of g (B, T, Hv)."""
+def fade_and_decay(g, chunk, dtype):
+    """fade (B Hv, N, C) and decay (B Hv, N, C, C), as gated_delta_rule defines them, from g
+    (B, T, Hv). decay_ts is 0 for s > t."""
     log_fade = to_chunks(g, chunk, dtype).cumsum(-1)
-    # decay is zero above the diagonal. There fade_t / fade_s is above 1, and exp could overflow: so
-    # its argument is masked before exp, not the result after it.
+    # Above the diagonal fade_t / fade_s is above 1, and exp could overflow. A mask after it would
+    # hide that, but the gradient would be 0 times infinity. So the argument of exp is masked.
     place = torch.arange(chunk, device=g.device)
     future = place[:, None] < place
     decay = log_fade[..., :, None] - log_fade[..., None, :]
     decay = decay.masked_fill_(future, -torch.inf).exp_()
-    return decay, log_fade.exp()
+    return log_fade.exp(), decay
 
 
 def inverse_of_unit_lower(A):
@@ -652,7 +659,7 @@ class Target(nn.Module):
         return F.linear(hidden, self.head_weight)
 
     def compile_decoding(self):
-        """Compile the layers for blocks, and for segments of a prompt where these are padded.
+        """Compile the layers and the last norm for blocks, and for padded segments of a prompt.
 
         One by one: each kind of layer is compiled once for each of the two. Compiled together,
         layers would be fused in another way where one of them feeds the drafter, and round

@@ -271,9 +271,8 @@ def state_of_the_second_chunk():
     one token at a time, and wrong after a block."""
     return slip(
         delta_rule_of_window,
-        "second_q_S, second_W = read_and_write(1, S)",
-        "second_q_S, second_W = read_and_write(1, S); "
-        "S = S * fade[:, 1, -1:] + k_to_end_T[:, 1] @ second_W")
+        "if i == 0:",
+        "if i <= 1:")
 
 
 def target_gain_read_as_w():

@@ -119,11 +119,14 @@ def test_kernel_of_a_window_equals_recurrence(chunk):
 
 
 def test_kernel_of_a_window_does_not_read_what_comes_after():
-    """Failure 6: rejected guesses after a row change its bits, or the state of the first chunk."""
+    """Failure 6: rejected guesses after a row change its bits, or the state of the first chunk.
+    Their values are so large here that any factor but an exact 0 would show."""
     inputs, S = kernel_inputs(32)
     o, state = delta_rule_of_window(*inputs, S)
     for T in (1, 15, 16, 17, 31):
         disturbed = [torch.cat((x[:, :T], x[:, T:].flip(1)), 1) for x in inputs]
+        disturbed_v = disturbed[2]
+        disturbed_v[:, T:] *= 1e100
         disturbed_o, disturbed_state = delta_rule_of_window(*disturbed, S)
         assert torch.equal(disturbed_o[:, :T], o[:, :T])
         assert torch.equal(disturbed_state, state) == (T >= 16)
@@ -182,9 +185,21 @@ def test_kernel_is_finite_in_fp32():
     check_against_definition((o, state), doubles, S, tolerance=1e-5)
 
 
+def test_kernel_has_a_finite_gradient():
+    """A decay of exp(50) above the diagonal that is masked too late: the outputs are right, but the
+    gradient is 0 times infinity."""
+    (q, k, v, g, beta), _ = kernel_inputs(32)
+    strong = torch.full_like(g, -50.0)
+    inputs = [x.float().requires_grad_() for x in (q, k, v, strong, beta)]
+    o, _ = gated_delta_rule(*inputs)
+    o.sum().backward()
+    for x in inputs:
+        assert x.grad.isfinite().all()
+
+
 def test_kernel_in_bf16_fades_in_fp32():
     """The fading of a chunk summed up in bf16, which has three digits: only what enters and leaves
-    products is rounded. With v in fp32, as decoding has it, nothing is."""
+    products is rounded. With v in fp32 nothing is."""
     inputs, S = kernel_inputs(130)
     inputs = [x.bfloat16() for x in inputs]
     exact = [x.double() for x in inputs]
