@@ -30,7 +30,7 @@ from target import (conv_channels, delta_rule_of_window, delta_rule_widths, delt
 class DecodeState:
     """What decoding remembers of B sequences, each for at most `length` tokens.
 
-    A forward of a block of K rows, an anchor and guesses, never changes the committed sequence.
+    A forward of a block of K > 1 rows, an anchor and guesses, never changes the committed sequence.
     commit(n) then makes the first n of them part of it; each sequence has its own n and its own
     position. (A prompt is read before, in segments. There is nothing to reject in them, so their
     forwards change S itself.) No copy of S is kept for each token, and no second forward is needed.
@@ -48,7 +48,7 @@ class DecodeState:
 
         A token's place in the window is its position minus 32, the position of S.
         The tail has less than K tokens; tail and block together have K to 2 K - 1.
-        So the block fills the first chunk and never leaves the second.
+        So the block reaches the end of the first chunk, and the window has room for it.
 
     The forward has the outputs of the block then, and on the way S_chunk_end, the state at the end
     of the first chunk.

@@ -85,6 +85,7 @@ class Decoder:
             self.reader = DecodeState(target, 1, length, forward_rows)
         self.layer_ids = ()                 # the target's layers that give the features
         if drafter is not None:
+            assert forward_rows == drafter.block_size, (forward_rows, drafter.block_size)
             self.layer_ids = drafter.target_layer_ids
             self.cache = drafter.new_cache(batch, length)
         device = target.embed_tokens.weight.device
@@ -100,10 +101,10 @@ class Decoder:
         target, drafter, state = self.target, self.drafter, self.state
         sampling = self.sampling
         # What is at which position, p = state.position:
-        #     p            p + 1        p + 2     ..   p + K - 1    p + K
-        #     anchor       guess 1      guess 2        guess K-1              the block
-        #                  by row 0     by row 1       by row K-2   by row K-1  the target's choice
-        #                  noise 0      noise 1        noise K-2    noise K-1
+        #     position       p         p + 1     p + 2    ..   p + K - 1    p + K
+        #     the block      anchor    guess 1   guess 2       guess K-1
+        #     chosen by                row 0     row 1         row K-2      row K-1
+        #     noise                    0         1             K-2          K-1
         noise = self.noise_at(state.position[:, None] + 1 + self.offsets)    # (B, K, V) or None
 
         # 1. draft: guesses for the K - 1 positions after the anchor. Without a drafter these rows
@@ -302,7 +303,7 @@ class Answer:
         self.has_ended = False
         # How many tokens may be returned: prompt, answer and one block have to fit into the
         # target's context. Forwards of one row leave room for 16 as well, so that answers end at
-        # the same token.
+        # the same token as with blocks of 16.
         block_room = max(forward_rows, 16)
         longest = config.max_position_embeddings
         self.tokens_left = min(max_new_tokens, longest - len(prompt_ids) - block_room)

@@ -78,9 +78,9 @@ def mask_unlikely(scores, top_k, top_p):
         scores = scores.masked_fill(scores < smallest_kept, -torch.inf)
     if top_p < 1:
         ordered, token_ids = scores.sort(descending=True, stable=True)
-        # A sum of floats depends on its order, and cumsum may take another one if it gets more
-        # rows at once. (softmax sums each row in one way.) A sum of integers is exact in any
-        # order. So probabilities are counted in units of 2^-52.
+        # Probabilities are summed as integers, in units of 2^-52. cumsum may take another order if
+        # it gets more rows at once, and a sum of floats depends on that. A sum of integers does
+        # not, so one row and sixteen keep the same tokens.
         probabilities = ordered.double().softmax(-1)
         units = (probabilities * 2.0 ** 52).long()
         units_before = units.cumsum(-1) - units
@@ -100,7 +100,7 @@ def gumbel_noise(seed, positions, vocab_size):
     """
     seeds = torch.full_like(positions, seed)
     position_keys = mix_bits(mix_bits(seeds) + positions)
-    # token id i adds i times 2^64 divided by the golden ratio (negative: see mix_bits)
+    # token id i adds i times 2^64 / golden ratio, which as a signed number is negative
     token_ids = torch.arange(vocab_size, device=positions.device)
     token_offsets = token_ids * -0x61c8864680b583eb
     bits = mix_bits(position_keys[..., None] + token_offsets)

@@ -6,9 +6,14 @@ The target: the text model of Qwen3.5, a hybrid of Gated DeltaNet and gated atte
     logits = target.logits(hidden)
 
 Three of four layers have no key-value cache but one matrix S a head. The file begins with the rule
-by which a token changes S: its definition, and three fast forms, for many tokens, for the few of a
-block, and for one. The layers and the model follow. What decoding keeps of a sequence, and how it
-forgets a rejected guess, is in decode_state.py.
+by which a token changes S: its definition, and three fast forms,
+
+    gated_delta_rule        for whole sequences and long pieces of a prompt
+    delta_rule_of_window    for a block of guesses, and the few tokens before it
+    delta_step              for one token, where the target decodes without a drafter
+
+The layers and the model follow. What decoding keeps of a sequence, and how it forgets a rejected
+guess, is in decode_state.py.
 
 Shapes: B batch, T tokens, C tokens of a chunk, N chunks, K rows of a decode forward, H heads of
 queries and keys, Hv heads of values, D and Dv their widths, V vocabulary; `width` is that of the
@@ -106,23 +111,24 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None):
     (2) (I + A) W = [beta] (v - [fade] k S)
         A = [beta] (decay * k k^T) below the diagonal, and 0 elsewhere
 
-    which is (1) with its sum brought to the left side. For two tokens A has one entry that is not
-    0: beta_2 decay_21 (k_2 . k_1), at row 2 and column 1. Multiplied by (I + A)^-1 from the left,
-    the bracket written out:
+    which is (1) with its sum brought to the left side. Both sides times (I + A)^-1 from the left:
 
-    (3) W = U - Y S        M = (I + A)^-1 [beta]        (C, C)
-                           U = M v                      (C, Dv)
-                           Y = M [fade] k               (C, D)
+    (3) W = M (v - [fade] k S)      M = (I + A)^-1 [beta]       (C, C)
 
-    U and Y do not depend on S, so they are computed for all chunks in parallel. What remains from
-    chunk to chunk is W, and the state after the chunk of C tokens:
+    Here only S is not known before the chunk before it is done. The rest is computed for all chunks
+    in parallel:
 
-    (4) S <- fade_C S + sum over s of decay_Cs k_s^T W_s
+    (4) W = U - Y S                 U = M v                     (C, Dv)
+                                    Y = M [fade] k              (C, D)
+
+    What remains from chunk to chunk is W, and the state after the chunk of C tokens:
+
+    (5) S <- fade_C S + sum over s of decay_Cs k_s^T W_s
 
     With all W known, the outputs follow for all chunks in parallel. Query t finds S, and what
     tokens s <= t wrote:
 
-    (5) o = D^-0.5 ([fade] q S + P W)
+    (6) o = D^-0.5 ([fade] q S + P W)
         P = decay * q k^T up to the diagonal and with it, and 0 above
 
     Source: arXiv 2412.06464, section 3.3, which writes the inverse out (the WY form). Its W is Y
@@ -147,11 +153,11 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None):
     beta = to_chunks(beta, chunk, dtype)                                     # (B Hv, N, C)
     N = v.shape[1]
     fade, decay = fade_and_decay(g, chunk, dtype)         # (B Hv, N, C) and (B Hv, N, C, C)
-    fade_of_chunk = fade[..., -1:, None]                                     # (B Hv, N, 1, 1)
-    decay_to_end = decay[..., -1, :]                                         # (B Hv, N, C)
+    fade_of_chunk = fade[..., -1:, None]       # fade_C                      (B Hv, N, 1, 1)
+    decay_to_end = decay[..., -1, :]           # decay_Cs                    (B Hv, N, C)
 
-    # (2), (3). A has entries on its diagonal here: the inverse does not read them. If v is bf16, so
-    # are U, Y, P, k_to_end and the writes W.
+    # (2) to (4). A has entries on its diagonal here: the inverse does not read them. If v is bf16,
+    # so are U, Y, P, k_to_end and the writes W.
     A = (k @ k.mT).mul_(decay).mul_(beta[..., None])                        # [beta] (decay * k k^T)
     M = inverse_of_unit_lower(A) * beta[..., None, :]                        # (I + A)^-1 [beta]
     U = rounded(M) @ rounded(v)
@@ -160,7 +166,7 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None):
     k_to_end = rounded(k * decay_to_end[..., None])
     k_to_end_T = k_to_end.mT                                                 # (B Hv, N, D, C)
 
-    # (3), (4), from chunk to chunk. unbind, not an index: where a target is trained (data/nano does
+    # (4), (5), from chunk to chunk. unbind, not an index: where a target is trained (data/nano does
     # that), the gradient of U[:, i] would be a tensor as large as U, in every chunk.
     if S is None:
         S = q.new_zeros(B * Hv, D, Dv)
@@ -178,7 +184,7 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None):
         writes.append(W)
         S = S * fade_of_chunk[i] + k_to_end_T[i] @ W
 
-    # (5): the outputs of all chunks at once
+    # (6): the outputs of all chunks at once
     scale = D ** -0.5
     states = torch.stack(states, 1)                                          # (B Hv, N, D, Dv)
     writes = torch.stack(writes, 1)                                          # (B Hv, N, C, Dv)
@@ -195,13 +201,10 @@ def delta_rule_of_window(q, k, v, g, beta, S):
     chunk, not at its end. Returns o, and that state. All is fp32 or wider, what is returned too.
 
     Here a GPU's time depends on how many products there are, as all of them are small. Two changes
-    make them fewer. U and Y pay where they are computed for many chunks at once; for two chunks (3)
-    is written without them:
-
-        W = M (v - [fade] k S)        (I + A) M = [beta]
-
-    And both keys and queries are multiplied by k^T, and both by S. So they stand in one matrix, the
-    C queries of a chunk below its C keys: one product gives k k^T and q k^T, one k S and q S.
+    make them fewer. W is computed from (3): U and Y take one product less from chunk to chunk, but
+    two more before, and that pays for many chunks only. And both keys and queries are multiplied by
+    k^T, and both by S. So they stand in one matrix, the C queries of a chunk below its C keys: one
+    product gives k k^T and q k^T, one k S and q S.
     """
     B, T, Hv, Dv = v.shape
     D = q.shape[-1]
@@ -216,13 +219,13 @@ def delta_rule_of_window(q, k, v, g, beta, S):
     beta = to_chunks(beta, C, dtype)                                         # (B Hv, 2, C)
     fade, decay = fade_and_decay(g, C, dtype)
     fade = fade[..., None]                                                   # (B Hv, 2, C, 1)
-    fade_of_chunk = fade[:, :, -1:]                                          # (B Hv, 2, 1, 1)
-    decay_to_end = decay[..., -1, :]                                         # (B Hv, 2, C)
+    fade_of_chunk = fade[:, :, -1:]            # fade_C                      (B Hv, 2, 1, 1)
+    decay_to_end = decay[..., -1, :]           # decay_Cs                    (B Hv, 2, C)
 
     k_kT, q_kT = (keys_queries @ k.mT).split(C, 2)                           # (B Hv, 2, C, C)
     A = k_kT * decay * beta[..., None]
     P = q_kT * decay
-    # the solver takes A's diagonal as 1, so it solves (I + A) M = [beta]
+    # (3). The solver takes A's diagonal as 1, so it solves (I + A) M = [beta]
     M = torch.linalg.solve_triangular(A, beta.diag_embed(), upper=False, unitriangular=True)
     k_to_end_T = (k * decay_to_end[..., None]).mT                            # (B Hv, 2, D, C)
 
@@ -234,13 +237,30 @@ def delta_rule_of_window(q, k, v, g, beta, S):
         W = M[:, i] @ (v[:, i] - fade[:, i] * k_S)
         reads.append(q_S)
         writes.append(W)
-        if i == 0:  # (4): the state after the first chunk, with which the second begins
+        if i == 0:  # (5): the state after the first chunk, with which the second begins
             S = S * fade_of_chunk[:, i] + k_to_end_T[:, i] @ W
 
     reads = torch.stack(reads, 1)                                            # (B Hv, 2, C, Dv)
     writes = torch.stack(writes, 1)
-    o = (fade * reads + P @ writes) * D ** -0.5                              # (5)
+    o = (fade * reads + P @ writes) * D ** -0.5                              # (6)
     return from_chunks(o, B, T), S.unflatten(0, (B, Hv))
+
+
+def delta_step(q, k, v, g, beta, S):
+    """One token, T = 1: the definition in elementwise products and sums. torch.compile makes few
+    kernels of these; of three matrix products it could join none."""
+    Hv = v.shape[2]
+    q, k = repeat_heads(q, k, Hv)
+    q = to_fp32(q)[:, 0, :, :, None]                                         # (B, Hv, D, 1)
+    k = to_fp32(k)[:, 0, :, :, None]
+    v = to_fp32(v)[:, 0, :, None]                                            # (B, Hv, 1, Dv)
+    fade = to_fp32(g)[:, 0, :, None, None].exp()                             # (B, Hv, 1, 1)
+    beta = to_fp32(beta)[:, 0, :, None, None]
+    S = S * fade
+    stored = (k * S).sum(2, keepdim=True)                                    # k S
+    S = S + k * (beta * (v - stored))
+    o = (q * S).sum(2) * q.shape[2] ** -0.5                                  # (B, Hv, Dv)
+    return o[:, None], S
 
 
 def fade_and_decay(g, chunk, dtype):
@@ -307,23 +327,6 @@ def repeat_heads(q, k, value_heads):
     q = q.repeat_interleave(repeats, dim=2)
     k = k.repeat_interleave(repeats, dim=2)
     return q, k
-
-
-def delta_step(q, k, v, g, beta, S):
-    """One token, T = 1: the definition in elementwise products and sums. torch.compile makes few
-    kernels of these; of three matrix products it could join none."""
-    Hv = v.shape[2]
-    q, k = repeat_heads(q, k, Hv)
-    q = to_fp32(q)[:, 0, :, :, None]                                         # (B, Hv, D, 1)
-    k = to_fp32(k)[:, 0, :, :, None]
-    v = to_fp32(v)[:, 0, :, None]                                            # (B, Hv, 1, Dv)
-    fade = to_fp32(g)[:, 0, :, None, None].exp()                             # (B, Hv, 1, 1)
-    beta = to_fp32(beta)[:, 0, :, None, None]
-    S = S * fade
-    stored = (k * S).sum(2, keepdim=True)                                    # k S
-    S = S + k * (beta * (v - stored))
-    o = (q * S).sum(2) * q.shape[2] ** -0.5                                  # (B, Hv, Dv)
-    return o[:, None], S
 
 # --------------------------------------------------------------------------------------------------
 # layers; parameter names are those of the public checkpoint

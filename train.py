@@ -397,7 +397,7 @@ def describe_skipped_step(run, grad_norm):
     for number in range(first, first + micro_batches_of_a_step):
         sample_numbers.extend(run.micro_batches.sample_numbers(number).tolist())
     return (f"the gradient of step {run.step + 1} has norm {grad_norm:.3g}, usual is "
-            f"{run.guard.usual_norm:.3g}, and it is the {config.patience}th in a row: look at "
+            f"{run.guard.usual_norm:.3g}, steps skipped in a row: {config.patience}. Look at "
             f"samples {sample_numbers} of {config.data} (split train), or lower lr")
 
 
@@ -557,8 +557,8 @@ def new_drafter(config, target_config, mask_token_id):
 
 def new_run(config, target, drafter, samples):
     """A run at step 0 from loaded models and samples."""
-    # Lengths of samples x kinds of layer. Also without --compile, as flex_attention is compiled
-    # always: beyond the limit, of 8, it would form all scores.
+    # Lengths of samples x kinds of layer. torch.compile gives up after 8 versions of a function.
+    # Also without --compile, as flex_attention is always compiled: plain, it holds all scores.
     torch._dynamo.config.recompile_limit = 64
     if config.compile:
         compile_layers(target, drafter)
@@ -597,7 +597,7 @@ def warm_up(run):
     """Compile every length of samples before the first step, so that none is met late.
 
     Each length goes through twice: the first forward of the target is a plain one, and the second
-    is recorded as a graph. The longest comes first. What it frees is memory for all others.
+    is recorded as a graph. The longest comes first, so that shorter ones reuse its memory.
     """
     config = run.config
     multiple = config.length_multiple

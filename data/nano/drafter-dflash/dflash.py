@@ -81,10 +81,8 @@ class DFlashDraftModel(PreTrainedModel):
         return rotary_table(positions, self.config.head_dim, theta)
 
     # Decoding: one block a sequence. A cache holds the keys and values of each layer, by position.
-    # write_context() writes those of committed positions, which stay. (What it may write beyond
-    # them does not matter: the next block stands there.) decode_block() writes those of its block
-    # after them, for this one forward: the next write_context() starts at the same position and
-    # writes over them.
+    # write_context() writes those of committed positions, which stay. decode_block() writes its
+    # block's after them, for this one forward: the next write_context() begins there.
 
     def new_cache(self, batch, length):
         """For each layer keys and values of `length` positions, (B, Hkv, length, D) both.
@@ -102,8 +100,7 @@ class DFlashDraftModel(PreTrainedModel):
     def write_context(self, features, cache, position):
         """Write the keys and values of features (B, T, ...) into the cache, from position (B,) on.
 
-        Of a verified block the features of all K slots may be given: those of rejected guesses are
-        overwritten by the next block before anything sees them.
+        Features of rejected guesses may stand at the end, as the next block overwrites them.
         """
         T = features.shape[1]
         positions = position[:, None] + torch.arange(T, device=features.device)  # (B, T)
@@ -163,21 +160,21 @@ class DFlashDraftModel(PreTrainedModel):
         context_rotary = self.rotary(context_positions)
         block_rotary = self.rotary(block_positions)
 
-        # Who sees whom: a function, or what flex_attention makes of it ("BlockMask", where a block
-        # is a tile of scores). Layers with the same attention window share it.
-        visibilities = {}
+        # Who sees whom, one mask for each attention window: for flex_attention a BlockMask (its
+        # blocks are tiles of scores, not ours), for `attend` the function that says it.
+        masks = {}
         for attention_window in {layer.self_attn.attention_window for layer in self.layers}:
-            visible = block_visibility(anchors, T, K, attention_window)
+            mask = block_visibility(anchors, T, K, attention_window)
             if attend is None:
                 query_count = A * K
                 key_count = T + query_count
-                visible = block_mask(visible, B, query_count, key_count, device)
-            visibilities[attention_window] = visible
+                mask = block_mask(mask, B, query_count, key_count, device)
+            masks[attention_window] = mask
 
         x = embedded
         for layer in self.layers:
-            visibility = visibilities[layer.self_attn.attention_window]
-            x = layer(x, context, block_rotary, context_rotary, anchors, visibility, attend)
+            mask = masks[layer.self_attn.attention_window]
+            x = layer(x, context, block_rotary, context_rotary, anchors, mask, attend)
         return self.norm(x)
 
 # --------------------------------------------------------------------------------------------------
@@ -304,10 +301,10 @@ class Attention(nn.Module):
         return rotate(self.k_norm(k), rotary), v
 
     def forward(
-            self, x, context, block_rotary, context_rotary, anchors, visibility, attend):
+            self, x, context, block_rotary, context_rotary, anchors, mask, attend):
         """Training. x (B, A, K, width), context (B, T, width), anchors (B, A).
 
-        visibility: a BlockMask of flex_attention, or for `attend` the function that it is made of.
+        mask: a BlockMask of flex_attention, or for `attend` the function that it is made of.
         """
         A, K = x.shape[1:3]
         context_k, context_v = self.keys_values(context, context_rotary)
@@ -322,10 +319,10 @@ class Attention(nn.Module):
             v = torch.cat((context_v, block_v), 2)
             options = WIDE_HEAD_OPTIONS if self.head_dim > 128 else None
             o = compiled_flex_attention(
-                q, k, v, block_mask=visibility, enable_gqa=True, kernel_options=options)
+                q, k, v, block_mask=mask, enable_gqa=True, kernel_options=options)
         else:
             o = attend(
-                q, context_k, context_v, block_k, block_v, anchors, visibility)
+                q, context_k, context_v, block_k, block_v, anchors, mask)
         o = o.transpose(1, 2).unflatten(1, (A, K))                           # (B, A, K, H, D)
         return self.o_proj(o.flatten(3))
 
@@ -400,8 +397,8 @@ def write_at(buffer, positions, x):
 def project(x, layers):
     """What several linear layers make of x (..., width): a list of (..., their outputs).
 
-    In decoding projections.py may have joined their weights: the joined weight of a layer has its
-    own rows and those of the layers after it. Then one product makes it all.
+    In decoding projections.py may have joined their weights. Then each layer has a joined_weight,
+    its own rows and those of the layers after it, and a packed_product; one product makes it all.
     """
     joined_weight = getattr(layers[0], "joined_weight", None)
     if joined_weight is None:
@@ -506,11 +503,11 @@ def sample_anchors(supervised, count, generator, max_length):
 
     # the candidates in random order, and after them all other positions
     random_numbers = random_numbers.masked_fill(~candidates, -1.0)
-    positions = random_numbers.argsort(dim=1, descending=True)[:, :count]
-    real = candidates.gather(1, positions)
+    drawn = random_numbers.argsort(dim=1, descending=True)[:, :count]
+    is_candidate = candidates.gather(1, drawn)
 
-    # ascending, those that are not real at the end: for the sorting they stand at T
-    positions = torch.where(real, positions, T).sort(dim=1).values
+    # ascending; T marks those that are not real, so they come last
+    positions = torch.where(is_candidate, drawn, T).sort(dim=1).values
     real = positions < T
     return torch.where(real, positions, 0), real
 
