@@ -119,9 +119,11 @@ def small_drafter(layer_types=(FULL, FULL), window=None, seed=0):
 
 @functools.cache
 def tiny_target():
-    """A target of 8 tokens, so that the joint frequencies of two tokens can be counted."""
+    """A target of 8 tokens, so that the joint frequencies of two tokens can be counted. It has one
+    layer of each kind."""
     config = TargetConfig(
-        vocab_size=8, hidden_size=32, intermediate_size=32, num_hidden_layers=4,
+        vocab_size=8, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        layer_types=("linear_attention", "full_attention"),
         num_attention_heads=2, num_key_value_heads=1, head_dim=16,
         linear_num_key_heads=2, linear_num_value_heads=2,
         linear_key_head_dim=16, linear_value_head_dim=16, tie_word_embeddings=True)

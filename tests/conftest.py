@@ -99,7 +99,7 @@ def small_run(tmp_path):
     config.num_kv_heads = 2
     config.head_dim = 32
     config.intermediate_size = 64
-    config.target_layer_ids = (1, 6)
+    config.target_layer_ids = (1, 3)
     config.num_anchors = 64
     config.batch_size = 2
     config.accumulation = 2

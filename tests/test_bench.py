@@ -221,18 +221,18 @@ def test_bench_bytes_by_hand(shape):
 def test_bench_acceptance(run_bench, copies, tmp_path):
     """Failure 15: a report whose figures do not follow from its rounds, or a pair that lost its
     acceptance."""
-    report = run_bench("acceptance", "--limit=4")
+    report = run_bench("acceptance", "--limit=3")
     rounds = read_jsonl(tmp_path / "acceptance.jsonl")
     lengths = lengths_of(rounds)
     assert report["command"] == "acceptance"
-    assert report["prompts"] == 4
+    assert report["prompts"] == 3
     assert report["identical"] == 1
     assert report["tau_micro"] == sum(lengths) / len(lengths) > 4
     taus = []
-    for prompt in range(4):
+    for prompt in range(3):
         own_lengths = lengths_of([row for row in rounds if row["prompt"] == prompt])
         taus.append(sum(own_lengths) / len(own_lengths))
-    assert report["tau_macro"] == pytest.approx(sum(taus) / 4)
+    assert report["tau_macro"] == pytest.approx(sum(taus) / 3)
     for slot in range(1, K):
         count = sum(row["accepted"] >= slot for row in rounds)
         assert report["accepted_up_to_slot"][slot - 1] == count / len(rounds)
@@ -823,7 +823,8 @@ def test_bench_exactness(run_bench, monkeypatch):
             self.conv.zero_()
 
     monkeypatch.setattr(DecodeState, "commit", forgetful_commit)
-    rows = run_bench(*args, differs=True)["rows"]
+    # only greedy outputs are compared with transformers
+    rows = run_bench(*args, "--temperatures=0,", differs=True)["rows"]
     for row in rows:
         if row["against"] == "transformers" and row["drafter"] != "trained":
             assert row["identical"] == 0, row
@@ -877,8 +878,9 @@ def test_bench_margin_by_hand(config, temperature):
 # curve
 
 
-def test_bench_curve(run_bench):
+def test_bench_curve(run_bench, monkeypatch):
     """An oracle whose tau is not what was asked for; a table without the trained drafter."""
+    monkeypatch.setattr(curve, "BLOCKS", 4)
     rows = run_bench("curve", "--limit=1", "--max_new_tokens=24")["rows"]
     taus = [row["tau"] for row in rows if row["drafter"] == "oracle"]
     assert taus[0] == 1

@@ -51,6 +51,7 @@ TESTS = {
     test_train.test_step_has_the_loss_of_its_keys: {"weighting": "decay"},
 }
 seen = test_train.seen  # a fixture that one of them needs
+PASSED = set()  # names of those that passed in this process while no bug was on
 
 
 @pytest.fixture
@@ -72,7 +73,9 @@ def test_bug_is_caught_by_the_test_it_names(run_test, name):
     """A bug that the suite does not see; one that is there although it was not switched on; or one
     that is not silent, since an error stops the test. (That is not an AssertionError.)"""
     bug = BUGS[name]
-    run_test(bug.caught_by)
+    if bug.caught_by not in PASSED:
+        run_test(bug.caught_by)
+        PASSED.add(bug.caught_by)
     with bug.switch():
         with pytest.raises((AssertionError, pytest.fail.Exception)):
             run_test(bug.caught_by)

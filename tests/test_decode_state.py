@@ -234,7 +234,7 @@ def drafter_of_tiny_target():
     """Five layers of the tiny target's widths."""
     c = tiny_target().config
     config = drafter_config(
-        c, layers=5, target_layer_ids=[2], mask_token_id=7, heads=2, kv_heads=1, head_dim=16,
+        c, layers=5, target_layer_ids=[0], mask_token_id=7, heads=2, kv_heads=1, head_dim=16,
         mlp=32)
     torch.manual_seed(0)
     return DFlashDraftModel(config).requires_grad_(False).eval()

@@ -86,7 +86,7 @@ def test_generate_is_identical_for_every_drafter(first):
 
 def sampled(drafter, prompt, sampling):
     target, _ = nano()
-    return all_tokens(generate(target, drafter, prompt, 40, forward_rows=K, sampling=sampling))
+    return all_tokens(generate(target, drafter, prompt, 24, forward_rows=K, sampling=sampling))
 
 
 @pytest.mark.parametrize("temperature", (0.7, 1.0, 3.0))
@@ -147,7 +147,7 @@ def test_generate_begins_anew_with_each_prompt():
     for drafter in (None, small_drafter()):
         for sampling in (Sampling(), Sampling(1.0)):
             for prompt in prompts:
-                request = (small_target(), drafter, prompt, 20)
+                request = (small_target(), drafter, prompt, 12)
                 kept = generate(*request, sampling=sampling, decoders=decoders)
                 fresh = generate(*request, sampling=sampling)
                 assert list(kept) == list(fresh)

@@ -132,7 +132,7 @@ def test_slots_return_the_targets_own_tokens(slots, dtype, sampling):
 def test_slots_have_the_same_rounds(dtype, sampling):
     """Failures 5 and 6: more prompts in eight slots. What the drafter guesses depends on the slot
     or on the neighbours."""
-    prompts = prompts_of(max(20, PROMPTS))
+    prompts = prompts_of(max(14, PROMPTS))
     _, drafter = pair(dtype)
     count = len(prompts)
     alone = pieces_of(dtype, None, 8, sampling, prompts)
