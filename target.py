@@ -115,8 +115,8 @@ def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None):
 
     (3) W = M (v - [fade] k S)      M = (I + A)^-1 [beta]       (C, C)
 
-    Here only S is not known before the chunk before it is done. The rest is computed for all chunks
-    in parallel:
+    S is known only when the chunk before is done. So the products without it come first, for all
+    chunks in parallel:
 
     (4) W = U - Y S                 U = M v                     (C, Dv)
                                     Y = M [fade] k              (C, D)
@@ -200,11 +200,10 @@ def delta_rule_of_window(q, k, v, g, beta, S):
     decode_state.py says what stands in the window, and why the state is wanted after its first
     chunk, not at its end. Returns o, and that state. All is fp32 or wider, what is returned too.
 
-    Here a GPU's time depends on how many products there are, as all of them are small. Two changes
-    make them fewer. W is computed from (3): U and Y take one product less from chunk to chunk, but
-    two more before, and that pays for many chunks only. And both keys and queries are multiplied by
-    k^T, and both by S. So they stand in one matrix, the C queries of a chunk below its C keys: one
-    product gives k k^T and q k^T, one k S and q S.
+    Here a GPU's time depends on how many products there are, as all of them are small. So keys and
+    queries stand in one matrix, the C queries of a chunk below its C keys. One product with k^T
+    gives k k^T and q k^T. One with S gives k S and q S: that is why W is computed from (3), which
+    reads k S. From (4) it would take as many products for two chunks, and q S would be another one.
     """
     B, T, Hv, Dv = v.shape
     D = q.shape[-1]
