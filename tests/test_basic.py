@@ -1,0 +1,427 @@
+"""
+basic.py is the definition of the method. The fast code computes the same numbers.
+
+Small random models run in float64, where only the order of sums differs: the largest relative
+difference is about 1e-14. The shipped models run in float32, as they do for users.
+"""
+import functools
+import json
+import runpy
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import basic
+from chat import chat_prompt, stop_ids
+from checkpoint import drafter_config
+from cpu import attention_by_anchor_groups
+from data.nano.problems import problems
+from decode_state import DecodeState, read_prompt
+from draft_decode import generate
+from model import DFlashDraftModel, block_labels, block_loss, sample_anchors
+from target import Target, TargetConfig
+from tests.common import (FULL, NANO, NANO_DRAFTER, NANO_TARGET, ROOT, SLIDING, apart, edit_json,
+                          nano, perturb, random_normal, shipped)
+
+TOLERANCE = 1e-12
+LINEAR = "linear_attention"
+
+# Small models of several shapes: tied or untied heads, value heads that share a key head, query
+# heads that share a key head, a rotary embedding of a part of the head, one or several layers for
+# the features, blocks of 4, 8, and 16 tokens. With 24 tokens in the vocabulary, some of the random
+# guesses are accepted.
+SHAPES = {
+    "tied": {"tied": True, "value_heads": 2, "kv_heads": 2, "rotary": 0.25,
+             "target_layer_ids": (0, 2), "block_size": 16},
+    "grouped": {"tied": False, "value_heads": 6, "kv_heads": 1, "rotary": 0.5,
+                "target_layer_ids": (1, 2, 3), "block_size": 8},
+    "one layer": {"tied": False, "value_heads": 2, "kv_heads": 4, "rotary": 1.0,
+                  "target_layer_ids": (3,), "block_size": 4},
+}
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    """Constants of the loss, which are float32 otherwise, do not hide differences."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@functools.cache
+def small_pair(shape):
+    """(Target, drafter) of one of the SHAPES, in float64, with random weights."""
+    s = SHAPES[shape]
+    config = TargetConfig(
+        vocab_size=24, hidden_size=32, intermediate_size=48, num_hidden_layers=5,
+        layer_types=(LINEAR, LINEAR, FULL, LINEAR, FULL),
+        num_attention_heads=4, num_key_value_heads=s["kv_heads"], head_dim=16,
+        linear_num_key_heads=2, linear_num_value_heads=s["value_heads"],
+        linear_key_head_dim=8, linear_value_head_dim=12,
+        partial_rotary_factor=s["rotary"], rope_theta=1e4, tie_word_embeddings=s["tied"])
+    torch.manual_seed(0)
+    target = perturb(Target(config), scale=8.0).double()
+    shape = drafter_config(
+        config, layers=3, target_layer_ids=s["target_layer_ids"], mask_token_id=23,
+        heads=4, kv_heads=2, head_dim=16, mlp=40, block_size=s["block_size"])
+    drafter = perturb(DFlashDraftModel(shape), scale=5.0).double()
+    return target, drafter
+
+
+def as_basic(module, config, dtype=torch.float64):
+    """The same weights as a basic.Model, through files of the public form."""
+    weights = {}
+    for name, weight in module.state_dict().items():
+        prefix = "model." if isinstance(module, Target) and name != "lm_head.weight" else ""
+        weights[prefix + name] = weight.clone()
+    with tempfile.TemporaryDirectory() as folder:
+        save_file(weights, f"{folder}/model.safetensors")
+        Path(folder, "config.json").write_text(json.dumps(config))
+        return basic.Model(Path(folder), dtype)
+
+
+def basic_target(target):
+    config = dict(vars(target.config))
+    config["rope_parameters"] = {
+        "rope_theta": config["rope_theta"],
+        "partial_rotary_factor": config["partial_rotary_factor"]}
+    return as_basic(target, config)
+
+
+def basic_drafter(drafter):
+    return as_basic(drafter, drafter.config.to_dict())
+
+
+@functools.cache
+def basic_pair(shape):
+    target, drafter = small_pair(shape)
+    return basic_target(target), basic_drafter(drafter)
+
+
+def random_tokens(n, seed=0):
+    return torch.randint(0, 23, (n,), generator=torch.Generator().manual_seed(seed))
+
+
+def read_by_basic(target, tokens):
+    """(logits (n, V), outputs of all layers (n, layers, width)) of basic.py for n tokens."""
+    state = {}
+    logits = [basic.target_step(target, state, token) for token in tokens.tolist()]
+    return torch.stack(logits), torch.stack(state["outputs"])
+
+
+def pick_features(drafter, outputs):
+    """Features (n, layers * width) from the outputs (n, layers, width) of all layers."""
+    return outputs[:, list(drafter.target_layer_ids)].flatten(1)
+
+# ------------------------------------------------------------------------------------------------
+# the same numbers
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_whole_sequences_equal_basic(shape):
+    """Training: logits or features of a whole sequence differ from those of one token at a time."""
+    target, drafter = small_pair(shape)
+    tokens = random_tokens(75)
+    expected_logits, outputs = read_by_basic(basic_pair(shape)[0], tokens)
+    features, hidden = target(tokens[None], target_layer_ids=drafter.target_layer_ids)
+    assert apart(target.logits(hidden)[0], expected_logits) < TOLERANCE
+    assert apart(features[0], pick_features(drafter, outputs)) < TOLERANCE
+
+
+@pytest.mark.parametrize("prompt_length", (1, 7, 40))
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_blocks_with_rejected_guesses_equal_basic(shape, prompt_length):
+    """Decoding: a rejected guess changes the logits or features of the tokens after it."""
+    target, drafter = small_pair(shape)
+    K = drafter.block_size
+    tokens = random_tokens(75)
+    expected_logits, outputs = read_by_basic(basic_pair(shape)[0], tokens)
+    expected_features = pick_features(drafter, outputs)
+    state = DecodeState(target, 1, 75 + K, K)
+    read_prompt(target, tokens[None, :prompt_length], state, drafter.target_layer_ids)
+    position = prompt_length
+    for n in (1, K, K - 1, 2, 3, K, 1) * 3:
+        n = min(n, 75 - position)
+        block = random_tokens(K, seed=position)
+        block[:n] = tokens[position:position + n]
+        features, hidden = target(block[None], state, drafter.target_layer_ids)
+        state.commit(n)
+        committed = slice(position, position + n)
+        assert apart(features[0, :n], expected_features[committed]) < TOLERANCE, position
+        assert apart(target.logits(hidden)[0, :n], expected_logits[committed]) < TOLERANCE
+        position += n
+        if position == 75:
+            break
+
+
+def drafting(drafter, T=30):
+    """Random features (T, ...), and embedded blocks (anchors, K, width) at several anchors."""
+    draw = random_normal(0, torch.float64)
+    anchors = torch.tensor([0, 1, 2, 15, 16, 29])
+    features = draw(T, drafter.fc.in_features)
+    blocks = draw(len(anchors), drafter.block_size, drafter.config.hidden_size)
+    return features, blocks, anchors
+
+
+def check_drafter(drafter, expected_hidden):
+    """Both forms of the drafter, that of training and that of decoding, against hidden states.
+
+    expected_hidden(features, block) is called with the features (n, ...) before the anchor.
+    """
+    features, blocks, anchors = drafting(drafter)
+    trained = drafter(features[None], blocks[None], anchors[None], attention_by_anchor_groups)[0]
+    for block, hidden, n in zip(blocks, trained, anchors.tolist()):
+        expected = expected_hidden(features[:n], block)
+        assert apart(hidden, expected) < TOLERANCE, n
+        cache = drafter.new_cache(1, 30 + drafter.block_size)
+        drafter.write_context(features[None, :n], cache, torch.tensor([0]))
+        decoded = drafter.decode_block(block[None], cache, torch.tensor([n]))[0]
+        assert apart(decoded, expected) < TOLERANCE, n
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_drafter_equals_basic(shape):
+    """Failures 2 and 3: a block is causal or sees other blocks, keys are rotated by a part of the
+    head or at positions that are not absolute, the context goes through a layer's norm."""
+    definition = basic_pair(shape)[1]
+    check_drafter(small_pair(shape)[1], functools.partial(basic.drafter_hidden, definition))
+
+
+@pytest.mark.parametrize("window", (1, 5, 12, 20, 100))
+@torch.no_grad()
+def test_sliding_layer_is_a_full_layer_that_gets_only_the_window(window):
+    """A sliding-window layer sees a token too many or too few, or a token after its own.
+
+    basic.py has no sliding windows. But position k of such a layer must equal the last position of
+    a full layer that gets the visible part of the context and of the block, and nothing else.
+    """
+    config = drafter_config(
+        small_pair("tied")[0].config, layers=1, target_layer_ids=(0, 2), mask_token_id=23,
+        heads=4, kv_heads=2, head_dim=16, mlp=40, block_size=8)
+    config.layer_types = [SLIDING]
+    config.sliding_window = window
+    config.use_sliding_window = True
+    drafter = perturb(DFlashDraftModel(config), scale=5.0).double()
+    full = drafter.config.to_dict() | {"layer_types": [FULL]}
+    definition = as_basic(drafter, full)
+
+    def expected_hidden(features, block):
+        n = len(features)
+        rows = []
+        for k in range(len(block)):
+            oldest = max(0, n + k - window + 1)  # the oldest position that position n + k sees
+            visible_block = block[max(0, oldest - n):k + 1]
+            hidden = basic.drafter_hidden(definition, features[oldest:], visible_block)
+            rows.append(hidden[-1])
+        return torch.stack(rows)
+
+    # the angles of the rotary embedding are float32, and shifted here
+    features, blocks, anchors = drafting(drafter)
+    trained = drafter(features[None], blocks[None], anchors[None], attention_by_anchor_groups)[0]
+    for block, hidden, n in zip(blocks, trained, anchors.tolist()):
+        expected = expected_hidden(features[:n], block)
+        assert apart(hidden, expected) < 1e-5, n
+        cache = drafter.new_cache(1, 40)
+        drafter.write_context(features[None, :n], cache, torch.tensor([0]))
+        decoded = drafter.decode_block(block[None], cache, torch.tensor([n]))[0]
+        assert apart(decoded, hidden) < TOLERANCE, n
+
+# ------------------------------------------------------------------------------------------------
+# the same tokens and rounds
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_small_models_decode_the_rounds_of_basic(shape):
+    """Failure 5: other tokens than those of the definition, or rounds of another length."""
+    target, drafter = small_pair(shape)
+    accepted_lengths = set()
+    for seed in range(6):
+        prompt = random_tokens(9 + seed, seed).tolist()
+        ours = list(generate(target, drafter, prompt, 60))
+        state = {}
+        theirs = []
+        for accepted, _, own in basic.decode(*basic_pair(shape), state, prompt, end=-1):
+            theirs.append(accepted + own)
+            if sum(map(len, theirs)) >= 60:
+                break
+        last = sum(map(len, theirs[:-1]))
+        theirs[-1] = theirs[-1][:60 - last]  # generate() ends in the middle of a round
+        assert [piece.tokens for piece in ours] == theirs
+        accepted_lengths.update(map(len, theirs))
+    assert len(accepted_lengths) > 1  # so rejected and accepted guesses occur
+
+
+@functools.cache
+def shipped_questions():
+    """20 questions of the test split: ten word problems and ten short calculations."""
+    words = problems("test", 10, task="words")
+    plain = problems("test", 10, task="plain")
+    return [question for question, _, _ in (*words, *plain)]
+
+
+@functools.cache
+def shipped_basic_pair():
+    return basic.Model(Path(NANO_TARGET)), basic.Model(Path(NANO_DRAFTER))
+
+
+@pytest.mark.parametrize("first", range(0, 20, 5))
+def test_shipped_models_decode_the_rounds_of_basic(first):
+    """Failure 5: the shipped pair decodes other tokens or other rounds than the definition."""
+    torch.set_default_dtype(torch.float32)
+    target, tokenizer = nano()
+    for question in shipped_questions()[first:first + 5]:
+        prompt = chat_prompt(tokenizer, question)
+        ours = generate(target, shipped(), prompt, 400, stop_ids(tokenizer))
+        theirs = basic.decode(*shipped_basic_pair(), {}, prompt, tokenizer.eos_token_id)
+        expected = [accepted + own for accepted, _, own in theirs]
+        assert [piece.tokens for piece in ours] == expected, question
+
+
+def test_shipped_target_equals_basic_in_float32():
+    """The shipped target's logits and features drift from the definition over a whole answer."""
+    torch.set_default_dtype(torch.float32)
+    target, tokenizer = nano()
+    tokens = torch.tensor(chat_prompt(tokenizer, shipped_questions()[0]))
+    with torch.no_grad():
+        features, hidden = target(tokens[None], target_layer_ids=shipped().target_layer_ids)
+    expected, outputs = read_by_basic(shipped_basic_pair()[0], tokens)
+    assert apart(target.logits(hidden)[0], expected) < 1e-5
+    assert apart(features[0], pick_features(shipped(), outputs)) < 1e-5
+
+# ------------------------------------------------------------------------------------------------
+# the same loss and gradient
+
+
+def our_loss(target, drafter, tokens, supervised, anchors, outputs):
+    """The weighted mean loss of one sample, from the parts that train.py uses."""
+    labels, weights = block_labels(
+        tokens[None], supervised[None], anchors[None], torch.ones(1, len(anchors)).bool(),
+        drafter.block_size, gamma=7.0)
+    features = pick_features(drafter, outputs)[None]
+    blocks = drafter.embed_block(tokens[anchors][None], target.embed_tokens.weight)
+    hidden = drafter(features, blocks, anchors[None], attention_by_anchor_groups)
+    loss, *_ = block_loss(hidden, target.head_weight, labels, weights, guesses_at_once=20)
+    return loss / weights.sum()
+
+
+@pytest.mark.parametrize("anchors", ([20], [39], [18, 25, 26, 31, 38, 39]),
+                         ids=("one", "last", "many"))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_loss_and_gradients_equal_basic(shape, anchors):
+    """Failures 1, 2, and 7: a shifted label, another weight, a loss after the response, a gradient
+    that is scaled or that a chunk loses, for each weight of the drafter."""
+    target, drafter = small_pair(shape)
+    tokens = random_tokens(50)
+    supervised = torch.zeros(50, dtype=torch.bool)
+    supervised[18:41] = True
+    supervised[45:] = True  # a second response; the loss of the first one must not see it
+    definition, basic_drafter_ = basic_pair(shape)
+    _, outputs = read_by_basic(definition, tokens)
+
+    drafter.requires_grad_(True)
+    loss = our_loss(target, drafter, tokens, supervised, torch.tensor(anchors), outputs)
+    gradients = torch.autograd.grad(loss, list(drafter.parameters()))
+    drafter.requires_grad_(False)
+
+    weights = {name: basic_drafter_.weights[name] for name, _ in drafter.named_parameters()}
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    response = tokens[:41].tolist()
+    expected = basic.sample_loss(basic_drafter_, definition, response, outputs, anchors)
+    expected_gradients = torch.autograd.grad(expected, list(weights.values()))
+    for weight in weights.values():
+        weight.requires_grad_(False)
+
+    assert apart(loss.detach(), expected.detach()) < TOLERANCE
+    for name, gradient, expected_gradient in zip(weights, gradients, expected_gradients):
+        assert apart(gradient, expected_gradient) < 1e-11, name
+
+
+def test_anchors_are_those_that_basic_draws_from():
+    """An anchor whose next token is not in the response, which basic.py never draws."""
+    supervised = torch.zeros(1, 50, dtype=torch.bool)
+    supervised[0, 18:41] = True
+    anchors, is_real = sample_anchors(supervised, 50, torch.Generator(), 50)
+    assert anchors[is_real].tolist() == list(range(18, 40))
+
+# ------------------------------------------------------------------------------------------------
+# the file itself
+
+
+def run_basic(monkeypatch, *words, file=f"{ROOT}/basic.py"):
+    torch.set_default_dtype(torch.float32)
+    monkeypatch.setattr(sys, "argv", ["basic.py", *words])
+    runpy.run_path(str(file), run_name="__main__")
+
+
+def test_basic_stays_small_and_alone():
+    """basic.py grows past 250 lines, or imports another file of this project."""
+    source = Path(ROOT, "basic.py").read_text()
+    lines = source.splitlines()
+    assert len(lines) <= 250
+    imports = {line.split()[1].split(".")[0] for line in lines
+               if line.startswith(("import ", "from "))}
+    assert imports <= {"argparse", "json", "pathlib", "sys", "torch", "safetensors", "transformers"}
+
+
+def test_basic_prints_the_rounds_of_an_answer(monkeypatch, capsys):
+    """A round is printed without its accepted, rejected, or own tokens, or tau is another."""
+    target, tokenizer = nano()
+    question = "What is 7 * 34?"
+    run_basic(monkeypatch, question)
+    *lines, last = capsys.readouterr().out.splitlines()
+    torch.set_default_dtype(torch.float32)
+    prompt = chat_prompt(tokenizer, question)
+    pieces = list(generate(target, shipped(), prompt, 400, stop_ids(tokenizer)))
+    answer = tokenizer.decode(sum((piece.tokens for piece in pieces), []),
+                              skip_special_tokens=True)
+    assert lines[1] == "[ 1: 7 * 30 = ][-1-][+2+]"
+    printed = "".join(lines).replace("[-1-]", "").replace("[-6-]", "")
+    for mark in ("[+", "+]", "[", "]"):
+        printed = printed.replace(mark, "")
+    assert printed == answer.replace("\n", "\\n")
+    assert last == "58 tokens in 5 rounds: tau 11.60"
+
+
+def test_basic_training_lowers_the_loss():
+    """A loss whose gradient leads nowhere, or a target that is trained too."""
+    torch.set_default_dtype(torch.float32)
+    target, drafter = basic.Model(Path(NANO_TARGET)), basic.Model(Path(NANO_DRAFTER))
+    torch.manual_seed(0)
+    for name, weight in drafter.weights.items():
+        new = torch.ones_like(weight) if weight.dim() == 1 else 0.06 * torch.randn_like(weight)
+        drafter.weights[name] = new.requires_grad_()
+    tokens = chat_prompt(nano()[1], "57 + 38")
+    _, outputs = read_by_basic(target, torch.tensor(tokens))
+    anchors = [5, 9, 14]
+    losses = []
+    for _ in range(2):
+        losses.append(basic.sample_loss(drafter, target, tokens, outputs, anchors).item())
+        basic.train(target, drafter, [(tokens, outputs, 4)], steps=15)
+    assert losses[1] < 0.8 * losses[0]
+    assert not any(weight.requires_grad for weight in target.weights.values())
+
+
+def test_basic_refuses_what_it_does_not_compute(monkeypatch, tmp_path):
+    """A drafter with sliding windows is computed as if it had none; a missing folder ends in a
+    traceback."""
+    file = shutil.copy(f"{ROOT}/basic.py", tmp_path)
+    with pytest.raises(SystemExit, match="error: no folder .*nano: run basic.py in a complete"):
+        run_basic(monkeypatch, "a", file=file)
+    for part in ("target", "drafter-dflash"):
+        shutil.copytree(f"{NANO}/{part}", tmp_path / "data" / "nano" / part)
+    config = tmp_path / "data" / "nano" / "drafter-dflash" / "config.json"
+    edit_json(config, layer_types=["sliding_attention"] * 4)
+    with pytest.raises(SystemExit, match="error: .*sliding_attention.*use draft_decode.py"):
+        run_basic(monkeypatch, "a", file=file)
+    edit_json(config, layer_types=["full_attention"] * 4, is_causal=True)
+    with pytest.raises(SystemExit, match="error: .*is_causal.*use draft_decode.py"):
+        run_basic(monkeypatch, "a", file=file)
