@@ -12,15 +12,15 @@ the earlier text only through *features*: outputs of some of the target's layers
 draft and one check. *Tau* is the average number of tokens that a round adds.
 
 This file is correct but slow: its target reads the guesses one by one and stops before a wrong one.
-The other files are fast. They solve two problems that do not exist here. A target that reads all 16
-tokens in one forward pass has to forget the wrong guesses, and that is hard in a Gated DeltaNet
-(decode_state.py). The logits of 512 blocks at once do not fit into memory (the loss in model.py).
+The other files are fast, and solve two problems that do not exist here. First, their target reads a
+block of 16 tokens in one forward pass, and must forget the wrong guesses afterwards. Most of its
+layers are Gated DeltaNets, whose memory cannot remove a token (decode_state.py). Second, they train
+on 512 blocks at once, whose logits do not all fit into memory (model.py).
 """
 import argparse
 import json
 import sys
 from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
@@ -29,16 +29,16 @@ from transformers import AutoTokenizer
 NANO = Path(__file__).parent / "data" / "nano"
 QUESTIONS = ("What is 7 * 34?", "What is 12 * 34?", "What is 83 - 47?", "2x + 3 = 11", "57 + 38")
 SUPPORTED = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "attention_bias": False,
-             "rope_scaling": None, "is_causal": None}
+             "rope_scaling": None, "rope_type": "default", "is_causal": None}
 
 class Model:
     """A checkpoint: config.json as a dict, and the tensors of model.safetensors by their names."""
     def __init__(self, folder, dtype=torch.float32):
         self.config = json.loads((folder / "config.json").read_text())
-        wrong = [key for key, value in SUPPORTED.items() if self.config.get(key, value) != value]
+        settings = self.config | self.config["rope_parameters"]
+        wrong = [key for key, value in SUPPORTED.items() if settings.get(key, value) != value]
         if wrong or "sliding_attention" in self.config["layer_types"]:
-            wrong = wrong or "sliding_attention"
-            sys.exit(f"error: basic.py does not support {wrong} in {folder}: use draft_decode.py")
+            sys.exit(f"error: {folder} has {wrong or 'sliding_attention'}: use draft_decode.py")
         tensors = load_file(folder / "model.safetensors")
         self.weights = {name.removeprefix("model."): w.to(dtype) for name, w in tensors.items()}
         if self.config["tie_word_embeddings"]:
@@ -82,7 +82,7 @@ def target_step(target, state, token):
     for i, kind in enumerate(target.config["layer_types"]):
         w = target.layer(i)
         mix = gated_delta_net if kind == "linear_attention" else gated_attention
-        y = rms_norm(x, 1 + w["input_layernorm.weight"])  # 1 +: the target stores gain - 1
+        y = rms_norm(x, 1 + w["input_layernorm.weight"])  # the weight is gain - 1
         x = x + mix(y, w, state.setdefault(i, {}), target.config)
         x = x + mlp(rms_norm(x, 1 + w["post_attention_layernorm.weight"]), w)
         outputs.append(x[0])
@@ -112,7 +112,7 @@ def gated_delta_net(x, w, memory, c):
     inputs = torch.cat((last_three, x @ w["linear_attn.in_proj_qkv.weight"].T))
     memory["last_three"] = inputs[1:]
     q, k, v = F.silu((inputs * kernel).sum(0)).split((H * D, H * D, Hv * Dv))
-    # queries and keys become unit vectors; Hv / H value heads share each of them
+    # make queries and keys unit vectors, and repeat them, because there can be more value heads
     qk = torch.stack((q, k)).view(2, H, D)
     qk = qk / (qk.square().sum(-1, keepdim=True) + 1e-6).sqrt()
     q, k = qk.repeat_interleave(Hv // H, 1)
@@ -122,13 +122,13 @@ def gated_delta_net(x, w, memory, c):
     S = memory.get("S", x.new_zeros(Hv, D, Dv))
     o, memory["S"] = delta_rule(q, k, v.view(Hv, Dv), g, beta, S)
     gate = F.silu(x @ w["linear_attn.in_proj_z.weight"].T)
-    o = rms_norm(o, w["linear_attn.norm.weight"]).flatten() * gate  # a norm that stores the gain
+    o = rms_norm(o, w["linear_attn.norm.weight"]).flatten() * gate  # the weight is the gain
     return o @ w["linear_attn.out_proj.weight"].T
 
 def delta_rule(q, k, v, g, beta, S):
     """One token of the gated delta rule (Yang, Kautz, Hatamizadeh, arXiv 2412.06464) in Hv heads.
-    S (Hv, D, Dv) maps keys to values. q and k are (Hv, D), and v is (Hv, Dv). g <= 0 sets how fast
-    S decays, and 0 <= beta <= 1 how much of an old value is replaced. Both are (Hv,)."""
+    S (Hv, D, Dv) maps keys to values. q and k are (Hv, D), v is (Hv, Dv), and g and beta are (Hv,).
+    S decays by the factor exp(g) <= 1. beta is the fraction of an old value that is replaced."""
     S = S * g.exp()[:, None, None]                              # S decays
     stored = torch.einsum("hdv,hd->hv", S, k)                   # read the value stored under k
     change = beta[:, None] * (v - stored)                       # how it should change

@@ -5,12 +5,12 @@ The target: the text model of Qwen3.5, a hybrid of Gated DeltaNet and gated atte
     features, hidden = target(tokens, target_layer_ids=(3, 7, 11))     # whole sequences
     logits = target.logits(hidden)
 
-Three of four layers have no key-value cache but one matrix S a head. The file begins with the rule
-by which a token changes S: its definition, and three fast forms,
+Three out of four layers keep one matrix S per head instead of a key-value cache. The file begins
+with the rule that updates S. basic.py defines it for one token. Here are three fast versions:
 
-    gated_delta_rule        for whole sequences and long pieces of a prompt
-    delta_rule_of_window    for a block of guesses, and the few tokens before it
-    delta_step              for one token, where the target decodes without a drafter
+    delta_step              for one token, when the target decodes without a drafter
+    gated_delta_rule        for whole sequences and long parts of a prompt
+    delta_rule_of_window    for a block of guesses and the few tokens before it
 
 The layers and the model follow. What decoding keeps of a sequence, and how it forgets a rejected
 guess, is in decode_state.py.
@@ -33,33 +33,33 @@ from model import linear_product, project, rotary_table, rotate, to_fp32
 # the gated delta rule (Yang, Kautz, Hatamizadeh, arXiv 2412.06464)
 
 
-def recurrent_gated_delta_rule(q, k, v, g, beta, S):
-    """The definition, one token after another. Tests compare the fast forms below with it.
+def delta_step(q, k, v, g, beta, S):
+    """The rule itself, for one token: delta_rule() of basic.py for a batch.
 
-    A head keeps a matrix S (D, Dv), which maps a key to the value stored under it: reading is the
-    product k S. Each token first fades the matrix, by exp(g) <= 1. Then it reads what is stored
-    under its key, and moves that by a share beta towards its value. Its output is what S now holds
-    under its query, times D^-0.5.
+    A head keeps a matrix S (D, Dv) that maps keys to values. The product k S reads the value stored
+    under k. A token first decays S by exp(g) <= 1. Then it reads the value stored under its key and
+    moves that value towards its own value v by the fraction beta. Its output is q S times D^-0.5.
 
-    q, k (B, T, H, D)    of unit length
-    v (B, T, Hv, Dv)     Hv a multiple of H: that many value heads share a key head
-    g, beta (B, T, Hv)   log of the fading, at most 0; and the share, 0 .. 1
+    q, k (B, 1, H, D)    of unit length
+    v (B, 1, Hv, Dv)     Hv is a multiple of H: several value heads share a key head
+    g, beta (B, 1, Hv)   log of the decay, at most 0; and the fraction, 0 .. 1
     S (B, Hv, D, Dv)
 
-    Returns o (B, T, Hv, Dv) and the last S.
+    Returns o (B, 1, Hv, Dv) and the new S. It is written as elementwise products and sums because
+    torch.compile fuses these into a few kernels. It cannot fuse three matrix products.
     """
-    q, k = repeat_heads(q, k, v.shape[2])
-    scale = q.shape[-1] ** -0.5
-    outputs = []
-    for t in range(v.shape[1]):
-        fade = g[:, t].exp()
-        S = S * fade[..., None, None]
-        stored = torch.einsum("bhdv,bhd->bhv", S, k[:, t])
-        written = beta[:, t, :, None] * (v[:, t] - stored)
-        S = S + torch.einsum("bhd,bhv->bhdv", k[:, t], written)
-        o = torch.einsum("bhdv,bhd->bhv", S, q[:, t])
-        outputs.append(o * scale)
-    return torch.stack(outputs, 1), S
+    Hv = v.shape[2]
+    q, k = repeat_heads(q, k, Hv)
+    q = to_fp32(q)[:, 0, :, :, None]                                         # (B, Hv, D, 1)
+    k = to_fp32(k)[:, 0, :, :, None]
+    v = to_fp32(v)[:, 0, :, None]                                            # (B, Hv, 1, Dv)
+    decay = to_fp32(g)[:, 0, :, None, None].exp()                            # (B, Hv, 1, 1)
+    beta = to_fp32(beta)[:, 0, :, None, None]
+    S = S * decay
+    stored = (k * S).sum(2, keepdim=True)                                    # k S
+    S = S + k * (beta * (v - stored))
+    o = (q * S).sum(2) * q.shape[2] ** -0.5                                  # (B, Hv, Dv)
+    return o[:, None], S
 
 
 def chunk_length(v):
@@ -75,11 +75,11 @@ def chunk_length(v):
 
 
 def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None):
-    """The same in chunks: parallel inside a chunk, one update of S from chunk to chunk.
+    """The same rule for T tokens in chunks: parallel inside a chunk, one update of S per chunk.
 
-    Shapes as above. S None: zeros. chunk: tokens of a chunk. Returns o in v's dtype, and the last S
-    in fp32 or wider. The last chunk is padded with tokens of beta = g = 0, which write nothing and
-    fade nothing: they change no bit of S.
+    Shapes as above, with T tokens instead of 1. S None: zeros. chunk: tokens of a chunk. Returns o
+    in v's dtype, and the last S in fp32 or wider. The last chunk is padded with tokens of
+    beta = g = 0, which write nothing and fade nothing: they change no bit of S.
 
     If v is bf16, as in a prompt or in training, what enters and leaves most products is rounded to
     bf16, as in all other products of the model. Fading, A, its inverse and S stay in fp32. (The
@@ -243,23 +243,6 @@ def delta_rule_of_window(q, k, v, g, beta, S):
     writes = torch.stack(writes, 1)
     o = (fade * reads + P @ writes) * D ** -0.5                              # (6)
     return from_chunks(o, B, T), S.unflatten(0, (B, Hv))
-
-
-def delta_step(q, k, v, g, beta, S):
-    """One token, T = 1: the definition in elementwise products and sums. torch.compile makes few
-    kernels of these; of three matrix products it could join none."""
-    Hv = v.shape[2]
-    q, k = repeat_heads(q, k, Hv)
-    q = to_fp32(q)[:, 0, :, :, None]                                         # (B, Hv, D, 1)
-    k = to_fp32(k)[:, 0, :, :, None]
-    v = to_fp32(v)[:, 0, :, None]                                            # (B, Hv, 1, Dv)
-    fade = to_fp32(g)[:, 0, :, None, None].exp()                             # (B, Hv, 1, 1)
-    beta = to_fp32(beta)[:, 0, :, None, None]
-    S = S * fade
-    stored = (k * S).sum(2, keepdim=True)                                    # k S
-    S = S + k * (beta * (v - stored))
-    o = (q * S).sum(2) * q.shape[2] ** -0.5                                  # (B, Hv, Dv)
-    return o[:, None], S
 
 
 def fade_and_decay(g, chunk, dtype):

@@ -14,9 +14,10 @@ differs; ...):
           test_drafter and test_train: test_leak_*
           test_generate: test_training_form_predicts_decoded_rounds
     2  labels, mask or blocks are not those of serving
-          test_drafter: test_drafter_*; test_loss: test_labels_*; test_train: test_leak_*
+          test_basic: test_loss_*, test_drafter_*; test_drafter: test_drafter_*;
+          test_train: test_leak_*
     3  the drafter's rotary embedding
-          test_drafter: test_drafter_equals_dense_restatement, test_failure_3_*
+          test_basic: test_drafter_equals_basic; test_drafter: test_failure_3_*
     4  features of the wrong target layer
           test_target: test_target_equals_transformers, test_failure_4_*; test_drafter: test_taps_*
     5  output differs from the target alone
@@ -28,7 +29,7 @@ differs; ...):
     7  logits of all anchors at once
           test_loss: test_loss_never_holds_all_logits
     8  wrong state after a block of 16
-          test_kernel: all of it
+          test_kernel: all of it; test_basic: test_blocks_*
     9  another chat template when served
           test_data: test_failure_9_*, test_chat_*, test_prepare*
     10 rope_theta dropped, wrong target

@@ -321,7 +321,7 @@ DECODING = (
     Bug(rope_theta_of_another, 10, ROTARY),
     Bug(causal_block, 2, TRAINED_FORM),
     Bug(block_one_late, 2, TRAINED_FORM),
-    Bug(gain_read_as_1_plus_w, 10, "test_drafter_equals_dense_restatement"),
+    Bug(gain_read_as_1_plus_w, 10, "test_drafter_equals_basic"),
     Bug(last_norm_left_out, None, TRAINED_FORM),
     Bug(noise_of_its_own, 11, "test_guesses_are_greedy_where_the_target_is", 1.0),
     Bug(right_after_a_wrong_one, 15, "test_accept_counts_up_to_the_first_difference"),

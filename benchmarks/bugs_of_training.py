@@ -128,14 +128,14 @@ def answers_of_another_writer():
 # --------------------------------------------------------------------------------------------------
 
 LEAK = "test_leak_from_future_features_or_other_blocks"
-LABELS = "test_labels_are_not_shifted_and_end_with_the_response"
+LABELS = "test_loss_and_gradients_equal_basic"
 
 TRAINING = (
     Bug(anchor_in_the_context, 1, LEAK),
     Bug(whole_text_in_the_context, 1, LEAK),
     Bug(features_one_early, 1, "test_leak_from_features_at_other_places"),
     Bug(blocks_see_one_another, 2, LEAK),
-    Bug(causal_block_in_training, 2, "test_drafter_equals_dense_restatement"),
+    Bug(causal_block_in_training, 2, "test_drafter_equals_basic"),
     Bug(features_after_the_norm, 4, "test_target_equals_transformers"),
     Bug(labels_one_late, 2, LABELS),
     Bug(uniform_slots, None, LABELS),

@@ -1,5 +1,5 @@
 """
-What several test files share: small models, the shipped pair, oracles, slow definitions, files.
+What several test files share: small models, the shipped pair, oracles, files.
 
 Small models have random gains and biases: freshly made ones would hide a gain that is read as w
 where 1 + w is meant.
@@ -13,7 +13,6 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from chat import load_tokenizer
@@ -232,77 +231,6 @@ def reference():
     prompt = tokens_of(21, seed=5).tolist()
     answer = all_tokens(generate(small_target(), None, prompt, 40))
     return prompt, answer
-
-# ------------------------------------------------------------------------------------------------
-# the drafter as the contract describes it in words: dense, in fp64, a block and a row at a time
-
-
-def slow_block(drafter, features, block, n):
-    """Hidden states (K, hidden) of the block (K, hidden) whose anchor stands at position n of a
-    row with features (T, ...)."""
-    c = drafter.config
-    weights = {}
-    for name, weight in drafter.state_dict().items():
-        weights[name] = weight.double()
-
-    def project(x, name):
-        return x @ weights[name + ".weight"].T
-
-    def norm(x, name):
-        rms = (x.square().mean(-1, keepdim=True) + c.rms_norm_eps).sqrt()
-        return x / rms * weights[name + ".weight"]
-
-    def heads(x, name):
-        return project(x, name).unflatten(-1, (-1, c.head_dim))
-
-    context = norm(project(features[:n].double(), "fc"), "hidden_norm")
-    position = torch.arange(n + len(block))
-    theta = c.rope_parameters["rope_theta"]
-    x = block.double()
-    for i, layer_type in enumerate(c.layer_types):
-        attention = f"layers.{i}.self_attn"
-        y = norm(x, f"layers.{i}.input_layernorm")
-        seen = torch.cat((context, y))  # the context goes without the layer's norm
-        q = slow_rotate(norm(heads(y, attention + ".q_proj"), attention + ".q_norm"),
-                        position[n:], theta)
-        k = slow_rotate(norm(heads(seen, attention + ".k_proj"), attention + ".k_norm"),
-                        position, theta)
-        v = heads(seen, attention + ".v_proj")
-        rows = []
-        for row in range(len(block)):
-            visible = torch.ones(len(seen), dtype=torch.bool)
-            if layer_type == SLIDING:
-                visible = (position <= n + row) & (position > n + row - c.sliding_window)
-            rows.append(slow_attention(q[row], k[visible], v[visible]))
-        x = x + project(torch.stack(rows), attention + ".o_proj")
-
-        mlp = f"layers.{i}.mlp"
-        y = norm(x, f"layers.{i}.post_attention_layernorm")
-        gated = F.silu(project(y, mlp + ".gate_proj")) * project(y, mlp + ".up_proj")
-        x = x + project(gated, mlp + ".down_proj")
-    return norm(x, "norm")
-
-
-def slow_rotate(x, positions, theta):
-    """Rotary embedding of x (T, heads, D): channel i is paired with i + D/2 and the pair, read as
-    a complex number, is turned by the angle p * theta^(-2i/D)."""
-    D = x.shape[-1]
-    frequency = theta ** (-torch.arange(0, D, 2).double() / D)
-    angle = positions[:, None].double() * frequency
-    turn = torch.polar(torch.ones_like(angle), angle)[:, None]
-    z = torch.complex(x[..., :D // 2], x[..., D // 2:]) * turn
-    return torch.cat((z.real, z.imag), -1)
-
-
-def slow_attention(q, k, v):
-    """One row q (H, D) over k, v (T, Hkv, D), head by head; returns (H D)."""
-    heads_of_a_key = q.shape[0] // k.shape[1]
-    out = []
-    for h in range(len(q)):
-        kv_head = h // heads_of_a_key
-        scores = q[h] @ k[:, kv_head].T / q.shape[-1] ** 0.5
-        out.append(scores.softmax(-1) @ v[:, kv_head])
-    return torch.cat(out)
 
 # ------------------------------------------------------------------------------------------------
 # files: checkpoints as others publish them, and files that are broken

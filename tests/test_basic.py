@@ -88,6 +88,7 @@ def as_basic(module, config, dtype=torch.float64):
 def basic_target(target):
     config = dict(vars(target.config))
     config["rope_parameters"] = {
+        "rope_type": "default",
         "rope_theta": config["rope_theta"],
         "partial_rotary_factor": config["partial_rotary_factor"]}
     return as_basic(target, config)
@@ -422,6 +423,9 @@ def test_basic_refuses_what_it_does_not_compute(monkeypatch, tmp_path):
     edit_json(config, layer_types=["sliding_attention"] * 4)
     with pytest.raises(SystemExit, match="error: .*sliding_attention.*use draft_decode.py"):
         run_basic(monkeypatch, "a", file=file)
-    edit_json(config, layer_types=["full_attention"] * 4, is_causal=True)
-    with pytest.raises(SystemExit, match="error: .*is_causal.*use draft_decode.py"):
-        run_basic(monkeypatch, "a", file=file)
+    for setting in ({"is_causal": True}, {"attention_bias": True}, {"rms_norm_eps": 1e-5},
+                    {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}):
+        edit_json(config, **{"layer_types": ["full_attention"] * 4, **setting})
+        name = "rope_type" if "rope_parameters" in setting else next(iter(setting))
+        with pytest.raises(SystemExit, match=f"error: .*{name}.*use draft_decode.py"):
+            run_basic(monkeypatch, "a", file=file)

@@ -16,7 +16,7 @@ from benchmarks.bugs_of_training import TRAINING
 from benchmarks.slips import slip
 from data.nano import prepare
 from draft_decode import count_accepted
-from tests import (test_data, test_decode_state, test_drafter, test_generate, test_loss,
+from tests import (test_basic, test_data, test_decode_state, test_drafter, test_generate, test_loss,
                    test_sampling, test_target, test_train)
 from tests.common import FULL, ROOT, nano, tokens_of
 
@@ -29,19 +29,19 @@ HARMLESS = ("served_in_bf16",)  # it is no bug, so no test fails
 FULL_LAYERS = {"layer_types": (FULL, FULL), "window": None}
 # the tests that are named by bugs, with the arguments of the cheapest case that sees the bugs
 TESTS = {
+    test_basic.test_drafter_equals_basic: {"shape": "tied"},
+    test_basic.test_loss_and_gradients_equal_basic: {"shape": "tied", "anchors": [18, 25, 39]},
     test_data.test_chat_prompt_has_the_empty_thought: {},
     test_data.test_prepared_rows_begin_with_chat_prompt: {},
     test_decode_state.test_cuts_rejected_block: {"accepted": 12},
     test_drafter.test_block_is_the_anchor_and_masks: {},
     test_drafter.test_drafter_decodes_as_it_was_trained: FULL_LAYERS,
-    test_drafter.test_drafter_equals_dense_restatement: FULL_LAYERS,
     test_drafter.test_failure_3_partial_rotary_stays_with_the_target: {},
     test_drafter.test_leak_from_future_features_or_other_blocks: FULL_LAYERS,
     test_generate.test_accept_counts_up_to_the_first_difference: {},
     test_generate.test_generate_ends_at_the_limit: {"limit": 30},
     test_generate.test_training_form_predicts_decoded_rounds: {},
     test_loss.test_anchors_are_supervised_distinct_and_static: {"count": 8},
-    test_loss.test_labels_are_not_shifted_and_end_with_the_response: {},
     test_sampling.test_guesses_are_greedy_where_the_target_is: {},
     test_target.test_load_target_is_bit_equal_in_every_layout: {
         "shape": "tied", "prefix": "model.", "shards": 1},
@@ -267,7 +267,7 @@ def test_bugs_tables_by_hand():
             "`test_cuts_rejected_block` |") in lines
     assert ("| `labels_one_late` | 3.50 -> 1.50 | 1.00 / 2.00 | 4.50 -> 5.00 | "
             "0.09 / 0.09 / 0.09 / 0.09 | 0.02 / 0.09 / 0.50 | 50% | "
-            "`test_labels_are_not_shifted_and_end_with_the_response` |") in lines
+            "`test_loss_and_gradients_equal_basic` |") in lines
     assert "| `rejected_state_kept` | 25% | 100% | 50% |" in lines
     lines = bugs_page.table_of_failures(REPORT).splitlines()
     assert lines[2:] == [

@@ -3,7 +3,6 @@ Anchors, labels, weights and the loss of training blocks.
 """
 import functools
 import itertools
-import math
 
 import pytest
 import torch
@@ -78,44 +77,17 @@ def test_failure_12_anchors_do_not_depend_on_padding(padding):
 # labels and weights
 
 
-def labels_after(anchor, tokens, supervised):
-    """The labels of a block: the tokens after its anchor, up to the end of its response."""
-    labels = []
-    for position in range(anchor + 1, anchor + K):
-        if position == len(tokens) or not supervised[position]:
-            break
-        labels.append(tokens[position].item())
-    return labels
-
-
-def test_labels_are_not_shifted_and_end_with_the_response():
-    """Failure 2: row k learns the token after its own; or a later response of the row, or padding,
-    is learned."""
-    tokens = tokens_of(5, 40)
-    anchors = torch.tensor([
-        [0, 0],
-        [5, 0],
-        [38, 0],
-        [10, 20],
-        [0, 30]])
-    real = torch.tensor([
-        [False, False],
-        [False, False],
-        [True, False],
-        [True, True],
-        [True, True]])
-    labels, weights = block_labels(tokens, responses(), anchors, real, K, gamma=7.0)
-    assert labels.shape == weights.shape == (5, 2, K - 1)
-    for b in range(5):
-        for a in range(2):
-            expected = []
-            if real[b, a]:
-                expected = labels_after(anchors[b, a].item(), tokens[b], responses()[b])
-            n = len(expected)
-            decay = [math.exp(-k / 7) for k in range(n)]
-            assert labels[b, a, :n].tolist() == expected
-            assert weights[b, a, :n].tolist() == pytest.approx(decay)
-            assert not weights[b, a, n:].any()
+def test_padding_anchors_and_texts_end_without_weight():
+    """An anchor that only fills up the tensor has a weight; labels are read past the text's end."""
+    tokens = tokens_of(1, 40)
+    supervised = torch.ones(1, 40, dtype=torch.bool)
+    is_real = torch.tensor([[True, True, False]])
+    anchors = torch.tensor([[10, 38, 0]])
+    labels, weights = block_labels(tokens, supervised, anchors, is_real, K, gamma=7.0)
+    assert torch.equal(labels[0, 0], tokens[0, 11:10 + K])
+    assert labels[0, 1, 0] == tokens[0, 39]
+    counted = (weights > 0).sum(-1)
+    assert counted.tolist() == [[K - 1, 1, 0]]
 
 
 @pytest.mark.parametrize("smoothing", (0.0, 0.25, 0.5, 1.0))
@@ -169,40 +141,48 @@ def with_smoothing(smoothing):
     return functools.partial(chunk_loss, dpace_smoothing=smoothing)
 
 
+def loss_and_gradient(*inputs):
+    hidden = inputs[0]
+    hidden.grad = None
+    loss, nll, correct, used = block_loss(*inputs)
+    (3 * loss).backward()
+    return loss.detach(), hidden.grad, nll, correct, used
+
+
 @pytest.mark.parametrize("smoothing", (None, 0.5))
-@pytest.mark.parametrize("guesses_at_once", (1, 40, 1000))
-def test_loss_and_gradient_equal_slow_loop(guesses_at_once, smoothing):
-    """The one-pass loss weighs, scales or chunks other than cross entropy over full logits; row 0
-    has a loss; D-PACE's weights come from slots of another block, or are differentiated."""
+@pytest.mark.parametrize("guesses_at_once", (1, 40))
+def test_loss_does_not_depend_on_the_chunks(guesses_at_once, smoothing):
+    """A chunk that is weighed or scaled by others, or left out. (test_basic has the definition.)"""
     hidden, head, labels, weights = loss_inputs()
     if smoothing is not None:
         weights = prefix_of(weights)
-    inputs = (hidden, head, labels, weights, guesses_at_once, with_smoothing(smoothing))
-    loss, nll, correct, used = block_loss(*inputs)
-    (3 * loss).backward()
-    grad = hidden.grad
-    hidden.grad = None
-    assert not grad[:, :, 0].any()
-
-    total = 0
-    for block in itertools.product(range(2), range(6)):
-        logits = hidden[block][1:] @ head.T
-        each = F.cross_entropy(logits, labels[block], reduction="none")
-        w = weights[block]
-        if smoothing is not None:
-            probabilities = (-each.detach()).exp()
-            w = dpace_weights(probabilities, w, smoothing)
-        total = total + (each * w).sum()
-        assert apart(nll[block], each.detach()) < 1e-12
-        assert torch.allclose(used[block], w)
-        assert torch.equal(correct[block], logits.argmax(-1) == labels[block])
-    (3 * total).backward()
-    assert apart(loss.detach(), total.detach()) < 1e-12
-    assert apart(grad, hidden.grad) < 1e-12
-
+    inputs = (hidden, head, labels, weights)
+    whole = loss_and_gradient(*inputs, 1000, with_smoothing(smoothing))
+    chunks = loss_and_gradient(*inputs, guesses_at_once, with_smoothing(smoothing))
+    for a, b in zip(chunks, whole, strict=True):
+        assert apart(a, b) < 1e-12
+    gradient = chunks[1]
+    assert not gradient[:, :, 0].any()  # position 0, the anchor, has no loss
     with torch.no_grad():
-        again, *_ = block_loss(*inputs)
-    assert torch.equal(again, loss)
+        alone, *_ = block_loss(*inputs, guesses_at_once, with_smoothing(smoothing))
+    assert torch.equal(alone, chunks[0])
+
+
+def test_dpace_is_the_loss_with_its_weights_as_constants():
+    """D-PACE's weights come from guesses of another block, or are differentiated."""
+    hidden, head, labels, weights = loss_inputs()
+    weights = prefix_of(weights)
+    loss, gradient, nll, correct, used = loss_and_gradient(
+        hidden, head, labels, weights, 40, with_smoothing(0.5))
+    for block in itertools.product(range(2), range(6)):
+        probabilities = (-nll[block]).exp()
+        expected = dpace_weights(probabilities, weights[block], 0.5)
+        assert torch.allclose(used[block], expected, rtol=1e-12, atol=0)
+    expected_loss, expected_gradient, *_ = loss_and_gradient(hidden, head, labels, used, 40)
+    assert apart(loss, expected_loss) < 1e-12
+    assert apart(gradient, expected_gradient) < 1e-12
+    logits = hidden.detach()[:, :, 1:] @ head.T
+    assert torch.equal(correct, logits.argmax(-1) == labels)
 
 
 def test_loss_in_bf16_is_summed_in_fp32():
