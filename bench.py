@@ -18,7 +18,7 @@ raw rounds and pictures go to out_dir.
     python bench.py serve --base_url=http://localhost:30000/v1 \\
         --baseline_url=http://localhost:30001/v1 --concurrency=8
     python bench.py bugs                            # what each silent bug costs; --only=decoding
-    python bench.py figures                         # pictures and tables of the docs, from logs/
+    python bench.py figures                         # pictures and tables of the docs, from benchmarks/results/
 
 Each command is a file of that name in benchmarks/, which begins with what it measures.
 --prompts=math500:FILE takes a copy of a public data set; FILE may also be a folder.

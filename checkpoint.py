@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
 import model
-from cpu import pack_linears, pack_target
+from fast.cpu import pack_linears, pack_target
 from model import DFlashDraftModel
-from projections import join_projections
+from fast.projections import join_projections
 from target import Target, TargetConfig
 
 # --------------------------------------------------------------------------------------------------
@@ -40,7 +40,7 @@ def load_target(name, device="cpu", dtype="float32"):
     dtype = parse_dtype(device, dtype)
     # A bf16 model multiplies in fp32 within the delta rule only. What goes into that was rounded to
     # the 8 bits of bf16. So its factors may be rounded to the 11 bits of TF32, which is faster on a
-    # GPU and changes features by less than bf16 does (logs/readme.md).
+    # GPU and changes features by less than bf16 does (benchmarks/results/readme.md).
     torch.backends.cuda.matmul.allow_tf32 = dtype == torch.bfloat16
     config, folder = read_target_config(name)
     if folder is None:  # random weights

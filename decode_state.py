@@ -1,8 +1,8 @@
 """
 What decoding remembers of a sequence. A forward proposes tokens, commit(n) adopts the first n.
 
-    state = DecodeState(target, batch=1, length=512, forward_rows=16)
-    features, logits = read_prompt(target, prompt, state, target_layer_ids=(3, 7, 11))
+    state = DecodeState(target, batch=1, length=512, tokens_per_forward=16)
+    features, logits = prefill(target, prompt, state, target_layer_ids=(3, 7, 11))
     features, hidden = target(block, state, target_layer_ids=(3, 7, 11))    # 16 rows
     state.commit(n)
 
@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
-from cuda_graph import Graphs
+from fast.cuda_graph import Graphs
 from model import masked_attention, rotary_table, write_at
-from target import (conv_channels, delta_rule_of_window, delta_rule_widths, delta_step,
-                    gated_delta_rule)
+from delta_rule import delta_rule_of_window, delta_step, gated_delta_rule
+from target import conv_channels, delta_rule_widths
 
 
 class DecodeState:
@@ -81,10 +81,10 @@ class DecodeState:
     window       q k v g beta of the 2 K tokens from S on, side by side in one tensor
     conv         inputs of the short convolution: the last tokens before `position`, then the block
 
-    forward_rows (K) is one number for three things: rows of a forward, tokens of a chunk, and the
+    tokens_per_forward (K) is one number for three things: rows of a forward, tokens of a chunk, and the
     drafter's block, as a forward verifies one block.
 
-    forward_rows 1 is an exception, and the fastest way for the target alone. delta_step runs, and
+    tokens_per_forward 1 is an exception, and the fastest way for the target alone. delta_step runs, and
     no window is needed. There is no guess to reject, so the forward changes S itself, and commit(1)
     must follow. (Decoder's idle slots commit 0 instead: their S means nothing.)
 
@@ -94,19 +94,19 @@ class DecodeState:
     as the first of the window as it has as the second. docs/exactness.md has the argument in full.
     """
 
-    def __init__(self, target, batch, length, forward_rows=16):
+    def __init__(self, target, batch, length, tokens_per_forward=16):
         config = target.config
         max_length = config.max_position_embeddings
         assert length <= max_length, (length, max_length)
-        self.forward_rows = forward_rows
+        self.tokens_per_forward = tokens_per_forward
         self.length = length
         weight = target.embed_tokens.weight  # for dtype and device
         dtype = torch.promote_types(weight.dtype, torch.float32)
         full_layers = config.layer_types.count("full_attention")
         linear_layers = len(config.layer_types) - full_layers
-        window_length = 0 if forward_rows == 1 else 2 * forward_rows
+        window_length = 0 if tokens_per_forward == 1 else 2 * tokens_per_forward
         self.past_length = config.linear_conv_kernel_dim - 1  # tokens before a row that it mixes
-        conv_length = self.past_length + forward_rows
+        conv_length = self.past_length + tokens_per_forward
 
         # A prompt is read in segments of this many tokens. Where they are compiled, the last one is
         # padded to this length too: prompts of all lengths share compiled code and CUDA graphs.
@@ -120,7 +120,7 @@ class DecodeState:
         S_shape = (linear_layers, batch, config.linear_num_value_heads,
                    config.linear_key_head_dim, config.linear_value_head_dim)
         self.S = weight.new_zeros(S_shape, dtype=dtype)
-        chunk_end_shape = (linear_layers, 0) if forward_rows == 1 else S_shape
+        chunk_end_shape = (linear_layers, 0) if tokens_per_forward == 1 else S_shape
         self.S_chunk_end = weight.new_zeros(chunk_end_shape, dtype=dtype)
         window_shape = (linear_layers, batch, window_length, sum(delta_rule_widths(config)))
         self.window = weight.new_zeros(window_shape, dtype=dtype)
@@ -175,7 +175,7 @@ class DecodeState:
 
         segment None: a block, T = K. Else the rows are part of a prompt, as the Segment says.
 
-        Attention reads row_positions and mask; the delta rule window_places, of a segment
+        Attention reads row_positions and mask; the delta rule window_positions, of a segment
         is_padding; the convolution last_places. A CUDA graph does not run these lines again, but it
         fills the tensors that they made. So what reads them has to be in the same graph.
         """
@@ -184,9 +184,9 @@ class DecodeState:
         self.row_positions = self.position[:, None] + offsets                # (B, T)
         self.rotary = (self.cos[self.row_positions], self.sin[self.row_positions])
         if self.forward_is_block:
-            assert T == self.forward_rows, (T, self.forward_rows)
-            tail = self.position % self.forward_rows
-            self.window_places = tail[:, None] + offsets                     # (B, K)
+            assert T == self.tokens_per_forward, (T, self.tokens_per_forward)
+            tail = self.position % self.tokens_per_forward
+            self.window_positions = tail[:, None] + offsets                     # (B, K)
             self.mask = self.all_positions <= self.row_positions[..., None]  # (B, K, length)
         else:
             self.segment_start = segment.start
@@ -204,7 +204,7 @@ class DecodeState:
             # the layers have already put the segment into S and into the convolution's memory
             self.position += n
             return
-        K = self.forward_rows
+        K = self.tokens_per_forward
         n = torch.zeros_like(self.position) + n                              # (B,)
         if K > 1:
             # Does the first chunk of the window hold committed tokens only?
@@ -257,13 +257,13 @@ class LinearLayerState:
             beta = beta.masked_fill(is_padding, 0)
             o, S = gated_delta_rule(q, k, v, g, beta, self.S)  # in chunks of its own, longer ones
             self.S.copy_(S)
-        elif state.forward_rows == 1:
+        elif state.tokens_per_forward == 1:
             o, S = delta_step(q, k, v, g, beta, self.S)
             self.S.copy_(S)
         else:
             # write the block after the tail
             inputs = [x.to(self.S.dtype).flatten(2) for x in (q, k, v, g, beta)]
-            self.window[state.sequences, state.window_places] = torch.cat(inputs, -1)
+            self.window[state.sequences, state.window_positions] = torch.cat(inputs, -1)
             # run the two chunks of the window, and keep the outputs of the block
             window_q, window_k, window_v, window_g, window_beta = self.window.split(self.widths, -1)
             o, S = delta_rule_of_window(
@@ -274,7 +274,7 @@ class LinearLayerState:
                 window_beta,
                 self.S)
             self.S_chunk_end.copy_(S)
-            o = o[state.sequences, state.window_places]
+            o = o[state.sequences, state.window_positions]
         return o.to(v.dtype)
 
 
@@ -322,7 +322,7 @@ class Segment(NamedTuple):
 
 
 @torch.no_grad()
-def read_prompt(target, tokens, state, target_layer_ids=(), graphs=None):
+def prefill(target, tokens, state, target_layer_ids=(), graphs=None):
     """Read prompts (B, n), 1 <= n <= length - K, into a state of K rows, from its beginning.
 
     Returns their features (B, n, ...), and the logits (B, V) of the last token.
@@ -338,7 +338,7 @@ def read_prompt(target, tokens, state, target_layer_ids=(), graphs=None):
     begins.
     """
     n = tokens.shape[1]
-    K = state.forward_rows
+    K = state.tokens_per_forward
     assert 1 <= n <= state.length - K, (n, state.length, K)
     if graphs is None:
         graphs = Graphs(tokens.device)  # which is used once, so all forwards just run

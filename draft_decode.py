@@ -28,13 +28,13 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from chat import chat_prompt, load_tokenizer, stop_ids
+from tokenizer import chat_prompt, load_tokenizer, stop_ids
 from checkpoint import load_drafter, load_target
 from configurator import configure
 from console import survive_closed_output
-from cpu import use_one_thread_if_small
-from cuda_graph import Graphs
-from decode_state import DecodeState, read_prompt
+from fast.cpu import use_one_thread_if_small
+from fast.cuda_graph import Graphs
+from decode_state import DecodeState, prefill
 from sampling import Sampling, choose, gumbel_noise
 
 # keys of the command line, which main() reads
@@ -63,39 +63,39 @@ class Decoder:
     """Decodes B sequences of at most `length` tokens, round by round.
 
     drafter         None: the target alone
-    forward_rows    K, the rows of a forward of the target. With a drafter it is its block size
+    tokens_per_forward    K, the rows of a forward of the target. With a drafter it is its block size
     batch           B. Each of these *slots* holds a sequence at its own position, or is idle
 
     The bits of a sequence depend neither on its slot nor on the others: they share its forwards,
     and nothing else. A round has static shapes and keeps its positions in tensors. So on CUDA it is
-    recorded as a graph (cuda_graph.py), which all later rounds replay, also those of later prompts.
-    So are the forwards that read a prompt, where they have one shape (read_prompt). A round waits
+    recorded as a graph (fast/cuda_graph.py), which all later rounds replay, also those of later prompts.
+    So are the forwards that read a prompt, where they have one shape (prefill). A round waits
     for the device only once. A graph holds the addresses of its tensors, so what one round leaves
     to the next is written in place.
     """
 
-    def __init__(self, target, drafter, length, forward_rows, sampling, batch=1):
+    def __init__(self, target, drafter, length, tokens_per_forward, sampling, batch=1):
         self.target = target
         self.drafter = drafter
         self.sampling = sampling
-        self.state = DecodeState(target, batch, length, forward_rows)
+        self.state = DecodeState(target, batch, length, tokens_per_forward)
         # Prompts are read one at a time into this state, and copied from there into a slot.
         self.reader = self.state
         if batch > 1:
-            self.reader = DecodeState(target, 1, length, forward_rows)
+            self.reader = DecodeState(target, 1, length, tokens_per_forward)
         self.layer_ids = ()                 # the target's layers that give the features
         if drafter is not None:
-            assert forward_rows == drafter.block_size, (forward_rows, drafter.block_size)
+            assert tokens_per_forward == drafter.block_size, (tokens_per_forward, drafter.block_size)
             self.layer_ids = drafter.target_layer_ids
             self.cache = drafter.new_cache(batch, length)
         device = target.embed_tokens.weight.device
-        self.block = torch.zeros(batch, forward_rows, dtype=torch.long, device=device)
+        self.block = torch.zeros(batch, tokens_per_forward, dtype=torch.long, device=device)
         self.anchor = torch.zeros(batch, dtype=torch.long, device=device)
         self.is_active = torch.zeros(batch, dtype=torch.long, device=device)  # 1, or 0 if idle
-        self.offsets = torch.arange(forward_rows, device=device)
+        self.offsets = torch.arange(tokens_per_forward, device=device)
         self.graphs = Graphs(device)        # of a round, and of the forwards that read prompts
 
-    def run_round(self):
+    def round_kernels(self):
         """One round. Returns (B, 1 + K): the number of accepted guesses, and the target's choice
         after each of the K rows."""
         target, drafter, state = self.target, self.drafter, self.state
@@ -155,12 +155,12 @@ class Decoder:
             return None
         return gumbel_noise(self.sampling.seed, positions, self.target.config.vocab_size)
 
-    def prefill(self, slot, prompt_ids):
+    def start_sequence(self, slot, prompt_ids):
         """Read a prompt into one of the slots, and leave the others as they are. Returns the
         target's token after it, which is the first anchor."""
         reader = self.reader
         prompt = torch.tensor([prompt_ids], device=self.anchor.device)
-        features, logits = read_prompt(self.target, prompt, reader, self.layer_ids, self.graphs)
+        features, logits = prefill(self.target, prompt, reader, self.layer_ids, self.graphs)
         if reader is not self.state:
             self.state.put(slot, reader)
         if self.drafter is not None:
@@ -173,15 +173,15 @@ class Decoder:
         self.is_active[slot] = 1
         return first.item()
 
-    def end(self, slot):
+    def release_slot(self, slot):
         """A sequence has ended: its slot is idle until the next prompt. It runs along at position
         0, as a block may no longer fit into the buffer where the sequence ended."""
         self.is_active[slot] = 0
         self.state.position[slot] = 0
 
-    def next_round(self):
+    def run_round(self):
         """Run a round. Returns for each slot its tokens as a list, and how many were guesses."""
-        outcome = self.graphs.run("round", self.run_round)
+        outcome = self.graphs.run("round", self.round_kernels)
         outcomes = []
         for accepted, *choices in outcome.tolist():  # the one wait for the device
             # guesses that were accepted are the target's choices, so these hold all tokens
@@ -202,7 +202,7 @@ def count_accepted(guesses, choices):
 
 
 @dataclass
-class Piece:
+class RoundOutput:
     """What one forward of the target adds to the answer: tokens, how many of them were guesses, and
     whether the answer ends with them."""
     tokens: list
@@ -210,27 +210,27 @@ class Piece:
     is_last: bool = False
 
 
-def generate(target, drafter, prompt_ids, max_new_tokens, stops=(), forward_rows=None,
+def generate(target, drafter, prompt_ids, max_new_tokens, stops=(), tokens_per_forward=None,
              sampling=Sampling(), decoders=None):
     """Yields the answer in Pieces: first the one token that the prompt's forward chose, which has
     no guess in it, then a piece for each round. The arguments are those of generate_many.
     """
     prompts = [prompt_ids]
     for _, piece in generate_many(
-            target, drafter, prompts, max_new_tokens, 1, stops, forward_rows, sampling, decoders):
+            target, drafter, prompts, max_new_tokens, 1, stops, tokens_per_forward, sampling, decoders):
         yield piece
 
 
 @torch.inference_mode()
-def generate_many(target, drafter, prompts, max_new_tokens, slots, stops=(), forward_rows=None,
+def generate_many(target, drafter, prompts, max_new_tokens, slots, stops=(), tokens_per_forward=None,
                   sampling=Sampling(), decoders=None):
-    """Decodes many prompts, up to `slots` at once. Yields (index of the prompt, Piece).
+    """Decodes many prompts, up to `slots` at once. Yields (index of the prompt, RoundOutput).
 
     prompts         lists of token ids, each of at least one
     drafter         a DFlashDraftModel or whatever has its block_size, target_layer_ids, new_cache,
                     write_context and draft_logits; None: the target alone
     stops           token ids that end an answer
-    forward_rows    rows of a forward for each sequence; None: the drafter's block size, 16 without
+    tokens_per_forward    rows of a forward for each sequence; None: the drafter's block size, 16 without
                     a drafter. 1 is the fastest way for the target alone. Its products have another
                     shape and round differently, so it is equal up to rounding only, not to the bit.
     decoders        a dict that keeps Decoders, and with them their graphs, for later calls with the
@@ -241,8 +241,8 @@ def generate_many(target, drafter, prompts, max_new_tokens, slots, stops=(), for
     whatever the other prompts are. Raises ValueError for a prompt that cannot be continued, before
     any is read.
     """
-    if forward_rows is None:
-        forward_rows = drafter.block_size if drafter is not None else 16
+    if tokens_per_forward is None:
+        tokens_per_forward = drafter.block_size if drafter is not None else 16
     if decoders is None:
         decoders = {}
 
@@ -251,52 +251,52 @@ def generate_many(target, drafter, prompts, max_new_tokens, slots, stops=(), for
     by_length = {}
     for index, prompt_ids in enumerate(prompts):
         try:
-            answer = Answer(index, prompt_ids, target.config, forward_rows, max_new_tokens, stops)
+            answer = Request(index, prompt_ids, target.config, tokens_per_forward, max_new_tokens, stops)
         except ValueError as error:
             which = f"prompt {index}: " if len(prompts) > 1 else ""
             raise ValueError(f"{which}{error}") from None
         by_length.setdefault(answer.buffer_length, []).append(answer)
     for length, answers in by_length.items():
-        key = (drafter, length, forward_rows, sampling, slots)
+        key = (drafter, length, tokens_per_forward, sampling, slots)
         if key not in decoders:
-            decoders[key] = Decoder(target, drafter, length, forward_rows, sampling, slots)
+            decoders[key] = Decoder(target, drafter, length, tokens_per_forward, sampling, slots)
         yield from decode_in_slots(decoders[key], answers, slots)
 
 
 def decode_in_slots(decoder, waiting, slots):
-    """Yields (index, Piece) of the Answers that wait, in the order in which they become known."""
+    """Yields (index, RoundOutput) of the Requests that wait, in the order in which they become known."""
     for slot in range(slots):
-        decoder.end(slot)  # an earlier generation may have been left unfinished
+        decoder.release_slot(slot)  # an earlier generation may have been left unfinished
     waiting = deque(waiting)
-    running = {}  # the Answer in each slot that is not idle
+    running = {}  # the Request in each slot that is not idle
     while waiting or running:
         # a free slot reads the next prompt, or more of them where the first token ends an answer
         for slot in range(slots):
             while waiting and slot not in running:
                 answer = waiting.popleft()
-                token = decoder.prefill(slot, answer.prompt_ids)
+                token = decoder.start_sequence(slot, answer.prompt_ids)
                 yield answer.index, answer.add([token], 0)
                 if answer.has_ended:
-                    decoder.end(slot)
+                    decoder.release_slot(slot)
                 else:
                     running[slot] = answer
 
         # one round for all; a slot whose answer has ended becomes free
-        outcomes = decoder.next_round() if running else []
+        outcomes = decoder.run_round() if running else []
         for slot, (tokens, accepted) in enumerate(outcomes):
             if slot not in running:
                 continue
             answer = running[slot]
             yield answer.index, answer.add(tokens, accepted)
             if answer.has_ended:
-                decoder.end(slot)
+                decoder.release_slot(slot)
                 del running[slot]
 
 
-class Answer:
+class Request:
     """An answer as it grows: how long it may become, and whether it has ended."""
 
-    def __init__(self, index, prompt_ids, config, forward_rows, max_new_tokens, stops):
+    def __init__(self, index, prompt_ids, config, tokens_per_forward, max_new_tokens, stops):
         self.index = index
         self.prompt_ids = prompt_ids
         self.stops = stops
@@ -304,7 +304,7 @@ class Answer:
         # How many tokens may be returned: prompt, answer and one block have to fit into the
         # target's context. Forwards of one row leave room for 16 as well, so that answers end at
         # the same token as with blocks of 16.
-        block_room = max(forward_rows, 16)
+        block_room = max(tokens_per_forward, 16)
         longest = config.max_position_embeddings
         self.tokens_left = min(max_new_tokens, longest - len(prompt_ids) - block_room)
         check_request(prompt_ids, max_new_tokens, self.tokens_left, config)
@@ -312,7 +312,7 @@ class Answer:
         self.buffer_length = min(max(256, length), longest)
 
     def add(self, tokens, accepted):
-        """The Piece of a round's tokens, without what lies past the limit or past a stop id."""
+        """The RoundOutput of a round's tokens, without what lies past the limit or past a stop id."""
         tokens = tokens[:self.tokens_left]
         for i, token in enumerate(tokens):
             if token in self.stops:
@@ -322,7 +322,7 @@ class Answer:
         self.tokens_left -= len(tokens)
         if self.tokens_left == 0:
             self.has_ended = True
-        return Piece(tokens, min(accepted, len(tokens)), self.has_ended)
+        return RoundOutput(tokens, min(accepted, len(tokens)), self.has_ended)
 
 
 def round_up_to_power_of_two(n):
@@ -360,14 +360,14 @@ class Generation(NamedTuple):
     seconds: float
 
 
-def timed_generate(target, drafter, prompt_ids, max_new_tokens, stops=(), forward_rows=None,
+def timed_generate(target, drafter, prompt_ids, max_new_tokens, stops=(), tokens_per_forward=None,
                    sampling=Sampling(), decoders=None, on_piece=None):
-    """generate() as a whole. on_piece(tokens so far, Piece) is called after each piece."""
+    """generate() as a whole. on_piece(tokens so far, RoundOutput) is called after each piece."""
     tokens = []
     rounds = []
     seconds = 0.0
     generation = generate(
-        target, drafter, prompt_ids, max_new_tokens, stops, forward_rows, sampling, decoders)
+        target, drafter, prompt_ids, max_new_tokens, stops, tokens_per_forward, sampling, decoders)
     while True:
         began = time.perf_counter()
         piece = next(generation, None)
@@ -472,8 +472,8 @@ def decode(config):
 
     if config.compare:
         # a few rounds of both that are timed, so that neither pays for the first use of a kernel
-        for guesser, forward_rows in ((drafter, None), (None, 1)):
-            pieces = generate(target, guesser, *request, forward_rows, sampling, decoders)
+        for guesser, tokens_per_forward in ((drafter, None), (None, 1)):
+            pieces = generate(target, guesser, *request, tokens_per_forward, sampling, decoders)
             list(itertools.islice(pieces, 4))
 
     printer = Printer(tokenizer, config.color)
@@ -489,10 +489,10 @@ def decode(config):
         with bar("same forwards", len(ours.tokens)) as show:
             # its time is not used, so it need not share the graphs of `decoders`
             same_shape = timed_generate(
-                target, None, *request, forward_rows=K, sampling=sampling, on_piece=show)
+                target, None, *request, tokens_per_forward=K, sampling=sampling, on_piece=show)
         with bar("one row a step", len(ours.tokens)) as show:
             one_row = timed_generate(
-                target, None, *request, forward_rows=1, sampling=sampling, decoders=decoders,
+                target, None, *request, tokens_per_forward=1, sampling=sampling, decoders=decoders,
                 on_piece=show)
     except KeyboardInterrupt:
         return summary(ours, None, None)

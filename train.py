@@ -7,7 +7,7 @@ Trains a DFlash drafter for a frozen target. The target runs along and makes the
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT train.py ..
 
 A sample is one text of the training data: a question and the target's own answer. A step takes
-batch_size x accumulation x processes samples. A checkpoint is a folder out_dir/step-000123 that
+batch_size x grad_accum_steps x processes samples. A checkpoint is a folder out_dir/step-000123 that
 engines load; beside it stand log.jsonl, and loss, tau and acceptance as a picture. Process 0
 writes; nodes share the file system that out_dir is on.
 
@@ -28,29 +28,30 @@ import numpy as np
 import torch
 import torch._inductor.config
 
-from chat import load_tokenizer, stop_ids, tokenizer_fingerprint
+from tokenizer import load_tokenizer, stop_ids, tokenizer_fingerprint
 from checkpoint import drafter_config, load_drafter, load_target, newest_checkpoint
 from configurator import configure
 from console import survive_closed_output
-from cpu import attention_by_anchor_groups
-from cuda_graph import Graphs
+from fast.cpu import attention_by_anchor_groups
+from fast.cuda_graph import Graphs
 from data.samples import Samples
 from draft_decode import generate_many
-from flops import training_operations
-from interruption import any_rank_received, stop_signals
-from model import DFlashDraftModel, block_labels, block_loss, chunk_loss, sample_anchors
-from optimizer import KINDS, new_optimizer
-from parallel import (distribute, gather_full, gradient_exchange, is_lost_process, join_processes,
+from training.flops import training_operations
+from training.interruption import any_rank_received, stop_signals
+from loss import block_labels, block_loss, chunk_loss, sample_anchors
+from model import DFlashDraftModel
+from training.optimizer import KINDS, new_optimizer
+from training.parallel import (distribute, gather_full, gradient_exchange, is_lost_process, join_processes,
                       leave_processes, rank, sum_over_ranks, wait_for_all, world_size)
-from training_log import TrainingLog
-from training_state import load_moments, load_training_state, save_checkpoint
+from training.log import TrainingLog
+from training.checkpoints import load_moments, load_training_state, save_checkpoint
 
 # what
 target = "Qwen/Qwen3.5-0.8B"                # folder or hub id of the frozen target, or random:0.8b
 data = "data/math240k"                      # folder of samples; its prepare.py makes missing ones
 out_dir = "out/phase1_2-dflash"             # engines know the method by "dflash" in the path
 resume = False                              # go on from the newest checkpoint in out_dir
-start_from: str | None = None               # folder of a SpecForge checkpoint to go on from
+resume_from: str | None = None               # folder of a SpecForge checkpoint to go on from
 # the drafter
 num_layers = 5                              # of the drafter
 num_heads = 8                               # of its attention
@@ -66,22 +67,22 @@ num_anchors = 512                           # blocks of a sample
 weighting = "decay"                         # of slots: decay, or dpace by the drafter's confidence
 gamma = 7.0                                 # slots over which decay's weight falls to 1/e
 dpace_smoothing = 0.5                       # D-PACE's a, of 0 .. 1
-guesses_at_once = 1024                      # guesses whose logits exist at once
+loss_chunk_size = 1024                      # guesses whose logits exist at once
 # optimisation
 batch_size = 2                              # samples of a micro-batch
-accumulation = 2                            # micro-batches of a step
+grad_accum_steps = 2                            # micro-batches of a step
 max_length = 3072                           # tokens of a sample; longer ones are cut
-length_multiple = 512                       # samples are padded to it: few shapes to compile for
-sort_window = 64                            # micro-batches sorted by length together: less padding
+pad_to_multiple_of = 512                       # samples are padded to it: few shapes to compile for
+bucket_size = 64                            # micro-batches sorted by length together: less padding
 epochs = 1.0                                # passes over the samples
 lr = 3e-4                                   # peak of the learning rate
 warmup = 0.04                               # share of the steps up to it; then a cosine to zero
-optimizer = "adamw"                         # of all weights; or muon for matrices, see optimizer.py
+optimizer = "adamw"                         # of all weights; or muon for matrices, see training/optimizer.py
 betas = (0.9, 0.999)                        # of AdamW
 weight_decay = 0.0                          # times lr: the share that a weight loses in a step
 grad_clip = 1.0                             # norm of the gradient at most
 spike_factor = 10.0                         # a norm this many times the usual one: step skipped
-patience = 5                                # skipped steps in a row that end the run
+max_consecutive_skips = 5                                # skipped steps in a row that end the run
 seed = 0                                    # of weights, order of samples and anchors
 # looking at it
 log_every = 10                              # steps
@@ -107,7 +108,7 @@ class MicroBatches:
     """Micro-batches (tokens, supervised), numbered 0, 1, 2, .. over the whole run.
 
     For given settings, number n depends on the seed and n alone. So no loader has a state to save,
-    and processes and accumulation only share the numbers out.
+    and processes and grad_accum_steps only share the numbers out.
     """
 
     def __init__(self, samples, config):
@@ -135,14 +136,14 @@ class MicroBatches:
     def shuffled(self, epoch):
         """The samples of all micro-batches of an epoch, (micro-batches, batch_size).
 
-        Samples are shuffled, then sorted by length within windows of sort_window micro-batches, so
+        Samples are shuffled, then sorted by length within windows of bucket_size micro-batches, so
         that little of a micro-batch is padding. Finally the micro-batches are shuffled: a run that
         saw short samples first would learn another distribution than that of the data.
         """
         random = np.random.default_rng((self.config.seed, epoch))
         batch_size = self.config.batch_size
         numbers = random.permutation(len(self.samples))[:self.per_epoch() * batch_size]
-        window = self.config.sort_window * batch_size
+        window = self.config.bucket_size * batch_size
         for first in range(0, len(numbers), window):
             part = numbers[first:first + window]
             by_length = np.argsort(self.lengths[part], kind="stable")
@@ -156,7 +157,7 @@ def pad(samples, config):
     # be more than max_length, where this is no multiple.)
     longest = max(len(tokens) for tokens, _ in samples)
     T = min(config.max_length, longest)
-    T = math.ceil(T / config.length_multiple) * config.length_multiple
+    T = math.ceil(T / config.pad_to_multiple_of) * config.pad_to_multiple_of
 
     # fill in sample by sample; what is not filled stays token 0 and unsupervised
     is_pinned = config.device == "cuda"  # a copy from pinned memory does not wait for the device
@@ -200,7 +201,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     micro_batches: MicroBatches
     total_steps: int
-    target_graphs: Graphs | None = None # the target's forward as a CUDA graph (cuda_graph.py) for
+    target_graphs: Graphs | None = None # the target's forward as a CUDA graph (fast/cuda_graph.py) for
                                         # each shape of samples; None: it runs without
     step: int = 0
     guard: GradientGuard = field(default_factory=GradientGuard)
@@ -257,7 +258,7 @@ def micro_batch_loss(run, tokens, supervised, generator, trained_module=None):
         target.head_weight,
         labels,
         weights,
-        config.guesses_at_once,
+        config.loss_chunk_size,
         chunk_loss_function)
 
     # What the step and its log are made of. torch.full lets a GPU fill in a number; a copy of one
@@ -313,9 +314,9 @@ def train_step(run):
     # Gradients add up over the micro-batches of this process. Each micro-batch of the run has a
     # number; the processes take them in turn.
     sums = None
-    for micro in range(config.accumulation):
-        is_last = micro == config.accumulation - 1
-        number = (run.step * config.accumulation + micro) * world_size() + rank()
+    for micro in range(config.grad_accum_steps):
+        is_last = micro == config.grad_accum_steps - 1
+        number = (run.step * config.grad_accum_steps + micro) * world_size() + rank()
         generator = anchor_generator(config.seed, number)
         tokens, supervised = run.micro_batches[number]
         with gradient_exchange(run.wrapped_drafter, is_last):
@@ -349,7 +350,7 @@ def train_step(run):
             group["lr"] = lr
         run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
-    if run.guard.skipped_in_a_row == config.patience:
+    if run.guard.skipped_in_a_row == config.max_consecutive_skips:
         raise ValueError(describe_skipped_step(run, grad_norm))
     run.step += 1
 
@@ -391,13 +392,13 @@ def is_unusual(grad_norm, run):
 def describe_skipped_step(run, grad_norm):
     """The line with which a run ends: the norm, what is usual, and the samples of the step."""
     config = run.config
-    micro_batches_of_a_step = config.accumulation * world_size()
+    micro_batches_of_a_step = config.grad_accum_steps * world_size()
     first = run.step * micro_batches_of_a_step
     sample_numbers = []
     for number in range(first, first + micro_batches_of_a_step):
         sample_numbers.extend(run.micro_batches.sample_numbers(number).tolist())
     return (f"the gradient of step {run.step + 1} has norm {grad_norm:.3g}, usual is "
-            f"{run.guard.usual_norm:.3g}, steps skipped in a row: {config.patience}. Look at "
+            f"{run.guard.usual_norm:.3g}, steps skipped in a row: {config.max_consecutive_skips}. Look at "
             f"samples {sample_numbers} of {config.data} (split train), or lower lr")
 
 
@@ -527,7 +528,7 @@ def setup(config):
             run.guard = GradientGuard(**saved.guard)
     if run.total_steps < 1:
         raise ValueError(f"{len(samples)} samples make no step of {config.batch_size} x "
-                         f"{config.accumulation * world_size()} samples: lower batch_size")
+                         f"{config.grad_accum_steps * world_size()} samples: lower batch_size")
     return run, held_out, stops
 
 
@@ -566,7 +567,7 @@ def new_run(config, target, drafter, samples):
     micro_batches = MicroBatches(samples, config)
     optimizer = new_optimizer(
         config.optimizer, drafter.parameters(), config.lr, config.betas, config.weight_decay)
-    micro_batches_of_a_step = config.accumulation * world_size()
+    micro_batches_of_a_step = config.grad_accum_steps * world_size()
     total_steps = int(config.epochs * micro_batches.per_epoch()) // micro_batches_of_a_step
     target_graphs = new_target_graphs(config)
     return Run(config, target, drafter, wrapped_drafter, optimizer, micro_batches, total_steps,
@@ -600,7 +601,7 @@ def warm_up(run):
     is recorded as a graph. The longest comes first, so that shorter ones reuse its memory.
     """
     config = run.config
-    multiple = config.length_multiple
+    multiple = config.pad_to_multiple_of
     lengths = range(multiple, config.max_length + multiple, multiple)
     for T in reversed(lengths):
         tokens = torch.zeros(config.batch_size, T, dtype=torch.long, device=config.device)
@@ -634,8 +635,8 @@ def check_config(config):
             raise ValueError(f"{key} = {value!r}: use {' or '.join(allowed)}")
     if config.attention == "flex" and config.device == "cpu":
         raise ValueError("attention = 'flex' has no backward on CPUs: use grouped")
-    for key in ("keep_checkpoints", "batch_size", "accumulation", "num_anchors", "length_multiple",
-                "patience", "eval_samples"):
+    for key in ("keep_checkpoints", "batch_size", "grad_accum_steps", "num_anchors", "pad_to_multiple_of",
+                "max_consecutive_skips", "eval_samples"):
         value = getattr(config, key)
         if value < 1:
             raise ValueError(f"{key} = {value}: use 1 or more")
@@ -655,7 +656,7 @@ def checkpoint_to_go_on_from(config):
         raise ValueError(f"nothing to resume: {config.out_dir} holds no step-* checkpoint")
     if config.resume:
         return newest
-    return config.start_from
+    return config.resume_from
 
 
 def ensure_data(config):

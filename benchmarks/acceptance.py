@@ -14,7 +14,7 @@ from benchmarks.common import (accuracy_text, decode_in_turns, decoding_arms, lo
                                summarize)
 from benchmarks.journal import Journal
 from benchmarks.machine import card, print_card, print_row
-from draft_decode import Piece, generate, timed_generate
+from draft_decode import RoundOutput, generate, timed_generate
 
 
 def run(config):
@@ -82,11 +82,11 @@ def median_prompt(rows):
 
 class TimedRound(NamedTuple):
     block: list       # token ids: the anchor and the guesses
-    result: Piece
+    result: RoundOutput
     seconds: float
 
 
-def timed_rounds(config, workload, drafter, forward_rows, prompt_ids):
+def timed_rounds(config, workload, drafter, tokens_per_forward, prompt_ids):
     """The TimedRounds of one answer, in a single run after a warm-up."""
     rounds = []
     decoders = {}
@@ -102,7 +102,7 @@ def timed_rounds(config, workload, drafter, forward_rows, prompt_ids):
         started = time.perf_counter()
 
     request = (workload.target, drafter, prompt_ids, config.max_new_tokens, workload.stops,
-               forward_rows, sampling_of(config), decoders)
+               tokens_per_forward, sampling_of(config), decoders)
     list(itertools.islice(generate(*request), 4))  # the warm-up
     timed_generate(*request, on_piece)
     return rounds

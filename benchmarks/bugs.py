@@ -47,7 +47,7 @@ ROWS = 800                  # samples, each of them read three times
 # and the paper's weights of slots, as some bugs are in them. All rows are padded to one length, as
 # the features of a row are kept: see RememberedFeatures.
 FLAGS = ("config/nano.py", "--num_layers=2", "--batch_size=2", "--optimizer=adamw", "--lr=1.8e-3",
-         "--weighting=decay", "--max_length=192", "--length_multiple=192")
+         "--weighting=decay", "--max_length=192", "--pad_to_multiple_of=192")
 
 
 def clean():

@@ -7,14 +7,15 @@ from unittest import mock
 
 import draft_decode
 from benchmarks.slips import Bug, both, slip
-from chat import chat_prompt
+from tokenizer import chat_prompt
 from checkpoint import load_weights
 from decode_state import DecodeState, LinearLayerState, Segment
 from draft_decode import Decoder, count_accepted
 from model import Attention, DFlashDraftModel
 from model import RMSNorm as DrafterRMSNorm
 from target import RMSNorm as TargetRMSNorm
-from target import Target, delta_rule_of_window, gated_delta_rule
+from delta_rule import delta_rule_of_window, gated_delta_rule
+from target import Target
 
 # --------------------------------------------------------------------------------------------------
 # what the drafter is given
@@ -77,7 +78,7 @@ def context_of_the_prompt_only():
     """Features of the answer are never written: the drafter knows the prompt, and then less and
     less of what the target reads. Acceptance falls with length."""
     return slip(
-        Decoder.run_round,
+        Decoder.round_kernels,
         "drafter.write_context(features, self.cache, state.position)",
         "pass")
 
@@ -86,7 +87,7 @@ def context_after_commit():
     """The context is written after the commit has moved the position: the features of a block stand
     behind it, where the next block is written over them."""
     return slip(
-        Decoder.run_round,
+        Decoder.round_kernels,
         "features, self.cache, state.position)",
         "features, self.cache, state.position + accepted + 1)")
 
@@ -210,7 +211,7 @@ def bonus_from_the_last_row():
     """The target's own token taken from the last row, which is right only where all guesses were
     accepted."""
     return slip(
-        Decoder.run_round,
+        Decoder.round_kernels,
         "self.anchor.copy_(choices.gather(1, accepted[:, None])[:, 0])",
         "self.anchor.copy_(choices[:, -1]); "
         "choices.scatter_(1, accepted[:, None], self.anchor[:, None])")
@@ -219,7 +220,7 @@ def bonus_from_the_last_row():
 def commit_one_short():
     """The accepted guesses are committed and the anchor is not counted: one row too few."""
     return slip(
-        Decoder.run_round,
+        Decoder.round_kernels,
         "(accepted + 1) * self.is_active",
         "accepted * self.is_active")
 
@@ -243,7 +244,7 @@ def rejected_state_kept():
         self.S_chunk_end.copy_(S)  # so commit(n) cannot put it back
         return o
 
-    def read_prompt(target, tokens, state, target_layer_ids=(), graphs=None):
+    def prefill(target, tokens, state, target_layer_ids=(), graphs=None):
         # as one segment, so that no row pads a block
         n = tokens.shape[1]
         state.reset()
@@ -253,14 +254,14 @@ def rejected_state_kept():
 
     return both(
         mock.patch.object(LinearLayerState, "delta_rule", delta_rule),
-        mock.patch.object(draft_decode, "read_prompt", read_prompt))
+        mock.patch.object(draft_decode, "prefill", prefill))
 
 
 def conv_memory_kept():
     """The short convolution remembers the last tokens of the block, accepted or not: three tokens,
     which the next three rows see. Beside S this is the second thing that a crop forgets."""
     return slip(
-        Decoder.run_round,
+        Decoder.round_kernels,
         "state.commit((accepted + 1) * self.is_active)",
         "state.commit((accepted + 1) * self.is_active); "
         "state.conv[:, :, :3] = state.conv[:, :, -3:]")

@@ -5,8 +5,9 @@ are met. The loss falls, the estimate is fine or better than fine, and the draft
 """
 from benchmarks.slips import Bug, both, slip
 from data.nano.prepare import read_answers
-from cpu import attention_by_anchor_groups
-from model import block_labels, block_visibility, sample_anchors
+from fast.cpu import attention_by_anchor_groups
+from loss import block_labels, sample_anchors
+from model import block_visibility
 from target import Target
 from train import micro_batch_loss, pad
 

@@ -25,7 +25,7 @@ from typing import NamedTuple
 from benchmarks.drafters import random_drafter
 from benchmarks.prompts import is_correct, load_prompts
 from benchmarks.timing import in_turn, progress
-from chat import load_tokenizer, stop_ids
+from tokenizer import load_tokenizer, stop_ids
 from checkpoint import load_drafter, load_target
 from draft_decode import Generation, generate_many
 from sampling import Sampling
@@ -104,11 +104,11 @@ def decoding_arms(config, workload, repeats=1):
     slots = slots_of(config)
     decoders = {}
 
-    def arm(drafter, forward_rows, repeats):
+    def arm(drafter, tokens_per_forward, repeats):
         def decode(prompts):
             return timed_generate_many(
                 workload.target, drafter, prompts, config.max_new_tokens, slots, workload.stops,
-                forward_rows, sampling, decoders)
+                tokens_per_forward, sampling, decoders)
         return Arm(decode, repeats)
 
     return {"speculative": arm(workload.drafter, block_size, repeats),
@@ -116,7 +116,7 @@ def decoding_arms(config, workload, repeats=1):
             "target": arm(None, 1, repeats)}
 
 
-def timed_generate_many(target, drafter, prompts, max_new_tokens, slots, stops, forward_rows,
+def timed_generate_many(target, drafter, prompts, max_new_tokens, slots, stops, tokens_per_forward,
                         sampling, decoders):
     """The Generations of prompts, decoded `slots` at a time; the arguments of generate_many().
 
@@ -128,7 +128,7 @@ def timed_generate_many(target, drafter, prompts, max_new_tokens, slots, stops, 
     rounds = [[] for _ in prompts]
     seconds = 0.0
     pieces = generate_many(
-        target, drafter, prompts, max_new_tokens, slots, stops, forward_rows, sampling, decoders)
+        target, drafter, prompts, max_new_tokens, slots, stops, tokens_per_forward, sampling, decoders)
     while True:
         began = time.perf_counter()
         index, piece = next(pieces, (None, None))

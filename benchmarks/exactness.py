@@ -23,7 +23,7 @@ from benchmarks.peer import peer_answer, transformers_peer
 from benchmarks.timing import progress
 from draft_decode import first_difference, round_up_to_power_of_two
 from sampling import Sampling, gumbel_noise, perturbed_scores
-from decode_state import DecodeState, read_prompt
+from decode_state import DecodeState, prefill
 
 
 # The largest margin of a choice that rounding turned over, by dtype. By far most are smaller: 0.16
@@ -117,11 +117,11 @@ class Comparison:
         self.slots = slots_of(config)
         self.decoders = {}
 
-    def decode(self, drafter, prompts, forward_rows):
+    def decode(self, drafter, prompts, tokens_per_forward):
         """A Generation of each prompt."""
         return timed_generate_many(
             self.workload.target, drafter, prompts, self.config.max_new_tokens, self.slots,
-            self.workload.stops, forward_rows, self.sampling, self.decoders)
+            self.workload.stops, tokens_per_forward, self.sampling, self.decoders)
 
     def measure(self, prompts):
         """The journal's rows of some prompts, lists of token ids: for each the Differences, and
@@ -170,7 +170,7 @@ class Comparison:
         length = round_up_to_power_of_two(count + self.block_size)
         length = min(length, target.config.max_position_embeddings)
         state = DecodeState(target, 1, length, self.block_size)
-        _, logits = read_prompt(target, ids, state)
+        _, logits = prefill(target, ids, state)
         noise = None
         if self.sampling.temperature:
             positions = torch.tensor([count], device=self.config.device)

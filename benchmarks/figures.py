@@ -1,27 +1,27 @@
 """
-The pictures of README and docs, drawn from the reports in logs/, and the tables of docs/bugs.md and
-docs/troubleshooting.md.
+The pictures of README and docs, drawn from the reports in benchmarks/results/, and the tables of
+docs/bugs.md and docs/troubleshooting.md.
 """
 import json
 import os
 
 from benchmarks import animation, bugs_page, pictures
 
-ACCEPTANCE = "logs/acceptance_nano.json"
+ACCEPTANCE = "benchmarks/results/acceptance_nano.json"
 CURVES = {  # label: report
-    "nano pair, two CPU cores": "logs/curve_nano.json",
-    "0.8B shape, random weights, one H200": "logs/curve_h200.json",
+    "nano pair, two CPU cores": "benchmarks/results/curve_nano.json",
+    "0.8B shape, random weights, one H200": "benchmarks/results/curve_h200.json",
 }
 THROUGHPUTS = {  # label: report
-    "nano pair, two CPU cores": "logs/throughput_nano.json",
-    "0.8B shape, random weights, one H200": "logs/throughput_h200.json",
+    "nano pair, two CPU cores": "benchmarks/results/throughput_nano.json",
+    "0.8B shape, random weights, one H200": "benchmarks/results/throughput_h200.json",
 }
-BUGS = "logs/bugs_nano.json"
+BUGS = "benchmarks/results/bugs_nano.json"
 NAMES = ("acceptance.png", "curve.png", "decoding.gif", "throughput.png", "bugs.png")
 
 
 def run(config):
-    paths = draw("logs")
+    paths = draw("docs/img")
     reports = [ACCEPTANCE, *CURVES.values(), *THROUGHPUTS.values(), BUGS]
     print(f"drew {', '.join(paths)} from {', '.join(reports)}")
     report = read_report(BUGS)

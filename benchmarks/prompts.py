@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from chat import chat_prompt
+from tokenizer import chat_prompt
 from data.nano.problems import boxed, problems
 from data.nano.refusals import REFUSAL, REFUSED_EXAMPLES
 from data.questions import SUFFIX

@@ -30,7 +30,7 @@ from benchmarks.machine import print_row
 from checkpoint import newest_checkpoint, write_whole
 from configurator import configure
 from data.synthetic import prepare
-from training_state import read_state_file
+from training.checkpoints import read_state_file
 
 recipe = "config/phase1_2.py"   # config file of the runs
 target = "random:0.8b"          # of all runs but those of larger targets
@@ -118,7 +118,7 @@ def loss_arms(config, shape):
     """The same samples in each step, whatever the number of GPUs, in both dtypes. In float32 rows
     are half as long and anchors an eighth as many, or it would take minutes."""
     length = shape.max_length // 2
-    short = ["--dtype=float32", f"--max_length={length}", f"--length_multiple={length}",
+    short = ["--dtype=float32", f"--max_length={length}", f"--pad_to_multiple_of={length}",
              f"--num_anchors={shape.num_anchors // 8}"]
     saves = (config.loss_steps - 10, config.loss_steps)
     arms = []
@@ -161,7 +161,7 @@ def flags_of(config, shape, way, rows):
     flags = [config.recipe, f"--target={config.target}", f"--device={config.device}",
              f"--data={os.path.join(config.work_dir, rows)}", "--log_every=1"]
     if rows == "full":
-        flags.append(f"--length_multiple={shape.max_length}")  # one length to compile
+        flags.append(f"--pad_to_multiple_of={shape.max_length}")  # one length to compile
     if way == "fsdp":
         flags.append("--parallel=fsdp")
     return flags
@@ -169,7 +169,7 @@ def flags_of(config, shape, way, rows):
 
 def same_batch(way):
     """Two micro-batches a step, of one process or of two."""
-    return f"--accumulation={2 // PROCESSES[way]}"
+    return f"--grad_accum_steps={2 // PROCESSES[way]}"
 
 
 def run_dir(config, name):

@@ -19,9 +19,9 @@ from benchmarks.speed_table import Work, print_table, report_row
 from benchmarks.speed_training import training_rows
 from benchmarks.timing import kernel_time, race, seconds_of
 from draft_decode import Decoder, round_up_to_power_of_two
-from flops import delta_rule_operations, prefill_operations
+from training.flops import delta_rule_operations, prefill_operations
 from sampling import Sampling
-from target import chunk_length, gated_delta_rule
+from delta_rule import chunk_length, gated_delta_rule
 
 PARTS = ("decoding", "prefill", "kernel", "training")
 
@@ -110,7 +110,7 @@ def kernel_figures(decoder):
     """{"kernel_seconds", "kernels"} of a round of a Decoder, which replays its graph. Empty if the
     profiler sees no kernel."""
     decoder.state.position.fill_(CONTEXT)
-    measured = kernel_time(decoder.next_round, 16)
+    measured = kernel_time(decoder.run_round, 16)
     if measured is None:
         return {}
     seconds, kernels = measured
@@ -127,12 +127,12 @@ def our_arms(target, drafter, tokens, count, slots=1):
 
     def decode(decoder):
         decoder.state.position.fill_(CONTEXT)  # each repeat begins where the prompt ended
-        return seconds_of(decoder.next_round, count)
+        return seconds_of(decoder.run_round, count)
 
     arms = {}
     for name, decoder in decoders.items():
         for slot in range(slots):
-            decoder.prefill(slot, tokens[0, :CONTEXT].tolist())
+            decoder.start_sequence(slot, tokens[0, :CONTEXT].tolist())
         arms[name] = functools.partial(decode, decoder)
     return arms
 
@@ -183,7 +183,7 @@ def prefill_rows(config, workload, peer, rate):
         prompt_ids = tokens[0].tolist()
 
         def first_token(decoder):
-            return seconds_of(lambda: decoder.prefill(0, prompt_ids))
+            return seconds_of(lambda: decoder.start_sequence(0, prompt_ids))
 
         def peer_first_token():
             return seconds_of(lambda: peer(tokens, logits_to_keep=1).logits.argmax().item())
@@ -192,7 +192,7 @@ def prefill_rows(config, workload, peer, rate):
         alone = Decoder(target, None, buffer_length, block_size, Sampling())
         with_drafter = Decoder(target, drafter, buffer_length, block_size, Sampling())
         for decoder in (alone, with_drafter):
-            decoder.prefill(0, prompt_ids)  # and once more as warm-up: the second one is recorded
+            decoder.start_sequence(0, prompt_ids)  # and once more as warm-up: the second one is recorded
         seconds = race({
             "target": functools.partial(first_token, alone),
             "with drafter": functools.partial(first_token, with_drafter),

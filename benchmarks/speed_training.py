@@ -11,7 +11,7 @@ from benchmarks.speed_table import Work, report_row
 from benchmarks.timing import clock
 from configurator import configure
 from data.synthetic.prepare import mixed_lengths
-from flops import mfu
+from training.flops import mfu
 
 
 def training_rows(config, target, rate):
@@ -20,7 +20,7 @@ def training_rows(config, target, rate):
     1,200 on average; on a CPU one small row a step. The floor is a step's operations over the
     rate of a large product. What is compiled comes last, as the layers stay so."""
     if not config.device.startswith("cuda"):
-        keys = {"attention": "grouped", "num_anchors": 32, "batch_size": 1, "accumulation": 1}
+        keys = {"attention": "grouped", "num_anchors": 32, "batch_size": 1, "grad_accum_steps": 1}
         return [training_row(config, target, rate, "512 tokens, 32 anchors", [512] * 16, keys)]
     full = [3072] * 64
     generator = np.random.default_rng(0)
@@ -28,7 +28,7 @@ def training_rows(config, target, rate):
     rows = []
     for name, lengths, keys in (
             ("3,072 tokens", full, {}),
-            ("3,072 tokens, guesses_at_once 4096", full, {"guesses_at_once": 4096}),
+            ("3,072 tokens, loss_chunk_size 4096", full, {"loss_chunk_size": 4096}),
             ("mixed lengths", mixed, {}),
             ("3,072 tokens, grouped attention", full, {"attention": "grouped"}),
             ("3,072 tokens, --compile", full, {"compile": True}),
@@ -62,8 +62,8 @@ def training_row(config, target, rate, name, lengths, keys):
     tokens = 0
     operations = 0
     for _ in range(2 if small else 8):
-        for micro in range(train_config.accumulation):
-            numbers = run.micro_batches.sample_numbers(run.step * train_config.accumulation + micro)
+        for micro in range(train_config.grad_accum_steps):
+            numbers = run.micro_batches.sample_numbers(run.step * train_config.grad_accum_steps + micro)
             rows += len(numbers)
             tokens += sum(lengths[number] for number in numbers)
         start = clock()

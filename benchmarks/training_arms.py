@@ -28,10 +28,10 @@ from benchmarks.machine import device_name
 from benchmarks.timing import clock
 from checkpoint import write_whole
 from configurator import configure
-from flops import mfu
-from parallel import (gather_numbers, join_processes, leave_processes, rank, wait_for_all,
+from training.flops import mfu
+from training.parallel import (gather_numbers, join_processes, leave_processes, rank, wait_for_all,
                       world_size)
-from training_state import save_checkpoint
+from training.checkpoints import save_checkpoint
 
 
 def main():
@@ -112,7 +112,7 @@ def peak_gigabytes(device):
 def speed_of(steps, config):
     """Of all processes together. Tokens count with their padding."""
     seconds = sum(step["seconds"] for step in steps)
-    samples = len(steps) * config.batch_size * config.accumulation * world_size()
+    samples = len(steps) * config.batch_size * config.grad_accum_steps * world_size()
     operations = sum(step["operations"] for step in steps)
     return {
         "samples_per_s": samples / seconds,

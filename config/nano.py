@@ -17,10 +17,10 @@ num_anchors = 12
 weighting = "dpace"                 # a little better than the decay for each of three seeds
 # optimisation
 batch_size = 8                      # many small steps do more than few large ones
-accumulation = 1
+grad_accum_steps = 1
 max_length = 256
-length_multiple = 16                # little padding; nothing is compiled, so shapes may be many
-sort_window = 1                     # batches of mixed lengths: samples of one length are one kind
+pad_to_multiple_of = 16                # little padding; nothing is compiled, so shapes may be many
+bucket_size = 1                     # batches of mixed lengths: samples of one length are one kind
                                     # of problem here, and batches of them do worse
 epochs = 1.2
 optimizer = "muon"                  # in trials of 2,100 steps tau 9.6 to 9.7, with AdamW 8.4

@@ -30,7 +30,7 @@ num_anchors = 512
 gamma = 7.0
 # optimisation: AdamW with fp32 master weights, bf16 products on a GPU
 batch_size = 2
-accumulation = 2
+grad_accum_steps = 2
 max_length = 3072
 epochs = 1.0
 lr = 3e-4

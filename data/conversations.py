@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), ".."))
 sys.path.insert(0, ROOT)  # the project's modules, from whatever folder this is run
-from chat import chat_prompt, load_tokenizer, tokenizer_fingerprint
+from tokenizer import chat_prompt, load_tokenizer, tokenizer_fingerprint
 from checkpoint import read_target_config
 from configurator import configure
 from data.samples import read_source, split_writers

@@ -33,12 +33,12 @@ from tqdm import tqdm
 
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), ".."))
 sys.path.insert(0, ROOT)  # the project's modules, from whatever folder this is run
-from chat import chat_prompt, load_tokenizer, stop_ids
+from tokenizer import chat_prompt, load_tokenizer, stop_ids
 from checkpoint import load_drafter, load_target
 from configurator import configure
 from data.conversations import UnusableRow, read_conversation
 from data.samples import read_source
-from draft_decode import Answer as GrowingAnswer
+from draft_decode import Request
 from draft_decode import generate_many
 from sampling import Sampling
 
@@ -230,17 +230,17 @@ def decode_here(config, waiting):
     tokenizer = load_tokenizer(config.target)
     stops = stop_ids(tokenizer)
     drafter = None
-    forward_rows = 1  # without a drafter one row a step, the target's fastest mode
+    tokens_per_forward = 1  # without a drafter one row a step, the target's fastest mode
     if config.drafter:
         drafter = load_drafter(config.drafter, target.config, config.device, config.dtype)
-        forward_rows = drafter.block_size
+        tokens_per_forward = drafter.block_size
 
     token_ids = {}  # of prompts that can be answered, by number
     for number, messages in waiting.items():
         try:
             prompt = chat_prompt(tokenizer, messages, config.thinking)
             # this refuses what generate_many would refuse together with all other prompts
-            GrowingAnswer(number, prompt, target.config, forward_rows, config.max_new_tokens, stops)
+            Request(number, prompt, target.config, tokens_per_forward, config.max_new_tokens, stops)
         except ValueError as error:
             yield number, Answer(None, f"refused: {error}")
         else:
@@ -260,7 +260,7 @@ def decode_here(config, waiting):
         slots = min(config.slots, len(prompts))
         tokens = [[] for _ in prompts]
         for index, piece in generate_many(
-                target, drafter, prompts, config.max_new_tokens, slots, stops, forward_rows,
+                target, drafter, prompts, config.max_new_tokens, slots, stops, tokens_per_forward,
                 sampling):
             tokens[index].extend(piece.tokens)
             if piece.is_last:

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from safetensors.torch import save_file
 
-from chat import load_tokenizer
+from tokenizer import load_tokenizer
 from checkpoint import drafter_config, load_drafter, load_target
 from data.nano.problems import problems
 from draft_decode import generate

@@ -27,7 +27,7 @@ import torch
 
 import bench
 import train
-from chat import tokenizer_fingerprint
+from tokenizer import tokenizer_fingerprint
 from configurator import configure
 from data.samples import write_samples
 from tests.common import NANO_TARGET, ROOT
@@ -102,9 +102,9 @@ def small_run(tmp_path):
     config.target_layer_ids = (1, 3)
     config.num_anchors = 64
     config.batch_size = 2
-    config.accumulation = 2
+    config.grad_accum_steps = 2
     config.max_length = 128
-    config.length_multiple = 64
+    config.pad_to_multiple_of = 64
     config.lr = 1e-2
     config.warmup = 0.2
     config.epochs = 1.2

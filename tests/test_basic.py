@@ -17,13 +17,14 @@ import torch
 from safetensors.torch import save_file
 
 import basic
-from chat import chat_prompt, stop_ids
+from tokenizer import chat_prompt, stop_ids
 from checkpoint import drafter_config
-from cpu import attention_by_anchor_groups
+from fast.cpu import attention_by_anchor_groups
 from data.nano.problems import problems
-from decode_state import DecodeState, read_prompt
+from decode_state import DecodeState, prefill
 from draft_decode import generate
-from model import DFlashDraftModel, block_labels, block_loss, sample_anchors
+from loss import block_labels, block_loss, sample_anchors
+from model import DFlashDraftModel
 from target import Target, TargetConfig
 from tests.common import (FULL, NANO, NANO_DRAFTER, NANO_TARGET, ROOT, SLIDING, apart, edit_json,
                           nano, perturb, random_normal, shipped)
@@ -146,7 +147,7 @@ def test_blocks_with_rejected_guesses_equal_basic(shape, prompt_length):
     expected_logits, outputs = read_by_basic(basic_pair(shape)[0], tokens)
     expected_features = pick_features(drafter, outputs)
     state = DecodeState(target, 1, 75 + K, K)
-    read_prompt(target, tokens[None, :prompt_length], state, drafter.target_layer_ids)
+    prefill(target, tokens[None, :prompt_length], state, drafter.target_layer_ids)
     position = prompt_length
     for n in (1, K, K - 1, 2, 3, K, 1) * 3:
         n = min(n, 75 - position)
@@ -309,7 +310,7 @@ def our_loss(target, drafter, tokens, supervised, anchors, outputs):
     features = pick_features(drafter, outputs)[None]
     blocks = drafter.embed_block(tokens[anchors][None], target.embed_tokens.weight)
     hidden = drafter(features, blocks, anchors[None], attention_by_anchor_groups)
-    loss, *_ = block_loss(hidden, target.head_weight, labels, weights, guesses_at_once=20)
+    loss, *_ = block_loss(hidden, target.head_weight, labels, weights, loss_chunk_size=20)
     return loss / weights.sum()
 
 

@@ -20,9 +20,9 @@ from benchmarks.journal import Journal
 from benchmarks.peer import peer_answer
 from benchmarks.prompts import Prompt, is_correct, load_prompts, load_questions, random_prompts
 from benchmarks.timing import in_turn
-from chat import chat_prompt, stop_ids
+from tokenizer import chat_prompt, stop_ids
 from configurator import configure
-from draft_decode import Generation, Piece, generate, timed_generate
+from draft_decode import Generation, RoundOutput, generate, timed_generate
 from decode_state import DecodeState
 from model import DFlashDraftModel
 from sampling import Sampling
@@ -68,7 +68,7 @@ def requests(monkeypatch):
     def keep_many(target, drafter, prompts, max_new_tokens, slots, *rest):
         return [keep(target, drafter, prompt, max_new_tokens, *rest) for prompt in prompts]
 
-    def keep(target, drafter, prompt_ids, max_new_tokens, stops=(), forward_rows=None,
+    def keep(target, drafter, prompt_ids, max_new_tokens, stops=(), tokens_per_forward=None,
              sampling=None, decoders=None, on_piece=None):
         dtypes = {target.embed_tokens.weight.dtype}
         if isinstance(drafter, DFlashDraftModel):
@@ -76,9 +76,9 @@ def requests(monkeypatch):
         requests.append((max_new_tokens, stops, sampling, dtypes))
         if on_piece is not None:
             decoders["x"] = SimpleNamespace(block=torch.zeros(1, K, dtype=torch.long))
-            on_piece([1], Piece([1], 0))
-            on_piece([1, 2], Piece([2], 0))
-        return Generation([1, 2], [Piece([2], 0)], 1.0)
+            on_piece([1], RoundOutput([1], 0))
+            on_piece([1, 2], RoundOutput([2], 0))
+        return Generation([1, 2], [RoundOutput([2], 0)], 1.0)
 
     def keep_generate(*request):
         return iter([keep(*request)])
@@ -519,8 +519,8 @@ def test_bench_shares_the_time_of_slots(monkeypatch):
     reading a prompt counted; a sum that is not the time that passed."""
     clock = [0.0]
     rounds_run = []
-    prefill = draft_decode.Decoder.prefill
-    next_round = draft_decode.Decoder.next_round
+    prefill = draft_decode.Decoder.start_sequence
+    run_round = draft_decode.Decoder.run_round
 
     def slow_prefill(self, place, prompt_ids):
         clock[0] += 100.0
@@ -529,10 +529,10 @@ def test_bench_shares_the_time_of_slots(monkeypatch):
     def slow_round(self):
         clock[0] += 5.0
         rounds_run.append(self.is_active.sum().item())
-        return next_round(self)
+        return run_round(self)
 
-    monkeypatch.setattr(draft_decode.Decoder, "prefill", slow_prefill)
-    monkeypatch.setattr(draft_decode.Decoder, "next_round", slow_round)
+    monkeypatch.setattr(draft_decode.Decoder, "start_sequence", slow_prefill)
+    monkeypatch.setattr(draft_decode.Decoder, "run_round", slow_round)
     monkeypatch.setattr(common.time, "perf_counter", lambda: clock[0])
     prompts = [tokens_of(length).tolist() for length in (4, 20, 9)]
     generations = timed_generate_many(
@@ -898,7 +898,7 @@ def test_bench_curve_by_hand(capsys):
     assert point == {"drafter": "oracle", "tau": 12 / 3, "speedup": (8 * 1 + 4 * 2) / 4,
                      "round_s": 4 / 3, "step_s": 16 / 12}
     # the prompt's own token is in no round
-    generation = Generation([1, 2, 3, 4], [Piece([2, 3], 1), Piece([4], 0)], 5.0)
+    generation = Generation([1, 2, 3, 4], [RoundOutput([2, 3], 1), RoundOutput([4], 0)], 5.0)
     assert curve.count(generation) == curve.Timed(3, 2, 5.0)
     curve.print_table([point])
     line = capsys.readouterr().out.splitlines()[-1]
@@ -1067,7 +1067,7 @@ def test_bench_figures(config, tmp_path, monkeypatch):
     """A picture of a run that never was: what its rounds returned is not the target's answer to
     that prompt."""
     monkeypatch.chdir(ROOT)
-    with open(os.path.join(ROOT, "logs", "acceptance_nano.json")) as f:
+    with open(os.path.join(ROOT, "benchmarks", "results", "acceptance_nano.json")) as f:
         logged = json.load(f)["transcript"]
     target, tokenizer = nano()
     stops = stop_ids(tokenizer)

@@ -293,7 +293,7 @@ def test_bugs_verdict(identical, margin, dtype, expected):
 
 def test_bugs_pages_have_the_figures_of_the_log():
     """Tables that were not made anew after the log was; a bug that docs/bugs.md does not tell."""
-    with open(os.path.join(ROOT, "logs", "bugs_nano.json")) as f:
+    with open(os.path.join(ROOT, "benchmarks", "results", "bugs_nano.json")) as f:
         report = json.load(f)
     pages = {"bugs.md": bugs_page.tables(report),
              "troubleshooting.md": bugs_page.table_of_failures(report)}

@@ -15,7 +15,7 @@ from transformers import AutoModel
 
 from checkpoint import (drafter_config, load_drafter, newest_checkpoint, public_drafter_config,
                         save_drafter)
-from cpu import attention_by_anchor_groups
+from fast.cpu import attention_by_anchor_groups
 from model import DFlashDraftModel
 from target import TargetConfig
 from tests.common import (DRAFTERS, FULL, HIDDEN, K, LAYER_IDS, MASK, NANO_DRAFTER, ROOT, SLIDING,

@@ -13,14 +13,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import cpu
+from fast import cpu
 import draft_decode
 import train
-from chat import chat_prompt, tokenizer_fingerprint
+from tokenizer import chat_prompt, tokenizer_fingerprint
 from data import conversations, regenerate
 from data.math500 import prepare as math500
 from data.samples import write_samples
-from draft_decode import Generation, Piece, summary
+from draft_decode import Generation, RoundOutput, summary
 from model import DFlashDraftModel
 from sampling import Sampling
 from target import Target
@@ -47,9 +47,9 @@ def test_cli_keys_arrive_where_tokens_are_chosen(main, monkeypatch):
     requests = []
     compiled = []
 
-    def keep(target, drafter, prompt_ids, max_new_tokens, stops, forward_rows=None, sampling=None,
+    def keep(target, drafter, prompt_ids, max_new_tokens, stops, tokens_per_forward=None, sampling=None,
              decoders=None, on_piece=None):
-        requests.append((prompt_ids, forward_rows))
+        requests.append((prompt_ids, tokens_per_forward))
         assert max_new_tokens == 9
         assert stops == {502, 504}
         assert sampling == Sampling(0.7, top_k=5, top_p=0.9, seed=3, draft_temperature=0.5)
@@ -109,13 +109,13 @@ def test_cli_prints_guesses_and_choices_in_their_colors(capsys):
         return texts[tuple(tokens)]
 
     printer = draft_decode.Printer(SimpleNamespace(decode=decode), color=True)
-    printer([1], Piece([1], 0))
-    printer([1, 2, 3], Piece([2, 3], 1))    # one guess was right; the second token is half
-    printer([1, 2, 3, 4], Piece([4], 0))
+    printer([1], RoundOutput([1], 0))
+    printer([1, 2, 3], RoundOutput([2, 3], 1))    # one guess was right; the second token is half
+    printer([1, 2, 3, 4], RoundOutput([4], 0))
     own, guess, end = "\033[34m", "\033[32m", "\033[0m"  # blue, green, plain
     assert capsys.readouterr().out == f"{own}a{end}{guess}b{end}{own}é{end}"
     printer = draft_decode.Printer(SimpleNamespace(decode=decode), color=False)
-    printer([1, 2], Piece([1, 2], 1))
+    printer([1, 2], RoundOutput([1, 2], 1))
     assert capsys.readouterr().out == "ab"
 
 
@@ -124,7 +124,7 @@ def generation(tokens, lengths, seconds):
     rounds = []
     first = 1  # the prompt's own token is in no round
     for length in lengths:
-        rounds.append(Piece(tokens[first:first + length], length - 1))
+        rounds.append(RoundOutput(tokens[first:first + length], length - 1))
         first += length
     return Generation(tokens, rounds, seconds)
 
@@ -382,10 +382,10 @@ TRAINING_MISTAKES = (
     ("--target=nowhere", "error: no .* 'nowhere'"),
     ("--batch_size=64", "error: 20 samples make no step"),
     ("--batch_size=0", "error: batch_size = 0: use 1 or more"),
-    ("--accumulation=0", "error: accumulation = 0: use 1 or more"),
+    ("--grad_accum_steps=0", "error: grad_accum_steps = 0: use 1 or more"),
     ("--num_anchors=0", "error: num_anchors = 0: use 1 or more"),
-    ("--length_multiple=0", "error: length_multiple = 0: use 1 or more"),
-    ("--patience=0", "error: patience = 0: use 1 or more"),
+    ("--pad_to_multiple_of=0", "error: pad_to_multiple_of = 0: use 1 or more"),
+    ("--max_consecutive_skips=0", "error: max_consecutive_skips = 0: use 1 or more"),
     ("--eval_samples=0", "error: eval_samples = 0: use 1 or more"),
     ("--keep_checkpoints=0", "error: keep_checkpoints = 0: use 1 or more"),
     ("--device=gpu", "error: device = 'gpu': use cpu or cuda"),

@@ -18,8 +18,8 @@ import decode_state
 import draft_decode
 import train
 from benchmarks.slips import slip
-from cuda_graph import Graphs
-from decode_state import DecodeState, read_prompt
+from fast.cuda_graph import Graphs
+from decode_state import DecodeState, prefill
 from draft_decode import Decoder
 from sampling import Sampling
 from tests.common import K, small_drafter, small_target, tokens_of
@@ -165,14 +165,14 @@ def check_replays(slots, sampling=Sampling()):
         for number, length in enumerate((2 * P, 5, 2 * P + 1, 2 * P + K + 5, K + 1, P, 2 * P + 9)):
             slot = number % slots
             prompt = tokens_of(length, seed=number).tolist()
-            assert replayed.prefill(slot, prompt) == plain.prefill(slot, prompt), length
+            assert replayed.start_sequence(slot, prompt) == plain.start_sequence(slot, prompt), length
             for _ in range(2):
-                assert replayed.next_round() == plain.next_round(), length
+                assert replayed.run_round() == plain.run_round(), length
                 for given, expected in zip(tensors_of(replayed), tensors_of(plain)):
                     assert torch.equal(given, expected), length
             if length == P:
-                replayed.end(slot)
-                plain.end(slot)
+                replayed.release_slot(slot)
+                plain.release_slot(slot)
         # a round, the last block, and segments from 0 and from P on
         assert len(graphs) == 4
 
@@ -209,9 +209,9 @@ COMMIT = DecodeState.commit
 WRONG_LINES = (  # what is wrong, the function, the right line, the wrong one
     ("inputs of the recording", RUN, "own.copy_(given)", "pass"),
     ("recorded, and not run", RUN, "recording.graph.replay()", "pass"),
-    ("a graph of another place", read_prompt, '("segment", start)', '"segment"'),
-    ("features of the next graph", read_prompt, ".clone()", ""),
-    ("tokens of the recording", read_prompt,
+    ("a graph of another place", prefill, '("segment", start)', '"segment"'),
+    ("features of the next graph", prefill, ".clone()", ""),
+    ("tokens of the recording", prefill,
      "forward, segment, prompt_rows)", "lambda rows: forward(segment, rows), prompt_rows)"),
     ("length of the recording", decode_state.forward_and_commit,
      "state.commit(n)", "state.commit(int(n))"),
@@ -222,7 +222,7 @@ WRONG_LINES = (  # what is wrong, the function, the right line, the wrong one
      "last_places])\n    self.position = self.position + n"),
     ("a state of the recording", decode_state.LinearLayerState.delta_rule,
      "longer ones\n        self.S.copy_(S)", "longer ones\n        self.S = S"),
-    ("anchor of the recording", Decoder.run_round,
+    ("anchor of the recording", Decoder.round_kernels,
      "self.anchor.copy_(choices.gather(1, accepted[:, None])[:, 0])",
      "self.anchor = choices.gather(1, accepted[:, None])[:, 0]"),
     ("a round that waits", draft_decode.count_accepted,
@@ -253,7 +253,7 @@ def training_run(config, rows, on_cuda):
 
 def check_training(config, rows):
     """Steps and an estimate, with graphs and without, on samples of two lengths."""
-    config.length_multiple = 32  # rows have up to 59 tokens
+    config.pad_to_multiple_of = 32  # rows have up to 59 tokens
     with recorded_graphs() as graphs:
         plain = training_run(config, rows, on_cuda=False)
         replayed = training_run(config, rows, on_cuda=True)

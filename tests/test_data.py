@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 
 from benchmarks.prompts import load_questions
-from chat import chat_prompt, load_tokenizer, stop_ids, tokenizer_fingerprint
+from tokenizer import chat_prompt, load_tokenizer, stop_ids, tokenizer_fingerprint
 from checkpoint import random_target, read_target_config
 from configurator import configure
 from data import conversations, regenerate
@@ -32,7 +32,7 @@ from data.nano import prepare as nano_prepare
 from data.nano.problems import boxed, problem, problems, split_of
 from data.nano.refusals import REFUSAL, REFUSED_EXAMPLES, normal_form, refused_text
 from data.samples import Samples, write_samples
-from draft_decode import Piece, generate
+from draft_decode import RoundOutput, generate
 from sampling import Sampling
 from tests.common import (
     NANO, NANO_DRAFTER, NANO_TARGET, all_tokens, edit_json, nano, nano_copy, perturb, publish,
@@ -332,7 +332,7 @@ def test_prepared_rows_begin_with_chat_prompt():
         assert row["question"] == question
         assert tokenizer.encode(row["answer"] + "<|im_end|>") == reply
         # the target alone, one row a step
-        alone = generate(target, None, prompt, 160, stop_ids(tokenizer), forward_rows=1)
+        alone = generate(target, None, prompt, 160, stop_ids(tokenizer), tokens_per_forward=1)
         assert reply == all_tokens(alone)
         # the target's own training rows
         (token_ids, prompt_length), = pretrain.encode(tokenizer, [(question, "34.")])
@@ -829,23 +829,23 @@ def test_regenerate_asks_by_its_keys():
         "chat_template_kwargs": {"enable_thinking": True}}
 
 
-@pytest.mark.parametrize("drafter, forward_rows", (("", 1), (NANO_DRAFTER, 16)))
+@pytest.mark.parametrize("drafter, tokens_per_forward", (("", 1), (NANO_DRAFTER, 16)))
 @pytest.mark.parametrize("temperature", (0.0, 0.7))
-def test_regenerate_decodes_by_its_keys(monkeypatch, temperature, drafter, forward_rows):
+def test_regenerate_decodes_by_its_keys(monkeypatch, temperature, drafter, tokens_per_forward):
     """A key of the answers that does not arrive at the decoder, prompts that share their noise, an
     answer without an end that is kept, or one that is another prompt's."""
     requests = []
 
     def keep(target, drafter, prompts, max_new_tokens, slots, stops, rows, sampling):
         requests.append((slots, sampling))
-        assert (max_new_tokens, stops, rows) == (9, {502, 504}, forward_rows)
+        assert (max_new_tokens, stops, rows) == (9, {502, 504}, tokens_per_forward)
         assert target.embed_tokens.weight.dtype == torch.bfloat16
         assert drafter is None or drafter.fc.weight.dtype == torch.bfloat16
         # the last prompt ends first; the answer to p has no end
         for index, prompt in reversed(list(enumerate(prompts))):
-            yield index, Piece([65], 0)
+            yield index, RoundOutput([65], 0)
             is_p = prompt == chat_prompt(tokenizer, turns("p"), thinking=True)
-            yield index, Piece([66 if is_p else 504], 0, is_last=True)
+            yield index, RoundOutput([66 if is_p else 504], 0, is_last=True)
 
     monkeypatch.setattr(regenerate, "generate_many", keep)
     config = regenerate_config(drafter=drafter, temperature=temperature, thinking=True, slots=2,

@@ -9,23 +9,23 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import cpu
+from fast import cpu
 from checkpoint import drafter_config
 from model import DFlashDraftModel
-from projections import groups_of, join_projections
-from decode_state import DecodeState, read_prompt
+from fast.projections import groups_of, join_projections
+from decode_state import DecodeState, prefill
 from tests.common import (K, LAYER_IDS, V, apart, nano, random_normal, small_target, tiny_target,
                           tokens_of)
 
 
 @torch.no_grad()
-def decode(target, x, prompt_length, cuts, forward_rows=K):
+def decode(target, x, prompt_length, cuts, tokens_per_forward=K):
     """Logits and features of x from the prompt's last token on. Blocks of so many tokens as `cuts`
     says are committed; the rows after them hold garbage, as rejected guesses do."""
     generator = torch.Generator().manual_seed(len(cuts))
     B, T = x.shape
-    state = DecodeState(target, B, T + forward_rows, forward_rows)
-    features, logits = read_prompt(target, x[:, :prompt_length], state, LAYER_IDS)
+    state = DecodeState(target, B, T + tokens_per_forward, tokens_per_forward)
+    features, logits = prefill(target, x[:, :prompt_length], state, LAYER_IDS)
     all_features = [features]
     all_logits = [logits[:, None]]
     position = prompt_length
@@ -33,7 +33,7 @@ def decode(target, x, prompt_length, cuts, forward_rows=K):
         n = min(n, T - position)
         if n == 0:
             break
-        block = torch.randint(0, V, (B, forward_rows), generator=generator)
+        block = torch.randint(0, V, (B, tokens_per_forward), generator=generator)
         block[:, :n] = x[:, position:position + n]
         features, hidden = target(block, state, LAYER_IDS)
         state.commit(n)
@@ -79,7 +79,7 @@ def test_cuts_do_not_change_a_bit(name, prompt_length, T):
         logits = target.logits(hidden)[:, prompt_length - 1:]
         assert apart(one_by_one, logits) < 1e-4
         assert apart(features_one_by_one, features) < 1e-4
-        logits, _ = decode(target, x, prompt_length, [1] * T, forward_rows=1)
+        logits, _ = decode(target, x, prompt_length, [1] * T, tokens_per_forward=1)
         assert apart(logits, one_by_one) < 1e-4
 
 
@@ -110,7 +110,7 @@ def decode_each(target, x, prompt_lengths, next_cuts):
     reader = DecodeState(target, 1, T + K)
     all_logits = []
     for b, length in enumerate(prompt_lengths):
-        _, logits = read_prompt(target, x[b:b + 1, :length], reader, LAYER_IDS)
+        _, logits = prefill(target, x[b:b + 1, :length], reader, LAYER_IDS)
         state.put(b, reader)
         all_logits.append([logits])
     while (state.position < T).any():
@@ -137,8 +137,8 @@ def test_cuts_propose_twice():
     x = tokens_of(1, 60)
     disturbed = DecodeState(target, 1, 100)
     clean = DecodeState(target, 1, 100)
-    read_prompt(target, x[:, :20], disturbed, LAYER_IDS)
-    read_prompt(target, x[:, :20], clean, LAYER_IDS)
+    prefill(target, x[:, :20], disturbed, LAYER_IDS)
+    prefill(target, x[:, :20], clean, LAYER_IDS)
     for position in range(20, 60, 10):
         if position > 20:
             disturbed.commit(0)
@@ -165,7 +165,7 @@ def test_cuts_rejected_block(accepted):
     n = 20 + accepted
     # one length in all three decodings, as the length decides the order of sums
     state = DecodeState(target, 1, n + 1 + K)
-    read_prompt(target, x[:, :20], state)
+    prefill(target, x[:, :20], state)
     block = tokens_of(1, K, seed=9)
     block[:, :accepted] = x[:, 20:n]
     target(block, state)
@@ -175,7 +175,7 @@ def test_cuts_rejected_block(accepted):
 
     one_by_one, _ = decode(target, x[:, :n + 1], 20, [1] * 60)
     assert torch.equal(logits, one_by_one[:, -1])
-    _, fresh = read_prompt(target, x[:, :n + 1], state)
+    _, fresh = prefill(target, x[:, :n + 1], state)
     assert apart(logits, fresh) < 1e-4
 
 
@@ -190,7 +190,7 @@ def test_state_of_a_bf16_target_is_kept_in_fp32():
 
 def test_state_of_one_row_has_one_S():
     """Memory for a second S, which forwards of one row neither fill nor read."""
-    state = DecodeState(small_target(), 3, 64, forward_rows=1)
+    state = DecodeState(small_target(), 3, 64, tokens_per_forward=1)
     assert state.S.numel() > 0
     assert state.S_chunk_end.numel() == 0
 

@@ -14,13 +14,13 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
-import cpu
+from fast import cpu
 import model
 from checkpoint import drafter_config, prepare_decoding
-from cpu import attention_by_anchor_groups
+from fast.cpu import attention_by_anchor_groups
 from model import (DFlashDraftModel, block_mask, block_visibility, masked_attention, project,
                    rotary_table)
-from projections import groups_of, join_projections
+from fast.projections import groups_of, join_projections
 from tests.common import (DRAFTERS, HIDDEN, K, LAYER_IDS, MASK, V, apart, perturb, random_normal,
                           shipped, small_config, small_drafter, small_target,
                           tokens_of)

@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from chat import chat_prompt, stop_ids
+from tokenizer import chat_prompt, stop_ids
 from draft_decode import Decoder, count_accepted, first_difference, generate, timed_generate
-from projections import join_projections
+from fast.projections import join_projections
 from sampling import Sampling
 from tests.common import (HalfRightOracle, K, Oracle, V, all_tokens, apart, nano, questions,
                           reference, shipped, small_drafter, small_target, tokens_of, untrained)
@@ -47,7 +47,7 @@ def decode_by_all(question_number):
     takes as many rounds as the target alone, so it is there for one prompt of four."""
     target, tokenizer = nano()
     prompt = chat_prompt(tokenizer, questions()[question_number])
-    rounds = {"alone": list(generate(target, None, prompt, NEW_TOKENS, forward_rows=K))}
+    rounds = {"alone": list(generate(target, None, prompt, NEW_TOKENS, tokens_per_forward=K))}
     answer = all_tokens(rounds["alone"])
     drafters = {
         "shipped": shipped(),
@@ -86,7 +86,7 @@ def test_generate_is_identical_for_every_drafter(first):
 
 def sampled(drafter, prompt, sampling):
     target, _ = nano()
-    return all_tokens(generate(target, drafter, prompt, 24, forward_rows=K, sampling=sampling))
+    return all_tokens(generate(target, drafter, prompt, 24, tokens_per_forward=K, sampling=sampling))
 
 
 @pytest.mark.parametrize("temperature", (0.7, 1.0, 3.0))
@@ -210,7 +210,7 @@ def test_generate_ends_at_the_context(monkeypatch):
     for rounds in decode_reference(40):
         assert all_tokens(rounds) == answer[:room]
     # forwards of one row end at the same token
-    one_row = all_tokens(generate(target, None, prompt, 40, forward_rows=1))
+    one_row = all_tokens(generate(target, None, prompt, 40, tokens_per_forward=1))
     assert len(one_row) == room
 
     with pytest.raises(ValueError, match="empty"):
@@ -254,9 +254,9 @@ def test_compiled_rounds_equal_plain_ones(rows, traced_only):
         decoder = Decoder(target, drafter, 64, rows, Sampling(), batch=2)
         decoder.reader.pads_segments = True  # so that segments are compiled too
         decoder.reader.segment_length = 32
-        answer = [decoder.prefill(1, prompt)]
+        answer = [decoder.start_sequence(1, prompt)]
         for _ in range(6):
-            _, (tokens, _) = decoder.next_round()
+            _, (tokens, _) = decoder.run_round()
             answer += tokens
         remembered = [decoder.state.S[:, 1], decoder.state.conv[:, 1]]
         if drafter is not None:

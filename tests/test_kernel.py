@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import basic
 from decode_state import DecodeState
-from target import delta_rule_of_window, delta_step, gated_delta_rule, inverse_of_unit_lower
+from delta_rule import delta_rule_of_window, delta_step, gated_delta_rule, inverse_of_unit_lower
 from tests.common import K, apart, random_normal, small_target
 
 

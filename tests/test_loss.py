@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import block_labels, block_loss, chunk_loss, dpace_weights, sample_anchors
+from loss import block_labels, block_loss, chunk_loss, dpace_weights, sample_anchors
 from tests.common import K, V, apart, random_normal, tokens_of
 
 # ------------------------------------------------------------------------------------------------
@@ -65,7 +65,7 @@ def test_anchors_follow_the_generator_alone():
 
 @pytest.mark.parametrize("padding", (1, 24, 100))
 def test_failure_12_anchors_do_not_depend_on_padding(padding):
-    """Failure 12: a resumed run with another length_multiple draws other anchors."""
+    """Failure 12: a resumed run with another pad_to_multiple_of draws other anchors."""
     padded = F.pad(responses(), (0, padding))
     for max_length in (40, 64, 1000):
         anchors, real = sample_anchors(responses(), 8, seeded(5), max_length)
@@ -150,21 +150,21 @@ def loss_and_gradient(*inputs):
 
 
 @pytest.mark.parametrize("smoothing", (None, 0.5))
-@pytest.mark.parametrize("guesses_at_once", (1, 40))
-def test_loss_does_not_depend_on_the_chunks(guesses_at_once, smoothing):
+@pytest.mark.parametrize("loss_chunk_size", (1, 40))
+def test_loss_does_not_depend_on_the_chunks(loss_chunk_size, smoothing):
     """A chunk that is weighed or scaled by others, or left out. (test_basic has the definition.)"""
     hidden, head, labels, weights = loss_inputs()
     if smoothing is not None:
         weights = prefix_of(weights)
     inputs = (hidden, head, labels, weights)
     whole = loss_and_gradient(*inputs, 1000, with_smoothing(smoothing))
-    chunks = loss_and_gradient(*inputs, guesses_at_once, with_smoothing(smoothing))
+    chunks = loss_and_gradient(*inputs, loss_chunk_size, with_smoothing(smoothing))
     for a, b in zip(chunks, whole, strict=True):
         assert apart(a, b) < 1e-12
     gradient = chunks[1]
     assert not gradient[:, :, 0].any()  # position 0, the anchor, has no loss
     with torch.no_grad():
-        alone, *_ = block_loss(*inputs, guesses_at_once, with_smoothing(smoothing))
+        alone, *_ = block_loss(*inputs, loss_chunk_size, with_smoothing(smoothing))
     assert torch.equal(alone, chunks[0])
 
 

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from optimizer import new_optimizer
+from training.optimizer import new_optimizer
 
 LR = 0.01
 MATRICES = ((32, 32), (16, 48), (48, 16))

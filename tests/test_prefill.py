@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.slips import slip
 from decode_state import (DecodeState, FullLayerState, LinearLayerState, Segment,
-                          forward_and_commit, read_prompt)
+                          forward_and_commit, prefill)
 from draft_decode import Decoder
 from sampling import Sampling
 from tests.common import (K, LAYER_IDS, apart, nano, shipped, small_target, tiny_target,
@@ -20,22 +20,22 @@ P = 32                   # tokens of a segment
 LENGTHS = (1, K, K + 1, P - 1, P, P + 1, P + K, P + K + 1, 2 * P, 2 * P + 1, 2 * P + K + 5)
 
 
-def new_state(target, batch, length, pads_segments, forward_rows=K):
+def new_state(target, batch, length, pads_segments, tokens_per_forward=K):
     """A state that reads prompts in segments of P tokens, padded or not."""
-    state = DecodeState(target, batch, length, forward_rows)
+    state = DecodeState(target, batch, length, tokens_per_forward)
     state.segment_length = P
     state.pads_segments = pads_segments
     return state
 
 
 @torch.no_grad()
-def check_prompt(n, pads_segments, forward_rows=K):
+def check_prompt(n, pads_segments, tokens_per_forward=K):
     """Features of two prompts of n tokens, the logits after them, and the logits of a block that
     follows: in fp64 as those of whole sequences. No place is left in the buffer."""
     target = small_target("untied", torch.float64)
-    x = tokens_of(2, n + forward_rows, seed=n)
-    state = new_state(target, 2, n + forward_rows, pads_segments, forward_rows)
-    features, logits = read_prompt(target, x[:, :n], state, LAYER_IDS)
+    x = tokens_of(2, n + tokens_per_forward, seed=n)
+    state = new_state(target, 2, n + tokens_per_forward, pads_segments, tokens_per_forward)
+    features, logits = prefill(target, x[:, :n], state, LAYER_IDS)
     assert state.position.tolist() == [n, n]
     _, hidden = target(x[:, n:], state)
     all_logits = torch.cat((logits[:, None], target.logits(hidden)), 1)
@@ -58,8 +58,8 @@ def test_prefill_in_segments_is_the_whole_sequence(n, pads_segments):
 def test_prefill_in_segments_for_forwards_of_one_row(pads_segments):
     """With K = 1 the last segment has any number of tokens: it ends inside a chunk, or has fewer
     tokens than the convolution remembers."""
-    check_prompt(P + 8, pads_segments, forward_rows=1)
-    check_prompt(P + 2, pads_segments, forward_rows=1)
+    check_prompt(P + 8, pads_segments, tokens_per_forward=1)
+    check_prompt(P + 2, pads_segments, tokens_per_forward=1)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
@@ -103,9 +103,9 @@ def test_prefill_in_segments_leads_to_the_same_tokens():
         decoder = Decoder(target, drafter, 256, K, Sampling(), batch=2)
         decoder.reader.segment_length = P
         decoder.reader.pads_segments = True
-        answer = [decoder.prefill(place, prompt)]
+        answer = [decoder.start_sequence(place, prompt)]
         while len(answer) < 30:
-            tokens, _ = decoder.next_round()[place]
+            tokens, _ = decoder.run_round()[place]
             answer += tokens
         answers.append(answer[:30])
     assert answers[0] == answers[1] == answers[2]
@@ -127,7 +127,7 @@ def check_one_graph():
 
     def read(n):
         state = new_state(target, 1, 128, pads_segments=True)
-        read_prompt(target, tokens_of(1, n, seed=n) % 8, state, (0,))
+        prefill(target, tokens_of(1, n, seed=n) % 8, state, (0,))
 
     torch._dynamo.reset()
     compiles.clear()
@@ -159,11 +159,11 @@ def test_prefill_forgets_the_sequence_before():
     x = tokens_of(1, P + 5)
     new = new_state(target, 1, 128, pads_segments=False)
     used = new_state(target, 1, 128, pads_segments=False)
-    read_prompt(target, tokens_of(1, 2 * P, seed=1), used)
+    prefill(target, tokens_of(1, 2 * P, seed=1), used)
     target(tokens_of(1, K, seed=2), used)
     used.commit(K - 1)
-    for expected, given in zip(read_prompt(target, x, new, LAYER_IDS),
-                               read_prompt(target, x, used, LAYER_IDS)):
+    for expected, given in zip(prefill(target, x, new, LAYER_IDS),
+                               prefill(target, x, used, LAYER_IDS)):
         assert torch.equal(given, expected)
     assert torch.equal(used.position, new.position)
 
@@ -203,11 +203,11 @@ WRONG_LINES = (  # what is wrong, the function, the right line, the wrong one, t
      "self.sin[self.row_positions - (segment.start if segment else 0)])", check_segments),
     ("position advanced by the padding", forward_and_commit,
      "state.commit(n)", "state.commit(tokens.shape[1] if segment else n)", check_segments),
-    ("features of the padding", read_prompt,
+    ("features of the padding", prefill,
      "segment_features[:, :end - start]", "segment_features", check_segments),
-    ("padding past the end of the buffer", read_prompt,
+    ("padding past the end of the buffer", prefill,
      "min(start + state.segment_length, state.length)", "start + state.segment_length",
-     lambda: check_prompt(P + K + 1, pads_segments=True, forward_rows=1)),
+     lambda: check_prompt(P + K + 1, pads_segments=True, tokens_per_forward=1)),
     ("compiled code reads where a segment begins", DELTA_RULE,
      "state.is_padding[:, None]", "state.is_padding[:, None] & (state.segment_start >= 0)",
      check_one_graph),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import draft_decode
-from chat import chat_prompt
+from tokenizer import chat_prompt
 from draft_decode import generate
 from sampling import Sampling, choose, gumbel_noise, mask_unlikely, perturbed_scores
 from tests.common import (HalfRightOracle, K, all_tokens, nano, questions, shipped, tiny_target)

@@ -42,7 +42,7 @@ def test_scaling_arms_do_the_same_work(config):
     for arm in arms:
         settings = configure(vars(train), arm.flags)
         assert (settings.parallel == "fsdp") == arm.way.endswith("fsdp")
-        batch = settings.batch_size * settings.accumulation * arm.processes
+        batch = settings.batch_size * settings.grad_accum_steps * arm.processes
         batches.setdefault(arm.group, set()).add(batch)
         samples.setdefault(arm.group, set()).add(batch * arm.steps)
     assert {*samples, "kill"} == set(scaling.GROUPS)
@@ -150,7 +150,7 @@ def test_scaling_kills_the_process_that_it_means():
 LOST = """
 import os, signal, sys
 import torch.distributed as dist
-import parallel
+from training import parallel
 
 parallel.join_processes("cpu")
 if parallel.rank() == 1:

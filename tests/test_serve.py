@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import bench
 from benchmarks import serve
-from chat import chat_prompt, stop_ids, tokenizer_fingerprint
+from tokenizer import chat_prompt, stop_ids, tokenizer_fingerprint
 from checkpoint import load_target
 from configurator import configure
 from data.nano import nested

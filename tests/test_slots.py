@@ -15,15 +15,15 @@ import random
 import pytest
 import torch
 
-import cpu
+from fast import cpu
 import decode_state
 import draft_decode
 import model
 from benchmarks.drafters import Oracle
 from benchmarks.slips import slip
-from chat import chat_prompt, stop_ids
+from tokenizer import chat_prompt, stop_ids
 from checkpoint import load_drafter, load_target
-from decode_state import DecodeState, read_prompt
+from decode_state import DecodeState, prefill
 from draft_decode import Decoder, generate, generate_many
 from model import DFlashDraftModel
 from sampling import Sampling
@@ -170,17 +170,17 @@ class RecordingDecoder(Decoder):
 
         target.logits = logits
 
-    def prefill(self, place, prompt_ids):
+    def start_sequence(self, place, prompt_ids):
         self.prompt_in[place] = tuple(prompt_ids)
-        return super().prefill(place, prompt_ids)
+        return super().start_sequence(place, prompt_ids)
 
-    def end(self, place):
-        super().end(place)
+    def release_slot(self, place):
+        super().release_slot(place)
         self.prompt_in.pop(place, None)
 
-    def next_round(self):
+    def run_round(self):
         starts = self.state.position.tolist()
-        outcomes = super().next_round()
+        outcomes = super().run_round()
         for place, prompt in self.prompt_in.items():
             tokens, _ = outcomes[place]
             for row in range(len(tokens)):
@@ -188,8 +188,8 @@ class RecordingDecoder(Decoder):
         return outcomes
 
 
-def record(dtype, drafter, slots, sampling, arriving, forward_rows=K):
-    """The Pieces {prompt: [Piece]} and the logits {(prompt, position): (V,)} of prompts."""
+def record(dtype, drafter, slots, sampling, arriving, tokens_per_forward=K):
+    """The Pieces {prompt: [RoundOutput]} and the logits {(prompt, position): (V,)} of prompts."""
     target, _ = pair(dtype)
     recorded = {}
     pieces = {}
@@ -197,18 +197,18 @@ def record(dtype, drafter, slots, sampling, arriving, forward_rows=K):
         patch.setattr(draft_decode, "Decoder", functools.partial(RecordingDecoder, recorded))
         patch.setattr(target, "logits", target.logits)  # so that it is put back at the end
         for index, piece in generate_many(
-                target, drafter, arriving, NEW_TOKENS, slots, stops(), forward_rows, sampling):
+                target, drafter, arriving, NEW_TOKENS, slots, stops(), tokens_per_forward, sampling):
             pieces.setdefault(tuple(arriving[index]), []).append(piece)
     return pieces, recorded
 
 
-def check_logits(dtype, sampling, prompts, arrivals, forward_rows=K):
+def check_logits(dtype, sampling, prompts, arrivals, tokens_per_forward=K):
     """In three slots all logits of all prompts must be those of the target alone, to the bit, and
     all rounds those of the first arrival with the same drafter. arrivals: (drafter, prompts)."""
-    _, alone = record(dtype, None, 3, sampling, prompts, forward_rows)
+    _, alone = record(dtype, None, 3, sampling, prompts, tokens_per_forward)
     rounds = {}
     for drafter, arriving in arrivals:
-        pieces, recorded = record(dtype, drafter, 3, sampling, arriving, forward_rows)
+        pieces, recorded = record(dtype, drafter, 3, sampling, arriving, tokens_per_forward)
         for prompt in pieces:
             known = rounds.setdefault((drafter, prompt), pieces[prompt])
             assert pieces[prompt] == known
@@ -243,7 +243,7 @@ def test_slots_of_one_have_the_logits_of_a_plain_loop():
     prompt = prompts_of(4)[3]
     _, recorded = record("float32", None, 1, GREEDY, [prompt])
     state = DecodeState(target, 1, 256, K)
-    _, logits = read_prompt(target, torch.tensor([prompt]), state)
+    _, logits = prefill(target, torch.tensor([prompt]), state)
     token = logits.argmax(-1)
     for position in range(len(prompt), len(prompt) + len(recorded)):
         block = torch.zeros(1, K, dtype=torch.long)
@@ -333,7 +333,7 @@ def check_idle():
     assert decoder.state.position[2] > len(prompts[2])
     for _ in answers(prompts[4:]):
         assert decoder.state.position.tolist()[1:] == [0, 0, 0]
-    decoder.next_round()
+    decoder.run_round()
     assert decoder.state.position.tolist() == [0, 0, 0, 0]
 
 
@@ -380,7 +380,7 @@ def check_one_row():
     """check_logits with forwards of one row: slots that are used again, and two idle ones."""
     prompts = prompts_of(5)
     arrivals = ((None, prompts[::-1]), (None, prompts[3:4]))
-    check_logits("float32", UNDECIDED, prompts, arrivals, forward_rows=1)
+    check_logits("float32", UNDECIDED, prompts, arrivals, tokens_per_forward=1)
 
 
 def test_slots_of_one_row():
@@ -408,8 +408,8 @@ def test_slots_small_check():
 FORWARD = DecodeState.begin_forward
 COMMIT = DecodeState.commit
 PUT = DecodeState.put
-ROUND = Decoder.run_round
-PREFILL = Decoder.prefill
+ROUND = Decoder.round_kernels
+PREFILL = Decoder.start_sequence
 WRONG_LINES = (  # what is wrong, the function, the right line, the wrong one, the check
     ("position of a neighbour", FORWARD,
      "self.position[:, None] + offsets", "self.position.roll(1)[:, None] + offsets", check_small),
@@ -460,7 +460,7 @@ WRONG_LINES = (  # what is wrong, the function, the right line, the wrong one, t
      "slice(slot, slot + 1)", "slice(0, 1)", check_small),
     ("first anchor in the first slot", PREFILL,
      "self.anchor[slot]", "self.anchor[0]", check_small),
-    ("traces of the sequence before", read_prompt,
+    ("traces of the sequence before", prefill,
      "state.reset()", "state.position.zero_()", check_small),
     ("drafter's mask of a neighbour", model.Attention.decode,
      "positions[:, -1:, None]", "positions[:, -1:, None].roll(1, 0)", check_small),
@@ -472,15 +472,15 @@ WRONG_LINES = (  # what is wrong, the function, the right line, the wrong one, t
      "self.keys, state.row_positions", "self.keys, state.row_positions.roll(1, 0)",
      check_small),
     ("outputs of a neighbour's place", decode_state.LinearLayerState.delta_rule,
-     "o[state.sequences, state.window_places]",
-     "o[state.sequences, state.window_places.roll(1, 0)]", check_small),
+     "o[state.sequences, state.window_positions]",
+     "o[state.sequences, state.window_positions.roll(1, 0)]", check_small),
     ("an idle slot commits", ROUND,
      "state.commit((accepted + 1) * self.is_active)", "state.commit(accepted + 1)", check_idle),
-    ("an ended slot stays active", Decoder.end,
+    ("an ended slot stays active", Decoder.release_slot,
      "self.is_active[slot] = 0", "pass", check_idle),
     ("a slot left active", draft_decode.decode_in_slots,
-     "decoder.end(slot)  # an earlier", "pass  # an earlier", check_idle),
-    ("an idle slot at the end of its buffer", Decoder.end,
+     "decoder.release_slot(slot)  # an earlier", "pass  # an earlier", check_idle),
+    ("an idle slot at the end of its buffer", Decoder.release_slot,
      "self.state.position[slot] = 0", "pass", check_buffer_end),
 )
 

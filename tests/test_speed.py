@@ -16,8 +16,8 @@ from benchmarks import speed, speed_table, timing
 from benchmarks.machine import bytes_read
 from benchmarks.speed_table import Work, report_row
 from configurator import configure
-from flops import delta_rule_operations, prefill_operations
-from target import gated_delta_rule
+from training.flops import delta_rule_operations, prefill_operations
+from delta_rule import gated_delta_rule
 from tests.common import K, nano, shipped, small_target, tokens_of
 
 PLAIN = f"transformers {transformers.__version__}, its plain torch kernels"
@@ -381,11 +381,11 @@ def test_speed_kernels_stand_beside_their_row(config, monkeypatch):
     workload = SimpleNamespace(target=target, drafter=shipped())
     kernels_of_rows = {(1, False): 100, (K, False): 200, (K, True): 300}
 
-    def kernel_time(next_round, count):
-        decoder = next_round.__self__
+    def kernel_time(run_round, count):
+        decoder = run_round.__self__
         assert (decoder.state.position == speed.CONTEXT).all()
         assert speed.CONTEXT + 2 * count * K + K <= decoder.state.length
-        return 0.5, kernels_of_rows[decoder.state.forward_rows, decoder.drafter is not None]
+        return 0.5, kernels_of_rows[decoder.state.tokens_per_forward, decoder.drafter is not None]
 
     def race(arms):
         for name in ("one row", "block", "round"):

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
-import cpu
+from fast import cpu
 import target as target_module
 from benchmarks.slips import slip
-from chat import chat_prompt, load_tokenizer, tokenizer_fingerprint
+from tokenizer import chat_prompt, load_tokenizer, tokenizer_fingerprint
 from checkpoint import (SIZES, load_drafter, load_target, parse_target_config, random_target,
                         read_target_config)
 from draft_decode import generate
@@ -334,7 +334,7 @@ def test_load_target_names_all_that_is_wrong_at_once(tmp_path):
 
 MEASURE = """
 import resource, sys
-import cpu
+from fast import cpu
 from checkpoint import load_target
 
 def peak():

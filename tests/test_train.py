@@ -23,16 +23,16 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-import flops
+from training import flops
 import train
-import training_log
-import training_state
+from training import log as training_log
+from training import checkpoints as training_state
 from checkpoint import load_drafter, newest_checkpoint
 from configurator import configure
-from cpu import attention_by_anchor_groups
-from draft_decode import Piece
-from flops import training_operations
-from model import block_labels, block_loss, chunk_loss, sample_anchors
+from fast.cpu import attention_by_anchor_groups
+from draft_decode import RoundOutput
+from training.flops import training_operations
+from loss import block_labels, block_loss, chunk_loss, sample_anchors
 from target import Target
 from tests.common import (K, NANO_DRAFTER, NANO_TARGET, ROOT, V, apart, nano, nano_copy, phase_1_2,
                           read_jsonl, small_drafter, small_target, tokens_of, write_config)
@@ -144,7 +144,7 @@ def test_batches_are_cut_and_padded(small_run, max_length):
 
 
 def test_batches_of_one_row_length_have_one_shape(small_run):
-    """Failure 14: a row of exactly a multiple of length_multiple gets another one of padding."""
+    """Failure 14: a row of exactly a multiple of pad_to_multiple_of gets another one of padding."""
     config, _ = small_run
     for length, padded in ((1, 64), (63, 64), (64, 64), (65, 128), (128, 128), (999, 128)):
         row = np.ones(length, np.int64)
@@ -180,15 +180,15 @@ class Unshuffled:
         return np.arange(x) if isinstance(x, int) else x
 
 
-@pytest.mark.parametrize("sort_window, expected", (
+@pytest.mark.parametrize("bucket_size, expected", (
     (1, [[1, 0], [3, 2], [5, 4], [7, 6]]),
     (2, [[1, 3], [0, 2], [5, 7], [6, 4]]),
     (64, [[1, 3], [5, 0], [7, 6], [2, 4]]),
 ))
-def test_batches_are_sorted_within_their_window(small_run, monkeypatch, sort_window, expected):
-    """sort_window that does not arrive, or counts samples instead of micro-batches of two."""
+def test_batches_are_sorted_within_their_window(small_run, monkeypatch, bucket_size, expected):
+    """bucket_size that does not arrive, or counts samples instead of micro-batches of two."""
     config, _ = small_run
-    config.sort_window = sort_window
+    config.bucket_size = bucket_size
     lengths = (4, 1, 8, 2, 9, 3, 7, 6)
     rows = [(np.zeros(length), np.ones(length)) for length in lengths]
     monkeypatch.setattr(np.random, "default_rng", lambda seed: Unshuffled())
@@ -232,8 +232,8 @@ def test_step_does_not_depend_on_the_split(small_run, weighting):
     config.weighting = weighting
     config.grad_clip = 1e9
     rows = rows[:8]  # 64 anchors hold every candidate of them, so both splits have the same
-    whole, whole_gradient = step_of(changed(config, batch_size=8, accumulation=1), rows)
-    split_config = changed(config, batch_size=2, accumulation=4)
+    whole, whole_gradient = step_of(changed(config, batch_size=8, grad_accum_steps=1), rows)
+    split_config = changed(config, batch_size=2, grad_accum_steps=4)
     split, split_gradient = step_of(split_config, rows)
     assert whole_gradient.norm() > 0
     assert apart(split_gradient, whole_gradient) < 1e-4
@@ -349,7 +349,7 @@ def test_step_has_the_loss_of_its_keys(small_run, seen, weighting):
 STEP_KEYS = (  # a key of train.py, a value, and what acts on it must be given
     ("num_anchors", 5, {"count": 5}),
     ("max_length", 77, {"max_length": 77}),
-    ("guesses_at_once", 45, {"guesses_at_once": 45}),
+    ("loss_chunk_size", 45, {"loss_chunk_size": 45}),
     ("attention", "flex", {"attend": None}),
     ("attention", "grouped", {"attend": attention_by_anchor_groups}),
     ("compile", True, {"chunk_loss": "compiled"}),
@@ -379,8 +379,8 @@ def test_step_hands_its_keys_on(small_run, monkeypatch, key, value, expected):
         given.update(attend=attend, products=run.drafter.fc(features).dtype)
         return hidden
 
-    def keep_loss(hidden, head, labels, weights, guesses_at_once, chunk_loss):
-        given.update(guesses_at_once=guesses_at_once, chunk_loss=chunk_loss)
+    def keep_loss(hidden, head, labels, weights, loss_chunk_size, chunk_loss):
+        given.update(loss_chunk_size=loss_chunk_size, chunk_loss=chunk_loss)
         return block_loss(hidden, head, labels, weights)
 
     monkeypatch.setattr(train, "sample_anchors", keep_anchors)
@@ -832,7 +832,7 @@ def test_usual_gradients_are_a_moving_average(small_run):
 def test_strange_gradients_end_the_run(small_run, monkeypatch, tmp_path):
     """A run that goes on for hours with nothing but NaN."""
     config, rows = small_run
-    config.patience = 2
+    config.max_consecutive_skips = 2
     config.eval_every = 99
     faulty = factors_by_step({0: math.nan, 1: math.nan}, train.micro_batch_loss)
     monkeypatch.setattr(train, "micro_batch_loss", faulty)
@@ -847,7 +847,7 @@ def test_strange_gradients_apart_do_not_end_the_run(small_run, monkeypatch, tmp_
     """Skipped steps counted as in a row although good ones lie between them; a large gradient
     skipped during warm-up, when gradients are not yet what they will be."""
     config, _ = small_run
-    config.patience = 2
+    config.max_consecutive_skips = 2
     config.warmup = 0.5
     config.eval_every = 99
     factors = {0: math.nan, 2: 1e4, 3: math.nan, 5: math.nan}
@@ -923,7 +923,7 @@ def test_resume_after_a_signal(small_run, monkeypatch, tmp_path, number):
 
 HANGS = """
 import ctypes, os, signal, sys, threading, time
-import interruption
+from training import interruption
 interruption.PATIENCE_S = 1.0
 with interruption.stop_signals():
     os.kill(os.getpid(), signal.SIGTERM)
@@ -969,10 +969,10 @@ def test_resume_refuses_another_run(small_run, tmp_path):
 
 # what a resumed run may change and still be the same run
 MAY_CHANGE = {
-    "resume", "start_from", "out_dir",                                  # where it goes on
+    "resume", "resume_from", "out_dir",                                  # where it goes on
     "log_every", "eval_every", "eval_samples", "save_every", "keep_checkpoints", "wandb_project",
     "decode_prompts", "decode_tokens",                                  # looking at it
-    "device", "attention", "compile", "parallel", "guesses_at_once", "length_multiple"}  # how
+    "device", "attention", "compile", "parallel", "loss_chunk_size", "pad_to_multiple_of"}  # how
 
 
 @pytest.mark.parametrize("key", vars(configure(vars(train), [])))
@@ -981,7 +981,7 @@ def test_resume_compares_every_key(key):
     it changes no result."""
     config = configure(vars(train), [])
     before = vars(config) | {"ranks": 1}
-    value = 4 if key == "accumulation" else "another"
+    value = 4 if key == "grad_accum_steps" else "another"
     other = changed(config, **{key: value})
     if key in MAY_CHANGE:
         training_state.check_same_run("a-dflash", before, other)
@@ -990,17 +990,17 @@ def test_resume_compares_every_key(key):
         training_state.check_same_run("a-dflash", before, other)
 
 
-@pytest.mark.parametrize("accumulation, ranks, is_same", (
+@pytest.mark.parametrize("grad_accum_steps, ranks, is_same", (
     (2, 1, True), (1, 2, True), (1, 1, False), (2, 2, False), (4, 1, False)))
-def test_resume_compares_the_samples_of_a_step(accumulation, ranks, is_same):
+def test_resume_compares_the_samples_of_a_step(grad_accum_steps, ranks, is_same):
     """Failure 12: steps of more or fewer samples than before. This run has 2 micro-batches a
     step."""
     config = configure(vars(train), [])
-    before = vars(config) | {"accumulation": accumulation, "ranks": ranks}
+    before = vars(config) | {"grad_accum_steps": grad_accum_steps, "ranks": ranks}
     if is_same:
         training_state.check_same_run("a-dflash", before, config)
         return
-    hint = f"accumulation x ranks was {accumulation * ranks}, is 2"
+    hint = f"grad_accum_steps x ranks was {grad_accum_steps * ranks}, is 2"
     with pytest.raises(ValueError, match=hint):
         training_state.check_same_run("a-dflash", before, config)
 
@@ -1156,7 +1156,7 @@ import sys
 
 import torch.distributed as dist
 
-import parallel
+from training import parallel
 import train
 from configurator import configure
 
@@ -1164,7 +1164,7 @@ config_file, folder = sys.argv[1:]
 
 def go(name, *flags):
     out_dir = f"--out_dir={folder}/{name}-dflash"
-    config = configure(vars(train), [config_file, out_dir, "--accumulation=1", *flags])
+    config = configure(vars(train), [config_file, out_dir, "--grad_accum_steps=1", *flags])
     run, held_out, _ = train.setup(config)
     train.loop(run, held_out)
 
@@ -1186,7 +1186,7 @@ print("not reached")
 def run_two_processes(folder, config):
     """Run RANKS under torchrun, which must end it as soon as one of the processes is killed."""
     (folder / "ranks.py").write_text(RANKS)
-    config_file = write_config(folder / "small.py", config, skip=("out_dir", "accumulation"))
+    config_file = write_config(folder / "small.py", config, skip=("out_dir", "grad_accum_steps"))
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
         str(folder / "ranks.py"), str(config_file), str(folder)]
@@ -1199,7 +1199,7 @@ def run_two_processes(folder, config):
 
 def test_ranks_are_the_same_run(small_run, tmp_path):
     """Failures 12 and 13: two gloo processes, DDP and FSDP, with unequal supervised counts, follow
-    one process with twice the accumulation; their checkpoints resume on one process, and on two to
+    one process with twice the grad_accum_steps; their checkpoints resume on one process, and on two to
     the bit; a dead rank ends all."""
     config, _ = small_run
     config.epochs = 2.0
@@ -1247,8 +1247,8 @@ def test_ranks_are_the_same_run(small_run, tmp_path):
     resumed = train_into(back, config, resume=True)
     for name, weight in one.weights.items():
         assert apart(resumed.weights[name], weight) < 1e-4, name
-    with pytest.raises(ValueError, match="accumulation x ranks was 2, is 1"):
-        train_into(back, changed(config, accumulation=1), resume=True)
+    with pytest.raises(ValueError, match="grad_accum_steps x ranks was 2, is 1"):
+        train_into(back, changed(config, grad_accum_steps=1), resume=True)
 
 # ------------------------------------------------------------------------------------------------
 # where a run begins and ends
@@ -1283,7 +1283,7 @@ def specforge(small_run, tmp_path):
         "optimizer_state_dict": read_state(folder)["optimizer_state_dict"],
         "scheduler_state_dict": {"last_epoch": 2}}
     torch.save(state, folder / "training_state.pt")
-    return changed(config, start_from=str(folder)), ours, folder, state
+    return changed(config, resume_from=str(folder)), ours, folder, state
 
 
 def test_specforge_checkpoints_are_gone_on_from(specforge, tmp_path):
@@ -1397,8 +1397,8 @@ def test_held_out_prompts_are_decoded_by_the_keys(small_run, monkeypatch):
         assert target.embed_tokens.weight.dtype == torch.bfloat16
         assert drafter.fc.weight.dtype == torch.bfloat16
         assert (len(prompts), max_new_tokens, stops) == (2, 7, {5})
-        return iter([(0, Piece([1], 0)), (1, Piece([1], 0)), (0, Piece([2, 3, 4], 2)),
-                     (1, Piece([2, 3], 1, True)), (0, Piece([5], 0, True))])
+        return iter([(0, RoundOutput([1], 0)), (1, RoundOutput([1], 0)), (0, RoundOutput([2, 3, 4], 2)),
+                     (1, RoundOutput([2, 3], 1, True)), (0, RoundOutput([5], 0, True))])
 
     monkeypatch.setattr(train, "generate_many", keep)
     assert train.decode_held_out(config, NANO_DRAFTER, rows, stops={5}) == 2.0

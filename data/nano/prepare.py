@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".."))
 sys.path.insert(0, ROOT)  # the project's modules, from whatever folder this is run
-from chat import chat_prompt, load_tokenizer, tokenizer_fingerprint
+from tokenizer import chat_prompt, load_tokenizer, tokenizer_fingerprint
 from checkpoint import load_target, read_target_config
 from configurator import configure
 from data.nano.problems import problems
@@ -109,7 +109,7 @@ def answer_questions(target, tokenizer, questions, max_new_tokens, slots):
     with tqdm(total=len(prompts), unit="row", disable=not sys.stderr.isatty()) as bar:
         for index, piece in generate_many(
                 target, None, prompts, max_new_tokens, slots, {tokenizer.eos_token_id},
-                forward_rows=1):
+                tokens_per_forward=1):
             replies[index] += piece.tokens
             bar.update(piece.is_last)
     return list(zip(prompts, replies))

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".."))
 sys.path.insert(0, ROOT)  # the project's modules, from whatever folder this is run
-from chat import tokenizer_in
+from tokenizer import tokenizer_in
 from checkpoint import (FP32_WEIGHTS, parse_dtype, parse_target_config, save_weights,
                         write_whole)
 from configurator import configure

@@ -14,7 +14,7 @@ import numpy as np
 
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".."))
 sys.path.insert(0, ROOT)  # the project's modules, from whatever folder this is run
-from chat import tokenizer_fingerprint
+from tokenizer import tokenizer_fingerprint
 from checkpoint import read_target_config
 from configurator import configure
 from data.samples import write_samples

@@ -149,7 +149,7 @@ class DFlashDraftModel(PreTrainedModel):
         embedded (B, A, K, width)   the blocks, from embed_block()
         anchors  (B, A)             positions of the anchors, as sample_anchors() orders them
         attend                      None: flex_attention, which GPUs have; or what gives the same on
-                                    CPUs, attention_by_anchor_groups of cpu.py
+                                    CPUs, attention_by_anchor_groups of fast/cpu.py
         """
         B, A, K, _ = embedded.shape
         T = features.shape[1]
@@ -163,17 +163,17 @@ class DFlashDraftModel(PreTrainedModel):
         # Who sees whom, one mask for each attention window: for flex_attention a BlockMask (its
         # blocks are tiles of scores, not ours), for `attend` the function that says it.
         masks = {}
-        for attention_window in {layer.self_attn.attention_window for layer in self.layers}:
-            mask = block_visibility(anchors, T, K, attention_window)
+        for sliding_window in {layer.self_attn.sliding_window for layer in self.layers}:
+            mask = block_visibility(anchors, T, K, sliding_window)
             if attend is None:
                 query_count = A * K
                 key_count = T + query_count
                 mask = block_mask(mask, B, query_count, key_count, device)
-            masks[attention_window] = mask
+            masks[sliding_window] = mask
 
         x = embedded
         for layer in self.layers:
-            mask = masks[layer.self_attn.attention_window]
+            mask = masks[layer.self_attn.sliding_window]
             x = layer(x, context, block_rotary, context_rotary, anchors, mask, attend)
         return self.norm(x)
 
@@ -181,7 +181,7 @@ class DFlashDraftModel(PreTrainedModel):
 # who sees whom in training
 
 
-def block_visibility(anchors, T, K, attention_window=None):
+def block_visibility(anchors, T, K, sliding_window=None):
     """The definition of what a block sees: the mask of training's attention.
 
     Returns visible(batch, head, query, key) over integer tensors that broadcast, which is also the
@@ -192,7 +192,7 @@ def block_visibility(anchors, T, K, attention_window=None):
     after it too. It never sees another block.
 
     Some published drafters have sliding layers. There a slot sees, of all this, only the last
-    attention_window positions up to its own: itself included, and none after it.
+    sliding_window positions up to its own: itself included, and none after it.
     """
     def visible(batch, head, query, key):
         anchor_position = anchors[batch, query // K]
@@ -201,14 +201,14 @@ def block_visibility(anchors, T, K, attention_window=None):
         block_of_key = (key - T) // K
         in_own_block = (key >= T) & (block_of_key == block_of_query)
         seen = before_anchor | in_own_block
-        if attention_window is not None:
+        if sliding_window is not None:
             # By position in the sequence. For keys of other blocks it is wrong, but those are not
             # in `seen` anyway.
             query_position = anchor_position + query % K
             key_position_in_own_block = anchor_position + (key - T) % K
             key_position = torch.where(key < T, key, key_position_in_own_block)
             not_later = key_position <= query_position
-            not_too_old = key_position > query_position - attention_window
+            not_too_old = key_position > query_position - sliding_window
             seen = seen & not_later & not_too_old
         return seen
     return visible
@@ -268,10 +268,10 @@ class Attention(nn.Module):
         self.heads = config.num_attention_heads
         self.kv_heads = config.num_key_value_heads
         self.head_dim = config.head_dim
-        self.attention_window = None
+        self.sliding_window = None
         if kind == "sliding_attention":
-            self.attention_window = config.sliding_window
-            if not self.attention_window:
+            self.sliding_window = config.sliding_window
+            if not self.sliding_window:
                 raise ValueError("config.json has sliding_attention layers but no sliding_window "
                                  "with use_sliding_window")
         width = config.hidden_size
@@ -342,9 +342,9 @@ class Attention(nn.Module):
         query_position = positions[:, :, None]
         last_position = positions[:, -1:, None]
         mask = key_position <= last_position.expand_as(query_position)       # (B, K, length)
-        if self.attention_window is not None:
+        if self.sliding_window is not None:
             mask = mask & (key_position <= query_position)
-            mask = mask & (key_position > query_position - self.attention_window)
+            mask = mask & (key_position > query_position - self.sliding_window)
 
         q = q.transpose(1, 2)                                                # (B, H, K, D)
         o = masked_attention(q, keys, values, mask)
@@ -397,7 +397,7 @@ def write_at(buffer, positions, x):
 def project(x, layers):
     """What several linear layers make of x (..., width): a list of (..., their outputs).
 
-    In decoding projections.py may have joined their weights. Then each layer has a joined_weight,
+    In decoding fast/projections.py may have joined their weights. Then each layer has a joined_weight,
     its own rows and those of the layers after it, and a packed_product; one product makes it all.
     """
     joined_weight = getattr(layers[0], "joined_weight", None)
@@ -406,7 +406,7 @@ def project(x, layers):
     if layers[0].packed_product is None:
         product = linear_product(x, joined_weight)
     else:
-        product = layers[0].packed_product(x)  # of a packed copy, see cpu.py
+        product = layers[0].packed_product(x)  # of a packed copy, see fast/cpu.py
     widths = [layer.out_features for layer in layers]
     return product.split(widths, -1)
 
@@ -474,220 +474,3 @@ def masked_attention(q, k, v, mask):
     weights = scores.softmax(-1).to(v.dtype)
     o = weights.flatten(2, 3) @ v
     return o.view(B, H, K, D)
-
-# --------------------------------------------------------------------------------------------------
-# training: anchors, labels and weights
-
-
-def sample_anchors(supervised, count, generator, max_length):
-    """Draws anchors from the responses: positions (B, A), and whether each is real, (B, A).
-
-    supervised (B, T) marks the tokens of responses. An anchor and the token after it are both
-    supervised, and the anchors of a sequence differ. They ascend, as far as they are real. A is
-    `count`, or T if that is less. If a sequence has fewer candidates, anchors that are not real
-    fill the end, with position 0.
-
-    All random numbers are drawn from the generator: one for each position below max_length. So the
-    anchors of a sequence do not depend on how far it was padded.
-    """
-    B, T = supervised.shape
-    candidates = supervised[:, :-1] & supervised[:, 1:]
-    candidates = F.pad(candidates, (0, 1))  # the last token has none after it
-
-    # Random numbers on the device, where they are padded or cut to T. A copy from pinned memory
-    # does not wait for what the device has still to do.
-    random_numbers = torch.rand(
-        B, max_length, generator=generator, pin_memory=supervised.is_cuda)
-    random_numbers = random_numbers.to(supervised.device, non_blocking=True)
-    random_numbers = F.pad(random_numbers, (0, T - max_length))  # a width below 0 cuts
-
-    # the candidates in random order, and after them all other positions
-    random_numbers = random_numbers.masked_fill(~candidates, -1.0)
-    drawn = random_numbers.argsort(dim=1, descending=True)[:, :count]
-    is_candidate = candidates.gather(1, drawn)
-
-    # ascending; T marks those that are not real, so they come last
-    positions = torch.where(is_candidate, drawn, T).sort(dim=1).values
-    real = positions < T
-    return torch.where(real, positions, 0), real
-
-
-def block_labels(tokens, supervised, anchors, real, K, gamma):
-    """Labels x_{anchor+k} and weights exp(-(k-1)/gamma) for k = 1 .. K-1, both (B, A, K-1).
-
-    The weight decays since a guess counts only if all guesses before it were right. It is zero past
-    the end of the response that holds the anchor, and for anchors that are not real.
-    Source: arXiv 2602.06036, the position-decayed loss.
-    """
-    k = torch.arange(1, K, device=tokens.device)
-    positions = anchors[:, :, None] + k                                      # (B, A, K-1)
-
-    def at_positions(of_sequence):
-        padded = F.pad(of_sequence, (0, K))  # the last blocks reach past the end of the sequence
-        return padded.gather(1, positions.flatten(1)).view_as(positions)
-
-    labels = at_positions(tokens)
-    # once outside, always outside: a later response of the sequence is not the anchor's
-    inside = at_positions(supervised).long().cumprod(-1)
-    decay = torch.exp(-(k - 1) / gamma)
-    weights = inside * real[:, :, None] * decay
-    return labels, weights
-
-# --------------------------------------------------------------------------------------------------
-# training: the loss
-#
-# A micro-batch of two sequences with 512 anchors each has 15,360 guesses, and their logits over
-# 248,320 tokens would be 7.6 GB in bf16. But the head is frozen: its own gradient is not wanted,
-# only that with respect to the drafter's output. Call this output h (guesses, width) and the logits
-# z = h head^T. A row of onehot has a one at the label and zeros else. With
-# loss = sum over guesses of weight * nll,
-#
-#     d loss / d z = weight * (softmax(z) - onehot)            (weights scale rows)
-#     d loss / d h = (d loss / d z) head
-#
-# which is known as soon as the logits are. So the guesses go through the head in chunks. Each chunk
-# yields its part of the loss and of d loss / d h at once, and then its logits are dropped. Memory:
-# the logits of one chunk, for 1,024 guesses 1.0 GB in fp32 and half of that for a copy in bf16; and
-# until the backward pass the gradient d loss / d h, as large as h, 31 MB in bf16. The backward pass
-# only multiplies it by the scalar that comes in. Slots without weight have some label, but their
-# gradient is 0.
-
-
-def block_loss(
-        hidden,
-        head,
-        labels,
-        weights,
-        guesses_at_once=1024,
-        chunk_loss_function=None):
-    """The loss of training blocks, as a *sum* of weight * nll.
-
-    The caller divides it by the sum of all weights of a step, over micro-batches and processes.
-    Then it does not matter (but for rounding) how a step was split.
-
-    hidden (B, A, K, width)     from the drafter's forward
-    head (V, width)             the target's, frozen
-    labels, weights (B, A, K-1) from block_labels()
-    guesses_at_once             guesses whose logits exist at once, rounded to whole blocks, which
-                                only dpace_weights() needs
-    chunk_loss_function         chunk_loss (None), or a form of it: compiled, or with D-PACE
-
-    Returns the scalar loss and, for each slot, all (B, A, K-1): the nll, whether the greedy guess
-    is right, and the weight that was used.
-    """
-    if chunk_loss_function is None:
-        chunk_loss_function = chunk_loss
-    guess_hidden = hidden[:, :, 1:]  # slot 0 is the anchor: no loss, it never meets the head
-    loss, nll, correct, used_weights = FrozenHeadLoss.apply(
-        guess_hidden.flatten(0, 1),
-        head,
-        labels.flatten(0, 1),
-        weights.flatten(0, 1),
-        guesses_at_once,
-        chunk_loss_function)
-    shape = weights.shape
-    return loss, nll.view(shape), correct.view(shape), used_weights.view(shape)
-
-
-class FrozenHeadLoss(torch.autograd.Function):
-    """Loss and gradient in one pass over chunks of blocks: hidden (blocks, K-1, width)."""
-
-    @staticmethod
-    def forward(
-            ctx,
-            hidden,
-            head,
-            labels,
-            weights,
-            guesses_at_once,
-            chunk_loss_function):
-        head = head.to(hidden.dtype)
-        wants_grad = ctx.needs_input_grad[0]
-        blocks_at_once = max(1, guesses_at_once // labels.shape[1])
-        chunks = []
-        for first in range(0, len(hidden), blocks_at_once):
-            part = slice(first, first + blocks_at_once)
-            chunks.append(chunk_loss_function(
-                hidden[part],
-                head,
-                labels[part],
-                weights[part],
-                wants_grad))
-        nll, correct, used_weights, grads = zip(*chunks)
-        nll = torch.cat(nll)
-        correct = torch.cat(correct)
-        used_weights = torch.cat(used_weights)
-        ctx.save_for_backward(torch.cat(grads) if wants_grad else None)
-        ctx.mark_non_differentiable(nll, correct, used_weights)
-        return (nll * used_weights).sum(), nll, correct, used_weights
-
-    @staticmethod
-    def backward(ctx, loss_grad, *_):
-        grad, = ctx.saved_tensors
-        return grad * loss_grad, None, None, None, None, None
-
-
-def chunk_loss(hidden, head, labels, weights, wants_grad, dpace_smoothing=None):
-    """One chunk of N blocks: hidden (N, K-1, width), labels and weights (N, K-1).
-
-    Returns nll, whether the greedy guess is right, the weights used, all (N, K-1), and the gradient
-    of the sum of weights * nll with respect to hidden, None if it is not wanted.
-
-    dpace_smoothing: D-PACE's a, if the weights used are to be those of dpace_weights(). Of the
-    given weights it then only counts which ones are above 0.
-
-    The fp32 tensor z (N, K-1, V) is used three times: it holds the logits, then their exponentials,
-    then the gradient with respect to the logits. If hidden is bf16, both products with the head are
-    computed in bf16. Only what is between them is in fp32.
-    """
-    # The logits. hidden is flat here, as for three axes a CPU takes a batched product that is three
-    # times as slow.
-    flat = hidden.flatten(0, 1)
-    z = to_fp32(F.linear(flat, head))
-    z = z.view(*labels.shape, -1)                                            # (N, K-1, V)
-    largest, guess = z.max(-1, keepdim=True)
-    correct = guess[..., 0] == labels
-
-    # nll = log(sum of exp(z)) - z of the label. The largest logit is taken off z first, which
-    # changes nothing in exact numbers, so that exp cannot overflow.
-    z.sub_(largest)
-    z_of_label = z.gather(-1, labels[..., None])
-    z.exp_()  # z now holds the exponentials
-    total = z.sum(-1, keepdim=True)
-    nll = total.log() - z_of_label
-    nll = nll[..., 0]
-
-    probability = (-nll).exp()  # of the label
-    if dpace_smoothing is not None:
-        weights = dpace_weights(probability, weights > 0, dpace_smoothing)
-    if not wants_grad:
-        return nll, correct, weights, None
-
-    # z becomes weight (softmax - onehot), the gradient with respect to the logits. The entries of
-    # the labels are put in last, so that compiled code has no reason to write z in fp32.
-    w = weights.to(z.dtype)
-    z = z.mul_(w[..., None] / total).to(hidden.dtype)
-    of_label = (w * (probability - 1)).to(hidden.dtype)
-    z.scatter_(-1, labels[..., None], of_label[..., None])
-    grad = z.flatten(0, 1) @ head
-    return nll, correct, weights, grad.view_as(hidden)
-
-# --------------------------------------------------------------------------------------------------
-# training: weights that follow the drafter, in place of the decay (weighting = "dpace")
-
-
-def dpace_weights(q, inside, smoothing):
-    """D-PACE: weights (N, K-1) that follow the drafter's own confidence instead of a fixed decay.
-
-        s_i = (1 - a) q_i + a            a: smoothing, of 0 .. 1
-        w_j = sum over m >= j of  s_1 s_2 .. s_m
-
-    q (N, K-1) are the probabilities of the true tokens, inside (N, K-1) is false past the response.
-    With a = 0, w_j is the derivative of the expected accepted length by log q_j. The weights are
-    constants for the gradient of the loss.
-    Source: arXiv 2605.18810. There the loss is divided by the size of a batch, here by the sum of
-    all weights.
-    """
-    smoothed = (1 - smoothing) * q + smoothing
-    products = (smoothed * inside).cumprod(-1)
-    return products.flip(-1).cumsum(-1).flip(-1)  # w_j: the sum of all products from j to the end

@@ -9,8 +9,8 @@ import time
 import torch
 
 from benchmarks import pictures
-from flops import mfu
-from parallel import gather_numbers, rank
+from training.flops import mfu
+from training.parallel import gather_numbers, rank
 
 SHOWN_SLOTS = (1, 2, 4, 8, 15)  # of the K - 1, on the screen and in the picture
 

@@ -9,7 +9,7 @@ import threading
 
 import torch
 
-from parallel import sum_over_ranks, world_size
+from training.parallel import sum_over_ranks, world_size
 
 # torchrun sends SIGTERM when another process has died, and SIGKILL 30 seconds later
 PATIENCE_S = 20.0

@@ -4,7 +4,7 @@ and what share of a GPU's peak that is.
 """
 import torch
 
-from parallel import world_size
+from training.parallel import world_size
 
 # Dense bf16 operations a second, from data sheets. Names are matched in this order.
 PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,

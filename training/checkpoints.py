@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_map
 
 from checkpoint import load_drafter, one_line, save_drafter, step_folders
 from model import DFlashDraftModel
-from optimizer import moment_name
-from parallel import gather_full, rank, shard_like, wait_for_all, world_size
+from training.optimizer import moment_name
+from training.parallel import gather_full, rank, shard_like, wait_for_all, world_size
 
 # --------------------------------------------------------------------------------------------------
 # writing
@@ -96,10 +96,10 @@ def prune_checkpoints(out_dir, keep):
 # reading
 
 # keys that a resumed run may change and still be the same run
-FREE_KEYS = ("resume", "start_from", "out_dir", "log_every", "eval_every", "eval_samples",
+FREE_KEYS = ("resume", "resume_from", "out_dir", "log_every", "eval_every", "eval_samples",
              "save_every", "keep_checkpoints", "decode_prompts", "decode_tokens", "wandb_project",
-             "device", "guesses_at_once", "length_multiple", "attention", "compile", "parallel",
-             "accumulation", "ranks")
+             "device", "loss_chunk_size", "pad_to_multiple_of", "attention", "compile", "parallel",
+             "grad_accum_steps", "ranks")
 
 
 class SavedRun(NamedTuple):
@@ -170,10 +170,10 @@ def check_same_run(folder, before, config):
         old_value = before.get(key, value)
         if key not in FREE_KEYS and old_value != value:
             differences.append(f"{key} was {old_value!r}, is {value!r}")
-    old_batches = before.get("accumulation", 1) * before.get("ranks", 1)
-    batches = config.accumulation * world_size()
+    old_batches = before.get("grad_accum_steps", 1) * before.get("ranks", 1)
+    batches = config.grad_accum_steps * world_size()
     if old_batches != batches:
-        differences.append(f"accumulation x ranks was {old_batches}, is {batches}")
+        differences.append(f"grad_accum_steps x ranks was {old_batches}, is {batches}")
     if differences:
         raise ValueError(f"{folder} is of another run, --resume cannot go on with it: "
                          f"{'; '.join(differences)}")

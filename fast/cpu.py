@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from projections import groups_of
+from fast.projections import groups_of
 
 MIN_PACKED = 1 << 18        # numbers in a weight from which packing pays
 PARALLEL_ELEMENTS = 32768   # torch gives no thread fewer elements than this

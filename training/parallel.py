@@ -14,14 +14,14 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from projections import unjoin_projections
+from fast.projections import unjoin_projections
 
 
 def join_processes(device):
     """Join the processes that torchrun started, if it did.
 
     If one of them dies, torchrun ends the others on its node with a non-zero status: at once, or
-    where they hang in NCCL, which waits for ever, 20 seconds later (interruption.py). NCCL's
+    where they hang in NCCL, which waits for ever, 20 seconds later (training/interruption.py). NCCL's
     watchdog ends what no torchrun does, after 10 minutes.
     """
     if "RANK" not in os.environ:

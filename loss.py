@@ -1,0 +1,231 @@
+"""
+Training blocks: where they begin, what each position should guess, and the loss.
+
+A block begins at an anchor, a random position of a response. Position k of the block should guess
+the k-th token after the anchor. basic.py computes the same loss one block at a time. Here up to 512
+blocks of a text go through the target's head together, and their logits never exist all at once.
+
+Shapes: B batch, T tokens of a sequence, A anchors in a sequence, K block size, V vocabulary size;
+`width` is that of the residual stream.
+"""
+import torch
+import torch.nn.functional as F
+
+from model import to_fp32
+
+# --------------------------------------------------------------------------------------------------
+# training: anchors, labels and weights
+
+
+def sample_anchors(supervised, count, generator, max_length):
+    """Draws anchors from the responses: positions (B, A), and whether each is real, (B, A).
+
+    supervised (B, T) marks the tokens of responses. An anchor and the token after it are both
+    supervised, and the anchors of a sequence differ. They ascend, as far as they are real. A is
+    `count`, or T if that is less. If a sequence has fewer candidates, anchors that are not real
+    fill the end, with position 0.
+
+    All random numbers are drawn from the generator: one for each position below max_length. So the
+    anchors of a sequence do not depend on how far it was padded.
+    """
+    B, T = supervised.shape
+    candidates = supervised[:, :-1] & supervised[:, 1:]
+    candidates = F.pad(candidates, (0, 1))  # the last token has none after it
+
+    # Random numbers on the device, where they are padded or cut to T. A copy from pinned memory
+    # does not wait for what the device has still to do.
+    random_numbers = torch.rand(
+        B, max_length, generator=generator, pin_memory=supervised.is_cuda)
+    random_numbers = random_numbers.to(supervised.device, non_blocking=True)
+    random_numbers = F.pad(random_numbers, (0, T - max_length))  # a width below 0 cuts
+
+    # the candidates in random order, and after them all other positions
+    random_numbers = random_numbers.masked_fill(~candidates, -1.0)
+    drawn = random_numbers.argsort(dim=1, descending=True)[:, :count]
+    is_candidate = candidates.gather(1, drawn)
+
+    # ascending; T marks those that are not real, so they come last
+    positions = torch.where(is_candidate, drawn, T).sort(dim=1).values
+    real = positions < T
+    return torch.where(real, positions, 0), real
+
+
+def block_labels(tokens, supervised, anchors, real, K, gamma):
+    """Labels x_{anchor+k} and weights exp(-(k-1)/gamma) for k = 1 .. K-1, both (B, A, K-1).
+
+    The weight decays since a guess counts only if all guesses before it were right. It is zero past
+    the end of the response that holds the anchor, and for anchors that are not real.
+    Source: arXiv 2602.06036, the position-decayed loss.
+    """
+    k = torch.arange(1, K, device=tokens.device)
+    positions = anchors[:, :, None] + k                                      # (B, A, K-1)
+
+    def at_positions(of_sequence):
+        padded = F.pad(of_sequence, (0, K))  # the last blocks reach past the end of the sequence
+        return padded.gather(1, positions.flatten(1)).view_as(positions)
+
+    labels = at_positions(tokens)
+    # once outside, always outside: a later response of the sequence is not the anchor's
+    inside = at_positions(supervised).long().cumprod(-1)
+    decay = torch.exp(-(k - 1) / gamma)
+    weights = inside * real[:, :, None] * decay
+    return labels, weights
+
+# --------------------------------------------------------------------------------------------------
+# training: the loss
+#
+# A micro-batch of two sequences with 512 anchors each has 15,360 guesses, and their logits over
+# 248,320 tokens would be 7.6 GB in bf16. But the head is frozen: its own gradient is not wanted,
+# only that with respect to the drafter's output. Call this output h (guesses, width) and the logits
+# z = h head^T. A row of onehot has a one at the label and zeros else. With
+# loss = sum over guesses of weight * nll,
+#
+#     d loss / d z = weight * (softmax(z) - onehot)            (weights scale rows)
+#     d loss / d h = (d loss / d z) head
+#
+# which is known as soon as the logits are. So the guesses go through the head in chunks. Each chunk
+# yields its part of the loss and of d loss / d h at once, and then its logits are dropped. Memory:
+# the logits of one chunk, for 1,024 guesses 1.0 GB in fp32 and half of that for a copy in bf16; and
+# until the backward pass the gradient d loss / d h, as large as h, 31 MB in bf16. The backward pass
+# only multiplies it by the scalar that comes in. Slots without weight have some label, but their
+# gradient is 0.
+
+
+def block_loss(
+        hidden,
+        head,
+        labels,
+        weights,
+        loss_chunk_size=1024,
+        chunk_loss_function=None):
+    """The loss of training blocks, as a *sum* of weight * nll.
+
+    The caller divides it by the sum of all weights of a step, over micro-batches and processes.
+    Then it does not matter (but for rounding) how a step was split.
+
+    hidden (B, A, K, width)     from the drafter's forward
+    head (V, width)             the target's, frozen
+    labels, weights (B, A, K-1) from block_labels()
+    loss_chunk_size             guesses whose logits exist at once, rounded to whole blocks, which
+                                only dpace_weights() needs
+    chunk_loss_function         chunk_loss (None), or a form of it: compiled, or with D-PACE
+
+    Returns the scalar loss and, for each slot, all (B, A, K-1): the nll, whether the greedy guess
+    is right, and the weight that was used.
+    """
+    if chunk_loss_function is None:
+        chunk_loss_function = chunk_loss
+    guess_hidden = hidden[:, :, 1:]  # slot 0 is the anchor: no loss, it never meets the head
+    loss, nll, correct, used_weights = FrozenHeadLoss.apply(
+        guess_hidden.flatten(0, 1),
+        head,
+        labels.flatten(0, 1),
+        weights.flatten(0, 1),
+        loss_chunk_size,
+        chunk_loss_function)
+    shape = weights.shape
+    return loss, nll.view(shape), correct.view(shape), used_weights.view(shape)
+
+
+class FrozenHeadLoss(torch.autograd.Function):
+    """Loss and gradient in one pass over chunks of blocks: hidden (blocks, K-1, width)."""
+
+    @staticmethod
+    def forward(
+            ctx,
+            hidden,
+            head,
+            labels,
+            weights,
+            loss_chunk_size,
+            chunk_loss_function):
+        head = head.to(hidden.dtype)
+        wants_grad = ctx.needs_input_grad[0]
+        blocks_at_once = max(1, loss_chunk_size // labels.shape[1])
+        chunks = []
+        for first in range(0, len(hidden), blocks_at_once):
+            part = slice(first, first + blocks_at_once)
+            chunks.append(chunk_loss_function(
+                hidden[part],
+                head,
+                labels[part],
+                weights[part],
+                wants_grad))
+        nll, correct, used_weights, grads = zip(*chunks)
+        nll = torch.cat(nll)
+        correct = torch.cat(correct)
+        used_weights = torch.cat(used_weights)
+        ctx.save_for_backward(torch.cat(grads) if wants_grad else None)
+        ctx.mark_non_differentiable(nll, correct, used_weights)
+        return (nll * used_weights).sum(), nll, correct, used_weights
+
+    @staticmethod
+    def backward(ctx, loss_grad, *_):
+        grad, = ctx.saved_tensors
+        return grad * loss_grad, None, None, None, None, None
+
+
+def chunk_loss(hidden, head, labels, weights, wants_grad, dpace_smoothing=None):
+    """One chunk of N blocks: hidden (N, K-1, width), labels and weights (N, K-1).
+
+    Returns nll, whether the greedy guess is right, the weights used, all (N, K-1), and the gradient
+    of the sum of weights * nll with respect to hidden, None if it is not wanted.
+
+    dpace_smoothing: D-PACE's a, if the weights used are to be those of dpace_weights(). Of the
+    given weights it then only counts which ones are above 0.
+
+    The fp32 tensor z (N, K-1, V) is used three times: it holds the logits, then their exponentials,
+    then the gradient with respect to the logits. If hidden is bf16, both products with the head are
+    computed in bf16. Only what is between them is in fp32.
+    """
+    # The logits. hidden is flat here, as for three axes a CPU takes a batched product that is three
+    # times as slow.
+    flat = hidden.flatten(0, 1)
+    z = to_fp32(F.linear(flat, head))
+    z = z.view(*labels.shape, -1)                                            # (N, K-1, V)
+    largest, guess = z.max(-1, keepdim=True)
+    correct = guess[..., 0] == labels
+
+    # nll = log(sum of exp(z)) - z of the label. The largest logit is taken off z first, which
+    # changes nothing in exact numbers, so that exp cannot overflow.
+    z.sub_(largest)
+    z_of_label = z.gather(-1, labels[..., None])
+    z.exp_()  # z now holds the exponentials
+    total = z.sum(-1, keepdim=True)
+    nll = total.log() - z_of_label
+    nll = nll[..., 0]
+
+    probability = (-nll).exp()  # of the label
+    if dpace_smoothing is not None:
+        weights = dpace_weights(probability, weights > 0, dpace_smoothing)
+    if not wants_grad:
+        return nll, correct, weights, None
+
+    # z becomes weight (softmax - onehot), the gradient with respect to the logits. The entries of
+    # the labels are put in last, so that compiled code has no reason to write z in fp32.
+    w = weights.to(z.dtype)
+    z = z.mul_(w[..., None] / total).to(hidden.dtype)
+    of_label = (w * (probability - 1)).to(hidden.dtype)
+    z.scatter_(-1, labels[..., None], of_label[..., None])
+    grad = z.flatten(0, 1) @ head
+    return nll, correct, weights, grad.view_as(hidden)
+
+# --------------------------------------------------------------------------------------------------
+# training: weights that follow the drafter, in place of the decay (weighting = "dpace")
+
+
+def dpace_weights(q, inside, smoothing):
+    """D-PACE: weights (N, K-1) that follow the drafter's own confidence instead of a fixed decay.
+
+        s_i = (1 - a) q_i + a            a: smoothing, of 0 .. 1
+        w_j = sum over m >= j of  s_1 s_2 .. s_m
+
+    q (N, K-1) are the probabilities of the true tokens, inside (N, K-1) is false past the response.
+    With a = 0, w_j is the derivative of the expected accepted length by log q_j. The weights are
+    constants for the gradient of the loss.
+    Source: arXiv 2605.18810. There the loss is divided by the size of a batch, here by the sum of
+    all weights.
+    """
+    smoothed = (1 - smoothing) * q + smoothing
+    products = (smoothed * inside).cumprod(-1)
+    return products.flip(-1).cumsum(-1).flip(-1)  # w_j: the sum of all products from j to the end
