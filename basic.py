@@ -120,12 +120,12 @@ def gated_delta_net(x, w, memory, c):
     g = -w["linear_attn.A_log"].exp() * time_step
     beta = (x[0] @ w["linear_attn.in_proj_b.weight"].T).sigmoid()
     S = memory.get("S", x.new_zeros(Hv, D, Dv))
-    o, memory["S"] = delta_rule(q, k, v.view(Hv, Dv), g, beta, S)
+    o, memory["S"] = delta_rule(q, k, v.view(Hv, Dv), g, beta, S=S)
     gate = F.silu(x @ w["linear_attn.in_proj_z.weight"].T)
     o = rms_norm(o, w["linear_attn.norm.weight"]).flatten() * gate  # the weight is the gain
     return o @ w["linear_attn.out_proj.weight"].T
 
-def delta_rule(q, k, v, g, beta, S):
+def delta_rule(q, k, v, g, beta, *, S):
     """One token of the gated delta rule (Yang, Kautz, Hatamizadeh, arXiv 2412.06464) in Hv heads.
     S (Hv, D, Dv) maps keys to values. q and k are (Hv, D), v is (Hv, Dv), and g and beta are (Hv,).
     S decays by the factor exp(g) <= 1. beta is the fraction of an old value that is replaced."""

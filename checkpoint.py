@@ -1,76 +1,74 @@
 """
-Folders in and out: the target's and the drafter's weights, and the rules of their config.json.
+Folders in and out: the weights of target and drafter, and the rules of their config.json.
 
-    target = load_target("Qwen/Qwen3.5-0.8B")      # a hub id, a folder of that form, random:0.8b
+    target = load_target("Qwen/Qwen3.5-0.8B")      # a hub id, a folder in that layout, random:0.8b
     drafter = load_drafter("data/nano/drafter-dflash", target.config)
     save_drafter(drafter, "out/my-dflash", card="# My drafter")
 
-Every error that a user can cause is a ValueError of one line: which file, what is wrong, what to
-do about it.
+Every error that a user can cause is a ValueError of one line.
 """
+import glob
 import json
 import os
 import shutil
 from dataclasses import fields, replace
 
 import torch
-import torch.nn as nn
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
 import model
-from fast.cpu import pack_linears, pack_target
 from model import DFlashDraftModel
-from fast.projections import join_projections
 from target import Target, TargetConfig
 
 # --------------------------------------------------------------------------------------------------
 # the target
 
+# stored and used in fp32 even if the model's dtype is bf16
+FP32_WEIGHTS = ("linear_attn.A_log", "linear_attn.norm.weight")
+
 
 def load_target(name, device="cpu", dtype="float32"):
     """A Target, frozen and in eval mode.
 
-    name: a folder with config.json and safetensors in the public layout; a hub id; or, with random
-    weights, random:SIZE for a published size and random:SIZE:LAYERS for its first layers.
-    Raises ValueError, naming the file and what is wrong, when there is no such target.
+    name: a folder with config.json and safetensors in the public layout; a hub id; random:SIZE for
+    random weights in a published size; or random:SIZE:LAYERS for the first layers of one.
     """
     dtype = parse_dtype(device, dtype)
-    # A bf16 model multiplies in fp32 within the delta rule only. What goes into that was rounded to
-    # the 8 bits of bf16. So its factors may be rounded to the 11 bits of TF32, which is faster on a
-    # GPU and changes features by less than bf16 does (benchmarks/results/readme.md).
+    # A bf16 model multiplies in fp32 only inside the delta rule, whose inputs had 8 bits. So the
+    # 11 bits of TF32 are enough, and faster on a GPU (docs/speed.md).
     torch.backends.cuda.matmul.allow_tf32 = dtype == torch.bfloat16
     config, folder = read_target_config(name)
-    if folder is None:  # random weights
-        return pack_target(join_projections(random_target(config, device, dtype)))
-    # a model without memory, into which the tensors of the file are put as they are
-    with torch.device("meta"):
-        target = Target(config)
+    if folder is None:
+        return random_target(config, device, dtype)
 
     def our_name(file_name):
-        """Our name of a tensor in a public file; None for what is not of the text model."""
         our = file_name.removeprefix("model.").removeprefix("language_model.")
         if our.startswith(("visual.", "mtp.")):  # the vision tower, multi-token prediction
             return None
         if our == "lm_head.weight" and config.tie_word_embeddings:
-            return None  # a tied head is the embedding, even where a file repeats it
+            return None  # a tied head is the embedding, even if the file repeats it
         return our
 
-    load_weights(target, folder, device, dtype, our_name, FP32_WEIGHTS)
-    return pack_target(join_projections(target))
+    with torch.device("meta"):  # without memory
+        target = Target(config)
+    return load_weights(target, folder, device, dtype, our_name=our_name, fp32=FP32_WEIGHTS)
 
 
-# stored and used in fp32 whatever the model's dtype is
-FP32_WEIGHTS = ("linear_attn.A_log", "linear_attn.norm.weight")
+def parse_dtype(device, dtype):
+    """The torch dtype of a name. ValueError if we do not run in it, or if there is no such GPU."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device = {device!r}, but torch sees no GPU here: use --device=cpu")
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype = {dtype!r}: use float32 or bfloat16 "
+                         "(fp16 overflows in the decay's gate)")
+    return getattr(torch, dtype)
 
 
 def read_target_config(name):
-    """(TargetConfig, folder) of a folder or hub id.
-
-    Of random:SIZE[:LAYERS] the folder is None. ValueError when there is no such target.
-    """
+    """(TargetConfig, folder) of a folder or hub id. For random:SIZE[:LAYERS] the folder is None."""
     if name.startswith("random:"):
         return random_target_config(name), None
     folder = checkpoint_folder(name)
@@ -86,25 +84,20 @@ def read_target_config(name):
 
 
 def parse_target_config(config):
-    """TargetConfig of a parsed config.json, nested (under text_config) or flat.
-
-    ValueError names the keys that are missing, or what the file asks for that is not computed here.
-    """
-    # one flat dict: a multimodal file has the text model's keys inside, and all have rope's inside
+    """The TargetConfig of a parsed config.json. ValueError names missing and unsupported keys."""
+    # One flat dict. Multimodal files nest the text model's keys, and all files nest those of rope.
     keys = dict(config)
     keys |= config.get("text_config") or {}
     keys |= keys.get("rope_parameters") or keys.get("rope_scaling") or {}
     if keys.get("num_experts") or "moe" in str(keys.get("model_type")):
-        raise ValueError("this config.json describes a mixture-of-experts target; only dense ones "
-                         "are supported")
-    # keys that would change the computation must have the value that is computed here
+        raise ValueError("mixture-of-experts targets are not supported, only dense ones")
     supported = {"rope_type": "default", "hidden_act": "silu", "quantization_config": None}
     for key, value in supported.items():
         if keys.get(key, value) != value:
             raise ValueError(f"{key} = {keys[key]!r} is not supported, only {value!r}")
     if "layer_types" in keys:
         keys["layer_types"] = tuple(keys["layer_types"])
-    # all other keys that TargetConfig does not know say nothing about the computation
+    # keys that TargetConfig does not know do not affect the computation
     known = {field.name for field in fields(TargetConfig)}
     try:
         return TargetConfig(**{key: value for key, value in keys.items() if key in known})
@@ -112,33 +105,21 @@ def parse_target_config(config):
         raise ValueError(f"config.json is not that of a Qwen3.5 text model: {error}") from None
 
 
-def parse_dtype(device, dtype):
-    """The torch dtype of a name. ValueError if we do not run in it, or the device is not here."""
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device = {device!r}, but torch sees no GPU here: use --device=cpu")
-    if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype = {dtype!r}: use float32 or bfloat16 "
-                         "(fp16 overflows in the decay's gate)")
-    return getattr(torch, dtype)
-
-
-def published_size(hidden_size, intermediate_size, layers, heads, kv_heads, value_heads, tied):
-    """The TargetConfig of a published size; what all sizes share stands here."""
-    return TargetConfig(
-        vocab_size=248320, hidden_size=hidden_size, intermediate_size=intermediate_size,
-        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
-        head_dim=256, linear_num_key_heads=16, linear_num_value_heads=value_heads,
-        linear_key_head_dim=128, linear_value_head_dim=128, tie_word_embeddings=tied,
-        eos_token_id=248044, pad_token_id=248044)
-
-
-SIZES = {
-    "0.8b": published_size(1024, 3584, 24, 8, 2, 16, tied=True),
-    "2b": published_size(2048, 6144, 24, 8, 2, 16, tied=True),
-    "4b": published_size(2560, 9216, 32, 16, 4, 32, tied=True),
-    "9b": published_size(4096, 12288, 32, 16, 4, 32, tied=False),
-    "27b": published_size(5120, 17408, 64, 24, 4, 48, tied=False),  # Qwen3.6-27B has this shape too
-}
+SIZES = {}  # as published; an empty layer_types means the usual pattern
+SIZES["0.8b"] = TargetConfig(
+    vocab_size=248320, hidden_size=1024, intermediate_size=3584, num_hidden_layers=24,
+    num_attention_heads=8, num_key_value_heads=2, head_dim=256, linear_num_key_heads=16,
+    linear_num_value_heads=16, linear_key_head_dim=128, linear_value_head_dim=128,
+    tie_word_embeddings=True, eos_token_id=248044, pad_token_id=248044)
+SIZES["2b"] = replace(SIZES["0.8b"], hidden_size=2048, intermediate_size=6144)
+SIZES["4b"] = replace(
+    SIZES["0.8b"], hidden_size=2560, intermediate_size=9216, num_hidden_layers=32, layer_types=(),
+    num_attention_heads=16, num_key_value_heads=4, linear_num_value_heads=32)
+SIZES["9b"] = replace(
+    SIZES["4b"], hidden_size=4096, intermediate_size=12288, tie_word_embeddings=False)
+SIZES["27b"] = replace(  # Qwen3.6-27B has the same shape
+    SIZES["9b"], hidden_size=5120, intermediate_size=17408, num_hidden_layers=64, layer_types=(),
+    num_attention_heads=24, linear_num_value_heads=48)
 
 
 def random_target_config(name):
@@ -156,28 +137,23 @@ def random_target_config(name):
 
 
 def random_target(config, device, dtype):
-    """A Target with random weights, always the same, made in place in their dtype.
-
-    The layers outweigh the embedding: else a tied head would repeat the last token for ever.
-    """
+    """A Target whose random weights are always the same."""
+    # The layers outweigh the embedding. Otherwise a tied head would repeat the last token forever.
     with torch.device("meta"):
         target = Target(config)
     generator = torch.Generator(device).manual_seed(0)
     weights = {}
     for name, parameter in target.named_parameters():
         weight_dtype = torch.float32 if name.endswith(FP32_WEIGHTS) else dtype
-        weight = torch.empty(parameter.shape, device=device, dtype=weight_dtype)
-        if name == "embed_tokens.weight":
-            weight.normal_(std=0.02, generator=generator)
-        elif weight.dim() > 1:
+        weight = torch.zeros(parameter.shape, device=device, dtype=weight_dtype)
+        if weight.dim() > 1:
             fan_in = weight[0].numel()
-            weight.normal_(std=fan_in ** -0.5, generator=generator)
+            std = 0.02 if name == "embed_tokens.weight" else fan_in ** -0.5
+            weight.normal_(std=std, generator=generator)
         elif name.endswith("A_log"):
             weight.uniform_(0.01, 16, generator=generator).log_()
         elif name.endswith(("dt_bias", "linear_attn.norm.weight")):
             weight.fill_(1.0)
-        else:
-            weight.fill_(0.0)
         weights[name] = weight
     target.load_state_dict(weights, assign=True)
     return target.requires_grad_(False).eval()
@@ -187,98 +163,63 @@ def random_target(config, device, dtype):
 
 
 def load_drafter(name, target_config, device="cpu", dtype="float32"):
-    """A frozen drafter from a checkpoint folder or a hub id, for the target of that TargetConfig.
-
-    A folder of a training run stands for its newest checkpoint. Raises ValueError, with the two
-    numbers that differ, when there is no drafter or it belongs to another target.
-    """
-    # find the folder
+    """A frozen drafter from a hub id, a checkpoint folder, or the newest one of a training run."""
     folder = newest_checkpoint(checkpoint_folder(name))
     if not os.path.isfile(os.path.join(folder, "config.json")):
         raise ValueError(f"no drafter in {folder!r}: give a folder with config.json, or train one: "
                          "python train.py config/nano.py")
-    # make the drafter that its config.json describes, and see whether it belongs to the target
     try:
         config = read_drafter_config(folder)
         if getattr(config, "num_target_layers", None) is None:  # some published files lack it
             config.num_target_layers = target_config.num_hidden_layers
+        check_pair(config, target_config)
         with torch.device("meta"):
             drafter = DFlashDraftModel(config)
-    except Exception as error:  # not JSON, keys missing, and what transformers' own checks raise
-        raise ValueError(f"{folder}/config.json is not a DFlash drafter's: {one_line(error)}; "
-                         "give the folder or hub id of one") from None
-    check_pair(folder, drafter, target_config)
-    # then its weights
-    load_weights(drafter, folder, device, getattr(torch, dtype))
-    return prepare_decoding(drafter)
+    except Exception as error:  # not JSON, keys missing, transformers' own checks
+        raise ValueError(f"{folder}/config.json is not that of a drafter for this target: "
+                         f"{one_line(error)}; give --target and --drafter of one pair") from None
+    return load_weights(drafter, folder, device, getattr(torch, dtype))
 
 
-def prepare_decoding(drafter):
-    """Bring the weights of a frozen drafter into the form that decodes fastest; returns it.
-
-    On a GPU several projections become one product. On a CPU that would gain 1 %, and lose the
-    large weights' packing.
-    """
-    if drafter.fc.weight.is_cuda:
-        return join_projections(drafter)
-    return pack_linears(drafter)
-
-
-def check_pair(folder, drafter, target_config):
-    """ValueError if a drafter reads other features or another vocabulary than a target has."""
-    config = drafter.config
+def check_pair(config, target_config):
+    """ValueError if a drafter's Qwen3Config does not fit a target."""
+    layers = target_config.num_hidden_layers
     for key, own, wanted in (
             ("hidden_size", config.hidden_size, target_config.hidden_size),
             ("vocab_size", config.vocab_size, target_config.vocab_size),
-            ("num_target_layers", config.num_target_layers, target_config.num_hidden_layers)):
+            ("num_target_layers", config.num_target_layers, layers)):
         if own != wanted:
-            raise ValueError(f"the drafter in {folder!r} does not fit this target: {key} is {own}, "
-                             f"the target's {wanted}; give --target and --drafter of one pair")
-    last_layer = max(drafter.target_layer_ids)
-    mask_id = drafter.mask_token_id
-    if last_layer > target_config.num_hidden_layers - 2 or mask_id >= target_config.vocab_size:
-        raise ValueError(f"the drafter in {folder!r} does not fit this target: it reads layer "
-                         f"{last_layer} of {target_config.num_hidden_layers} (the last one cannot "
-                         f"be read), mask id {mask_id} of {target_config.vocab_size} ids")
+            raise ValueError(f"{key} is {own}, the target's {wanted}")
+    # the last layer of a target cannot be read, because transformers returns it normed
+    ids = config.dflash_config["target_layer_ids"]
+    if not ids or ids != sorted(set(ids)) or ids[0] < 0 or ids[-1] > layers - 2:
+        raise ValueError(f"target_layer_ids = {tuple(ids)} must ascend, differ, and stay within "
+                         f"0 .. {layers - 2}, because the target has {layers} layers")
+    mask_id = config.dflash_config["mask_token_id"]
+    if not 0 <= mask_id < config.vocab_size:
+        raise ValueError(f"mask_token_id = {mask_id} is not one of {config.vocab_size} ids")
 
 
 def drafter_config(
-        target_config,
-        layers,
-        target_layer_ids,
-        mask_token_id,
-        heads,
-        kv_heads,
-        head_dim,
-        mlp,
-        block_size=16,
-        initializer_range=0.02):
-    """The Qwen3Config of a new drafter; ValueError if the target has no such layers.
-
-    Its rope_theta is the target's. The target's partial rotary factor is not: the drafter rotates
-    whole heads. The last layer of a target cannot be tapped: transformers returns it normed.
-    """
-    layer_ids = list(target_layer_ids)
-    last = target_config.num_hidden_layers - 2
-    ascends = layer_ids == sorted(set(layer_ids))
-    if not layer_ids or not ascends or layer_ids[0] < 0 or layer_ids[-1] > last:
-        raise ValueError(f"target_layer_ids = {tuple(layer_ids)} must ascend, differ and stay "
-                         f"within 0 .. {last}, as the target has "
-                         f"{target_config.num_hidden_layers} layers")
+        target_config, *, num_hidden_layers, target_layer_ids, mask_token_id,
+        num_attention_heads, num_key_value_heads, head_dim, intermediate_size,
+        block_size=16, initializer_range=0.02):
+    """The Qwen3Config of a new drafter. ValueError if the target does not have these layers."""
+    # the target's partial rotary factor is left out, because a drafter rotates whole heads
     pad_token_id = target_config.pad_token_id
     if pad_token_id is None:
         pad_token_id = target_config.eos_token_id
-    return Qwen3Config(
+    config = Qwen3Config(
         block_size=block_size,
         dflash_config={"block_size": block_size, "mask_token_id": mask_token_id,
-                       "target_layer_ids": layer_ids},
+                       "target_layer_ids": list(target_layer_ids)},
         num_target_layers=target_config.num_hidden_layers,
-        num_hidden_layers=layers,
-        layer_types=["full_attention"] * layers,
+        num_hidden_layers=num_hidden_layers,
+        layer_types=["full_attention"] * num_hidden_layers,
         hidden_size=target_config.hidden_size,
-        intermediate_size=mlp,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
+        intermediate_size=intermediate_size,
+        num_attention_heads=num_attention_heads,
+        num_key_value_heads=num_key_value_heads,
         head_dim=head_dim,
         initializer_range=initializer_range,
         rope_parameters={"rope_type": "default", "rope_theta": target_config.rope_theta},
@@ -288,17 +229,18 @@ def drafter_config(
         tie_word_embeddings=False,
         eos_token_id=target_config.eos_token_id,
         pad_token_id=pad_token_id)
+    check_pair(config, target_config)
+    return config
 
 
 def save_drafter(drafter, folder, card, extra=None):
-    """Write a checkpoint as engines read it.
+    """Write a checkpoint as inference engines read it.
 
-    config.json, model.safetensors (bf16), dflash.py (model.py itself) and README.md (the card).
-    extra: {file name: object} for torch.save beside them. The folder appears whole, under its name,
-    or not at all. ValueError when it cannot be written.
+    config.json, model.safetensors (bf16), dflash.py (a copy of model.py), and README.md (the card).
+    extra: {file name: object} for torch.save. ValueError if the folder cannot be written.
     """
-    # All is written into a folder of another name, which is renamed at the end. An older folder of
-    # the final name is deleted only then.
+    # Everything is written into a folder of a different name, which is renamed at the end. So the
+    # folder appears complete or not at all, and an older one is kept until then.
     part = folder.rstrip("/") + ".part"
     tensors = {}
     for name, tensor in drafter.state_dict().items():
@@ -311,9 +253,8 @@ def save_drafter(drafter, folder, card, extra=None):
         for name, value in (extra or {}).items():
             torch.save(value, os.path.join(part, name))
         shutil.copyfile(model.__file__, os.path.join(part, "dflash.py"))
-        for name, text in (("config.json", config), ("README.md", card)):
-            with open(os.path.join(part, name), "w") as f:
-                f.write(text)
+        write_whole(os.path.join(part, "config.json"), config)
+        write_whole(os.path.join(part, "README.md"), card)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(part, folder)
     except OSError as error:
@@ -321,48 +262,34 @@ def save_drafter(drafter, folder, card, extra=None):
 
 
 def public_drafter_config(c):
-    """What stands in config.json, from a Qwen3Config.
-
-    Written by hand: transformers 5 drops rope_theta from the top level when it saves, and readers
-    of that key would fall back to 10000 without a word.
-    """
+    """The content of config.json, from a Qwen3Config."""
+    # transformers 5 would drop rope_theta from the top level, so that engines silently use 10000
+    copied = (
+        "num_target_layers", "num_hidden_layers", "layer_types", "hidden_size", "vocab_size",
+        "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+        "rms_norm_eps", "attention_bias", "initializer_range", "max_position_embeddings",
+        "eos_token_id", "pad_token_id")
+    config = {key: getattr(c, key) for key in copied}
+    is_sliding = "sliding_attention" in c.layer_types
     rope_theta = c.rope_parameters["rope_theta"]
-    layer_types = list(c.layer_types)
-    is_sliding = "sliding_attention" in layer_types
-    return {
+    return config | {
         "architectures": ["DFlashDraftModel"],
         "model_type": "qwen3",
         "auto_map": {"AutoModel": "dflash.DFlashDraftModel"},
-        # in both places, as some readers look here and some there
+        # in two places, because readers differ
         "block_size": c.dflash_config["block_size"],
         "dflash_config": dict(c.dflash_config),
-        "num_target_layers": c.num_target_layers,
-        "num_hidden_layers": c.num_hidden_layers,
-        "layer_types": layer_types,
-        "hidden_size": c.hidden_size,
-        "intermediate_size": c.intermediate_size,
-        "num_attention_heads": c.num_attention_heads,
-        "num_key_value_heads": c.num_key_value_heads,
-        "head_dim": c.head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": c.rms_norm_eps,
-        "attention_bias": c.attention_bias,
-        "attention_dropout": 0.0,
-        "initializer_range": c.initializer_range,
-        "max_position_embeddings": c.max_position_embeddings,
-        "vocab_size": c.vocab_size,
-        "tie_word_embeddings": False,
-        "use_cache": True,
-        # in both places too
         "rope_theta": rope_theta,
-        "rope_scaling": None,
         "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta},
+        "rope_scaling": None,
         "use_sliding_window": is_sliding,
         "sliding_window": c.sliding_window if is_sliding else None,
         "max_window_layers": c.num_hidden_layers,
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": False,
+        "use_cache": True,
         "bos_token_id": None,
-        "eos_token_id": c.eos_token_id,
-        "pad_token_id": c.pad_token_id,
         "dtype": "bfloat16",
         "torch_dtype": "bfloat16",
     }
@@ -371,8 +298,8 @@ def public_drafter_config(c):
 def read_drafter_config(folder):
     """The Qwen3Config of a published drafter, whose config.json may differ from ours.
 
-    ValueError for keys that are missing, that contradict each other, or that ask for what model.py
-    does not compute: such a drafter would load, and guess badly without a word.
+    ValueError for keys that are missing, contradict each other, or ask for what model.py does not
+    compute. Such a drafter would load, and silently guess badly.
     """
     with open(os.path.join(folder, "config.json")) as f:
         raw = json.load(f)
@@ -382,140 +309,113 @@ def read_drafter_config(folder):
     dflash = raw["dflash_config"]
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
 
-    # 1. block_size and rope_theta stand at the top, inside, or in both places
-    block_size = one_value("block_size", raw, dflash)
-    rope_theta = one_value("rope_theta", raw, rope)
-
-    # 2. nothing that would change the computation
-    foreign = {}
-    known = ("block_size", "mask_token_id", "target_layer_ids")
-    for key, value in dflash.items():
-        if value and key not in known:
-            foreign[key] = value
-    supported = {"partial_rotary_factor": 1, "rope_type": "default", "hidden_act": "silu"}
+    # 1. refuse keys that would change the computation
+    known = ("block_size", "mask_token_id", "target_layer_ids", "causal")
+    foreign = {key: value for key, value in dflash.items() if value and key not in known}
+    supported = {
+        "hidden_act": "silu", "projector_type": "dflash", "rope_type": "default",
+        "type": "default", "partial_rotary_factor": 1, "rope_dim": raw.get("head_dim"),
+        "is_neox_style": True}
+    outside = raw | rope
     for key, plain in supported.items():
-        value = rope.get(key, raw.get(key, plain))
-        if value != plain:
-            foreign[key] = value
+        if outside.get(key) not in (None, plain):
+            foreign[key] = outside[key]
     if foreign:
         raise ValueError(f"it asks for {foreign}, which model.py does not compute")
 
-    # 3. layer ids and mask id make sense
-    layer_ids = dflash["target_layer_ids"]
-    mask_id = dflash["mask_token_id"]
-    if layer_ids != sorted(set(layer_ids)) or not layer_ids or layer_ids[0] < 0 or mask_id < 0:
-        raise ValueError(f"target_layer_ids = {layer_ids} must ascend and mask_token_id = "
-                         f"{mask_id} not be negative")
-
-    # 4. without its flag transformers forgets the window, and some published files lack the flag
-    uses_window = raw.get("use_sliding_window") or "sliding_attention" in raw.get("layer_types", ())
-
-    # 5. one form for the code that follows
-    #    (dflash_config has all that is ours, rope_parameters all of the rotary embedding)
-    raw["block_size"] = block_size
-    raw["dflash_config"] = dflash | {"block_size": block_size}
-    raw["use_sliding_window"] = uses_window
+    # 2. one form for the code that follows: dflash_config has all of our own keys, and
+    #    rope_parameters all keys of the rotary embedding
+    raw["block_size"] = one_value("block_size", raw, dflash)
+    raw["dflash_config"] = dflash | {"block_size": raw["block_size"]}
+    rope_theta = one_value("rope_theta", raw, rope)
     raw["rope_parameters"] = {"rope_type": "default", "rope_theta": rope_theta}
     raw["rope_scaling"] = None
     raw.pop("rope_theta", None)
-    return Qwen3Config.from_dict(raw)
+    # without its flag transformers forgets the window, and some published files lack the flag
+    if "sliding_attention" in raw.get("layer_types", ()):
+        raw["use_sliding_window"] = True
+    config = Qwen3Config.from_dict(raw)
+
+    # 3. engines let is_causal decide for all layers; here sliding layers are causal, full ones not
+    is_causal = dflash.get("causal", raw.get("is_causal"))
+    for layer_type in config.layer_types:
+        if is_causal is not None and is_causal != (layer_type == "sliding_attention"):
+            raise ValueError(f"is_causal = {is_causal} is not supported for {layer_type}")
+    return config
 
 
 def one_value(key, outer, inner):
-    """The value of a key that stands in one of two dicts, or in both with the same value."""
-    values = {place[key] for place in (outer, inner) if place.get(key) is not None}
-    if len(values) == 0:
-        raise ValueError(f"it has no {key}")
-    if len(values) == 2:
-        raise ValueError(f"{key} is {outer[key]} at the top and {inner[key]} inside")
+    """The value of a key that is in one of two dicts, or in both with the same value."""
+    values = {outer.get(key), inner.get(key)} - {None}
+    if len(values) != 1:
+        raise ValueError(f"{key} is {outer.get(key)} at the top and {inner.get(key)} inside")
     return values.pop()
 
 # --------------------------------------------------------------------------------------------------
 # weights and folders
 
 
-def load_weights(module: nn.Module, folder, device, dtype, our_name=lambda name: name, fp32=()):
-    """Give a module that was made on the meta device the weights of a folder, whole or in shards.
+def load_weights(module, folder, device, dtype, *, our_name=str, fp32=()):
+    """Give a module on the meta device the weights of a folder. Return it frozen, in eval mode.
 
-    our_name: from a file's name of a tensor to the module's; None skips the tensor.
-    fp32: endings of names whose weights stay in fp32.
-
-    ValueError names every tensor that is missing, left over, of another shape or not finite, or the
-    file that cannot be read.
+    our_name(name in the file) is the name in the module, or None for a tensor to skip.
+    fp32: endings of the names of weights that stay in fp32.
+    ValueError names every tensor that is missing, left over, of a different shape, or not finite.
     """
-    files = weight_files(folder)
-    path = files[0]
+    path = os.path.join(folder, "model.safetensors.index.json")
     try:
-        # which file holds which tensor, and is it the one that the module wants?
+        files = ["model.safetensors"]
+        if os.path.isfile(path):  # it names the files of a checkpoint in several
+            with open(path) as f:
+                files = sorted(set(json.load(f)["weight_map"].values()))
+
+        # find the file of each tensor, and compare names and shapes
         expected = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
-        places = {}
-        wrong = []
-        for path in files:
+        found = {}
+        for file in files:
+            path = os.path.join(folder, file)
             with safe_open(path, "pt") as f:
                 for key in f.keys():
-                    name = our_name(key)
-                    if name is None:
-                        continue
-                    shape = f.get_slice(key).get_shape()
-                    if name not in expected:
-                        wrong.append(f"{name} is left over")
-                    elif shape != expected[name]:
-                        wrong.append(f"{name} is {shape}, not {expected[name]}")
-                    places[name] = (path, key)
-        for name in expected:
-            if name not in places:
-                wrong.append(f"{name} is missing")
+                    found[our_name(key)] = (path, key, f.get_slice(key).get_shape())
+        found.pop(None, None)
+        wrong = []
+        for name, (_, _, shape) in found.items():
+            if name not in expected:
+                wrong.append(f"{name} is left over")
+            elif shape != expected[name]:
+                wrong.append(f"{name} is {shape}, not {expected[name]}")
+        wrong += [f"{name} is missing" for name in expected if name not in found]
 
-        # One tensor at a time, from a file opened anew for each: pages of a mapped file count as
-        # memory until it is closed. So the host needs the module and one tensor.
+        # Read one tensor at a time and open its file anew for each. The pages of a mapped file
+        # count as memory until it is closed, so the host needs the module and one tensor.
         weights = {}
         for name in expected if not wrong else ():
-            path, key = places[name]
+            path, key, _ = found[name]
             tensor_dtype = torch.float32 if name.endswith(tuple(fp32)) else dtype
             with safe_open(path, "pt") as f:
                 weights[name] = f.get_tensor(key).to(device, tensor_dtype, copy=True)
-            # one pass without a copy; a sum that overflows is no weight either
-            if not weights[name].sum().isfinite():
+            if not weights[name].sum().isfinite():  # one pass, no copy
                 wrong.append(f"{name} is not finite")
-    except Exception as error:  # safetensors' own for a broken file, OSError, no memory left
+    except Exception as error:  # a broken file has errors of a dozen types
         raise ValueError(f"cannot load {path!r}: {one_line(error)}") from None
     if wrong:
         raise ValueError(f"{folder!r} does not hold the weights that its config.json describes: "
                          f"{', '.join(wrong)}")
     module.load_state_dict(weights, assign=True)
-    module.requires_grad_(False).eval()
-
-
-def weight_files(folder):
-    """The safetensors files of a folder: one, or the shards that its index names."""
-    index = os.path.join(folder, "model.safetensors.index.json")
-    if not os.path.isfile(index):
-        return [os.path.join(folder, "model.safetensors")]
-    try:
-        with open(index) as f:
-            names = set(json.load(f)["weight_map"].values())
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"cannot load {index!r}: {one_line(error)}") from None
-    return [os.path.join(folder, name) for name in sorted(names)]
+    return module.requires_grad_(False).eval()
 
 
 def checkpoint_folder(name):
-    """The folder of a checkpoint: `name` itself, or the local copy of a hub id.
-
-    A hub id such as Qwen/Qwen3.5-0.8B is downloaded once. ValueError when the hub does not give it.
-    """
-    # owner/name, and no path
-    is_hub_id = name.count("/") == 1 and name[0] not in "./~"
+    """The folder of a checkpoint: `name` itself, or the copy of a hub id, downloaded once."""
+    is_hub_id = name.count("/") == 1 and name[0] not in "./~"  # owner/name, not a path
     if os.path.exists(name) or not is_hub_id:
         return name
-    # no pickles: safetensors, and the text files of tokenizer and template
-    wanted = ("*.json", "*.safetensors", "*.jinja", "*.txt")
+    wanted = ("*.json", "*.safetensors", "*.jinja", "*.txt")  # no pickles
     try:
         return snapshot_download(name, allow_patterns=wanted)
     except Exception as error:  # offline, unknown, gated: a dozen types of three libraries
         raise ValueError(f"no folder {name!r}, and the hub does not give it "
-                         f"({type(error).__name__}): copy the checkpoint here and give its folder"
-                         ) from None
+                         f"({type(error).__name__}): copy it here and give its folder") from None
 
 
 def newest_checkpoint(folder):
@@ -527,26 +427,20 @@ def newest_checkpoint(folder):
 
 
 def step_folders(folder):
-    """Names of the whole checkpoints of a training run, oldest first: step-000123."""
-    if not os.path.isdir(folder):
-        return []
-    names = [name for name in os.listdir(folder) if name.startswith("step-")]
+    """Names of the complete checkpoints of a training run, oldest first: step-000123."""
+    names = glob.glob("step-*", root_dir=folder)
     return sorted(name for name in names if not name.endswith(".part"))
 
 
 def save_weights(tensors, path):
-    """Write a safetensors file that others may read as far as the umask lets them.
-
-    safetensors makes files for the owner alone, and an engine often runs as another user.
-    """
-    save_file(tensors, path, metadata={"format": "pt"})
-    umask = os.umask(0)  # it can only be read by setting it
-    os.umask(umask)
-    os.chmod(path, 0o666 & ~umask)
+    """Write a safetensors file. Its save_file() would make one that only the owner may read, and
+    an engine often runs as a different user."""
+    with open(path, "wb") as f:
+        f.write(save(tensors, metadata={"format": "pt"}))
 
 
 def write_whole(path, text):
-    """Write a text file, whole or not at all."""
+    """Write a text file, complete or not at all."""
     with open(path + ".tmp", "w") as f:
         f.write(text)
     os.replace(path + ".tmp", path)

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 
 from model import to_fp32  # in the drafter's file, because that file ships alone
 
-def delta_step(q, k, v, g, beta, S):
+
+def delta_step(q, k, v, g, beta, *, S):
     """The rule itself, for one token: delta_rule() of basic.py for a batch.
 
     A head keeps a matrix S (D, Dv) that maps keys to values. The product k S reads the value stored
@@ -31,160 +32,163 @@ def delta_step(q, k, v, g, beta, S):
     """
     Hv = v.shape[2]
     q, k = repeat_heads(q, k, Hv)
-    q = to_fp32(q)[:, 0, :, :, None]                                         # (B, Hv, D, 1)
-    k = to_fp32(k)[:, 0, :, :, None]
-    v = to_fp32(v)[:, 0, :, None]                                            # (B, Hv, 1, Dv)
-    decay = to_fp32(g)[:, 0, :, None, None].exp()                            # (B, Hv, 1, 1)
-    beta = to_fp32(beta)[:, 0, :, None, None]
+    q = to_fp32(q[:, 0]).unsqueeze(-1)                                       # (B, Hv, D, 1)
+    k = to_fp32(k[:, 0]).unsqueeze(-1)
+    v = to_fp32(v[:, 0]).unsqueeze(-2)                                       # (B, Hv, 1, Dv)
+    g = to_fp32(g[:, 0])
+    decay = g.exp()[..., None, None]                                         # (B, Hv, 1, 1)
+    beta = to_fp32(beta[:, 0])[..., None, None]
     S = S * decay
     stored = (k * S).sum(2, keepdim=True)                                    # k S
-    S = S + k * (beta * (v - stored))
-    o = (q * S).sum(2) * q.shape[2] ** -0.5                                  # (B, Hv, Dv)
-    return o[:, None], S
+    change = beta * (v - stored)
+    S = S + k * change
+    o = (q * S).sum(2)                                                       # (B, Hv, Dv)
+    scale = q.shape[2] ** -0.5
+    return o[:, None] * scale, S
 
 
 def chunk_length(v):
-    """Tokens of a chunk in training and in the bulk of a prompt, for v (B, T, Hv, Dv).
+    """Tokens per chunk in training and in most of a prompt, for v (B, T, Hv, Dv).
 
-    Measured: a CPU is fastest at about half the width of a head, as longer chunks are more
-    operations. On a GPU fewer launches count for more. Decoding takes chunks as long as its block,
-    see DecodeState.
+    Measured: CPUs are fastest at about half the head width, because longer chunks cost more FLOPs.
+    On GPUs fewer launches matter more. Decoding uses chunks as long as its block, see DecodeState.
     """
     if v.is_cuda:
         return 128
     return max(16, v.shape[-1] // 2)
 
 
-def gated_delta_rule(q, k, v, g, beta, S=None, chunk=None):
+def gated_delta_rule(q, k, v, g, beta, *, S=None, chunk=None):
     """The same rule for T tokens in chunks: parallel inside a chunk, one update of S per chunk.
 
-    Shapes as above, with T tokens instead of 1. S None: zeros. chunk: tokens of a chunk. Returns o
-    in v's dtype, and the last S in fp32 or wider. The last chunk is padded with tokens of
-    beta = g = 0, which write nothing and fade nothing: they change no bit of S.
+    Shapes are those of delta_step, with T tokens instead of 1. S None: zeros. chunk: tokens per
+    chunk. Returns o in v's dtype, and the last S in fp32 or fp64. The last chunk is padded with
+    tokens of beta = g = 0. They write nothing and cause no decay, so S keeps its bits.
 
-    If v is bf16, as in a prompt or in training, what enters and leaves most products is rounded to
-    bf16, as in all other products of the model. Fading, A, its inverse and S stay in fp32. (The
-    products of fp32 in a bf16 model are TF32 on a GPU, see load_target.)
+    If v is bf16, inputs and outputs of most matmuls are bf16, as in the rest of the model. Decays,
+    A, its inverse, and S stay in fp32. (fp32 matmuls of a bf16 model use TF32 on a GPU, see
+    load_target.)
 
-    How. All vectors are rows. Let S be the state before a chunk, and let token t write W_t: it adds
-    k_t^T W_t to the state. First a chunk of two tokens. By the definition
+    How it works. All vectors are rows. Let S be the state before a chunk, and let token t write
+    W_t: it adds k_t^T W_t to the state. First, take a chunk of two tokens. By definition
 
         W_1 = beta_1 (v_1 - exp(g_1) k_1 S)
         W_2 = beta_2 (v_2 - exp(g_1 + g_2) k_2 S - exp(g_2) (k_2 . k_1) W_1)
 
-    since token 2 finds S faded twice, and what token 1 wrote faded once. With more tokens, token t
-    finds S times fade_t, which is from here on the product of all fadings up to token t; and what
-    token s < t wrote times decay_ts:
+    because by token 2, S has decayed twice and W_1 once. With more tokens, token t finds S times
+    the cumulative decay c_t, and what an earlier token s wrote times the pair decay d_ts:
 
-        fade_t   = exp(g_1 + g_2 + .. + g_t)
-        decay_ts = fade_t / fade_s = exp of the sum of all g after token s, up to token t
+        c_t  = exp(g_1 + g_2 + .. + g_t)                         cum_decay in the code
+        d_ts = c_t / c_s = exp(g_(s+1) + .. + g_t)               pair_decay in the code
 
-    (1) W_t = beta_t (v_t - fade_t k_t S - sum over s < t of decay_ts (k_t . k_s) W_s)
+    (1) W_t = beta_t (v_t - c_t k_t S - sum over s < t of d_ts (k_t . k_s) W_s)
 
     These are linear equations for all W_t of the chunk. As matrices:
 
-        W, k, v, q      a row for each token of the chunk: C rows
-        decay           (C, C), row t and column s
-        [x]             the diagonal matrix of the x_t. [x] k has row t times x_t, in the code
-                        k * x[..., None]. Z [x] has column t times x_t: Z * x[..., None, :]
-        X * Y           the product entry by entry
+        W, k, v, q      one row per token of the chunk: C rows
+        d               (C, C), row t and column s
+        [x]             the diagonal matrix of the x_t. [x] k multiplies row t by x_t, in the code
+                        k * x[..., None]. Z [x] multiplies column t by x_t: Z * x[..., None, :]
+        X * Y           the elementwise product
 
-    (2) (I + A) W = [beta] (v - [fade] k S)
-        A = [beta] (decay * k k^T) below the diagonal, and 0 elsewhere
+    (2) (I + A) W = [beta] (v - [c] k S)
+        A = [beta] (d * k k^T) below the diagonal, and 0 elsewhere
 
-    which is (1) with its sum brought to the left side. Both sides times (I + A)^-1 from the left:
+    This is (1) with its sum moved to the left side. Multiply both sides by (I + A)^-1:
 
-    (3) W = M (v - [fade] k S)      M = (I + A)^-1 [beta]       (C, C)
+    (3) W = M (v - [c] k S)         M = (I + A)^-1 [beta]       (C, C)
 
-    S is known only when the chunk before is done. So the products without it come first, for all
-    chunks in parallel:
+    S is known only after the previous chunk. So the products without S come first, for all chunks
+    in parallel:
 
     (4) W = U - Y S                 U = M v                     (C, Dv)
-                                    Y = M [fade] k              (C, D)
+                                    Y = M [c] k                 (C, D)
 
-    What remains from chunk to chunk is W, and the state after the chunk of C tokens:
+    From chunk to chunk, only W remains and the state after the chunk of C tokens:
 
-    (5) S <- fade_C S + sum over s of decay_Cs k_s^T W_s
+    (5) S <- c_C S + sum over s of d_Cs k_s^T W_s
 
-    With all W known, the outputs follow for all chunks in parallel. Query t finds S, and what
-    tokens s <= t wrote:
+    Once all W are known, the outputs follow for all chunks in parallel. Query t finds S and what
+    the tokens s <= t wrote:
 
-    (6) o = D^-0.5 ([fade] q S + P W)
-        P = decay * q k^T up to the diagonal and with it, and 0 above
+    (6) o = D^-0.5 ([c] q S + P W)
+        P = d * q k^T on and below the diagonal, and 0 above
 
-    Source: arXiv 2412.06464, section 3.3, which writes the inverse out (the WY form). Its W is Y
-    here.
+    Source: arXiv 2412.06464, section 3.3, which writes the inverse out (the WY form). Its W is our
+    Y.
     """
     B, T, Hv, Dv = v.shape
     D = q.shape[-1]
     if chunk is None:
         chunk = chunk_length(v)
     input_dtype = v.dtype
-    dtype = torch.promote_types(input_dtype, torch.float32)  # of all but what is rounded
+    dtype = torch.promote_types(input_dtype, torch.float32)
     q, k = repeat_heads(q, k, Hv)
-
-    def rounded(x):
-        if x.dtype == input_dtype:
-            return x  # a call of to() that changes nothing takes a microsecond
-        return x.to(input_dtype)
 
     q = to_chunks(q, chunk, dtype)                                           # (B Hv, N, C, D)
     k = to_chunks(k, chunk, dtype)
     v = to_chunks(v, chunk, dtype)                                           # (B Hv, N, C, Dv)
     beta = to_chunks(beta, chunk, dtype)                                     # (B Hv, N, C)
     N = v.shape[1]
-    fade, decay = cum_and_pair_decay(g, chunk, dtype)         # (B Hv, N, C) and (B Hv, N, C, C)
-    decay_of_chunk = fade[..., -1:, None]       # fade_C                      (B Hv, N, 1, 1)
-    decay_to_end = decay[..., -1, :]           # decay_Cs                    (B Hv, N, C)
+    cum_decay, pair_decay = cum_and_pair_decay(g, chunk, dtype)  # (B Hv, N, C), (B Hv, N, C, C)
+    chunk_decay = cum_decay[..., -1:, None]    # c_C                         (B Hv, N, 1, 1)
+    decay_to_end = pair_decay[..., -1, :]      # d_Cs                        (B Hv, N, C)
 
-    # (2) to (4). A has entries on its diagonal here: the inverse does not read them. If v is bf16,
-    # so are U, Y, P, k_to_end and the writes W.
-    A = (k @ k.mT).mul_(decay).mul_(beta[..., None])                        # [beta] (decay * k k^T)
+    # (2) to (4). A has entries on its diagonal here, but the inverse does not read them. If v is
+    # bf16, U, Y, P, k_to_end, and the writes W are bf16 too.
+    A = (k @ k.mT).mul_(pair_decay)
+    A = A.mul_(beta[..., None])                                              # [beta] (d * k k^T)
     M = inverse_of_unit_lower(A) * beta[..., None, :]                        # (I + A)^-1 [beta]
-    U = rounded(M) @ rounded(v)
-    Y = rounded(M * fade[..., None, :]) @ rounded(k)                         # M [fade] k
-    P = (rounded(q) @ rounded(k).mT).mul_(decay)                             # decay * q k^T
-    k_to_end = rounded(k * decay_to_end[..., None])
+    Mc = M * cum_decay[..., None, :]                                         # M [c]
+    q = q.to(input_dtype)
+    k_rounded = k.to(input_dtype)
+    v = v.to(input_dtype)
+    U = M.to(input_dtype) @ v
+    Y = Mc.to(input_dtype) @ k_rounded
+    P = (q @ k_rounded.mT).mul_(pair_decay)                                  # d * q k^T
+    k_to_end = (k * decay_to_end[..., None]).to(input_dtype)
     k_to_end_T = k_to_end.mT                                                 # (B Hv, N, D, C)
 
-    # (4), (5), from chunk to chunk. unbind, not an index: where a target is trained (data/nano does
-    # that), the gradient of U[:, i] would be a tensor as large as U, in every chunk.
+    # (4) and (5), from chunk to chunk. unbind instead of an index, because in pretraining the
+    # gradient of U[:, i] would be a tensor as large as U, for every chunk.
     if S is None:
-        S = q.new_zeros(B * Hv, D, Dv)
+        S = k.new_zeros(B * Hv, D, Dv)
     else:
         S = S.to(dtype).flatten(0, 1)
     U = U.unbind(1)
     Y = Y.unbind(1)
     k_to_end_T = k_to_end_T.unbind(1)
-    decay_of_chunk = decay_of_chunk.unbind(1)
-    states = []  # S at the beginning of each chunk
+    chunk_decay = chunk_decay.unbind(1)
+    states = []  # S at the start of each chunk
     writes = []  # W of each chunk
     for i in range(N):
         states.append(S)
-        W = U[i] - Y[i] @ rounded(S)
+        W = U[i] - Y[i] @ S.to(input_dtype)
         writes.append(W)
-        S = S * decay_of_chunk[i] + k_to_end_T[i] @ W
+        S = S * chunk_decay[i]
+        S = S + k_to_end_T[i] @ W
 
-    # (6): the outputs of all chunks at once
+    # (6), the outputs of all chunks at once
     scale = D ** -0.5
-    states = torch.stack(states, 1)                                          # (B Hv, N, D, Dv)
+    states = torch.stack(states, 1).to(input_dtype)                          # (B Hv, N, D, Dv)
     writes = torch.stack(writes, 1)                                          # (B Hv, N, C, Dv)
-    o = to_fp32(rounded(q) @ rounded(states)).mul_(fade[..., None] * scale)
+    o = to_fp32(q @ states)
+    o = o.mul_(cum_decay[..., None] * scale)
     o = o.add_(P @ writes, alpha=scale)
-    o = rounded(from_chunks(o, B, T))                                        # (B, T, Hv, Dv)
-    return o, S.unflatten(0, (B, Hv))
+    o = from_chunks(o, B, T)                                                 # (B, T, Hv, Dv)
+    return o.to(input_dtype), S.unflatten(0, (B, Hv))
 
 
-def delta_rule_of_window(q, k, v, g, beta, S):
-    """The same for the window of a decode forward: two chunks of C tokens each, T = 2 C.
+def delta_rule_of_window(q, k, v, g, beta, *, S):
+    """The same rule for the window of a decoding forward: two chunks of C tokens each, T = 2 C.
 
-    decode_state.py says what stands in the window, and why the state is wanted after its first
-    chunk, not at its end. Returns o, and that state. All is fp32 or wider, what is returned too.
+    decode_state.py says what the window contains and why we need the state after its first chunk,
+    not after its last. Returns o and that state. Everything is fp32 or fp64.
 
-    Here a GPU's time depends on how many products there are, as all of them are small. So keys and
-    queries stand in one matrix, the C queries of a chunk below its C keys. One product with k^T
-    gives k k^T and q k^T. One with S gives k S and q S: that is why W is computed from (3), which
-    reads k S. From (4) it would take as many products for two chunks, and q S would be another one.
+    All matmuls are small here, so a GPU's time depends on their number. We stack keys and queries,
+    the C queries of a chunk below its C keys. Then one product with k^T gives k k^T and q k^T, and
+    one product with S gives k S and q S. So W comes from (3), which reads k S. (4) would need as
+    many products for two chunks, plus one for q S.
     """
     B, T, Hv, Dv = v.shape
     D = q.shape[-1]
@@ -194,65 +198,68 @@ def delta_rule_of_window(q, k, v, g, beta, S):
     k = to_chunks(k, C, dtype)
     q = to_chunks(q, C, dtype)
     keys_queries = torch.cat((k, q), 2)                                      # (B Hv, 2, 2 C, D)
-    k = keys_queries[:, :, :C]  # the same numbers: so compiled code writes them once
+    k = keys_queries[:, :, :C]  # the same numbers, so that compiled code writes them once
     v = to_chunks(v, C, dtype)                                               # (B Hv, 2, C, Dv)
     beta = to_chunks(beta, C, dtype)                                         # (B Hv, 2, C)
-    fade, decay = cum_and_pair_decay(g, C, dtype)
-    fade = fade[..., None]                                                   # (B Hv, 2, C, 1)
-    decay_of_chunk = fade[:, :, -1:]            # fade_C                      (B Hv, 2, 1, 1)
-    decay_to_end = decay[..., -1, :]           # decay_Cs                    (B Hv, 2, C)
+    cum_decay, pair_decay = cum_and_pair_decay(g, C, dtype)
+    cum_decay = cum_decay[..., None]                                         # (B Hv, 2, C, 1)
+    chunk_decay = cum_decay[:, :, -1:]         # c_C                         (B Hv, 2, 1, 1)
+    decay_to_end = pair_decay[..., -1, :]      # d_Cs                        (B Hv, 2, C)
 
     k_kT, q_kT = (keys_queries @ k.mT).split(C, 2)                           # (B Hv, 2, C, C)
-    A = k_kT * decay * beta[..., None]
-    P = q_kT * decay
-    # (3). The solver takes A's diagonal as 1, so it solves (I + A) M = [beta]
+    A = k_kT * pair_decay * beta[..., None]
+    P = q_kT * pair_decay
+    # (3). The solver assumes a diagonal of 1, so it solves (I + A) M = [beta].
     M = torch.linalg.solve_triangular(A, beta.diag_embed(), upper=False, unitriangular=True)
-    k_to_end_T = (k * decay_to_end[..., None]).mT                            # (B Hv, 2, D, C)
+    k_to_end = k * decay_to_end[..., None]
+    k_to_end_T = k_to_end.mT                                                 # (B Hv, 2, D, C)
 
     S = S.flatten(0, 1)                                                      # (B Hv, D, Dv)
     reads = []   # q S of each chunk
     writes = []  # W of each chunk
     for i in range(2):
         k_S, q_S = (keys_queries[:, i] @ S).split(C, 1)                      # (B Hv, C, Dv)
-        W = M[:, i] @ (v[:, i] - fade[:, i] * k_S)
+        difference = v[:, i] - cum_decay[:, i] * k_S
+        W = M[:, i] @ difference
         reads.append(q_S)
         writes.append(W)
-        if i == 0:  # (5): the state after the first chunk, with which the second begins
-            S = S * decay_of_chunk[:, i] + k_to_end_T[:, i] @ W
+        if i == 0:  # (5): the state after the first chunk, where the second chunk starts
+            S = S * chunk_decay[:, i]
+            S = S + k_to_end_T[:, i] @ W
 
     reads = torch.stack(reads, 1)                                            # (B Hv, 2, C, Dv)
     writes = torch.stack(writes, 1)
-    o = (fade * reads + P @ writes) * D ** -0.5                              # (6)
+    o = (cum_decay * reads + P @ writes) * D ** -0.5                              # (6)
     return from_chunks(o, B, T), S.unflatten(0, (B, Hv))
 
 
 def cum_and_pair_decay(g, chunk, dtype):
-    """fade (B Hv, N, C) and decay (B Hv, N, C, C), as gated_delta_rule defines them, from g
-    (B, T, Hv). decay_ts is 0 for s > t."""
-    log_fade = to_chunks(g, chunk, dtype).cumsum(-1)
-    # Above the diagonal fade_t / fade_s is above 1, and exp could overflow. A mask after it would
-    # hide that, but the gradient would be 0 times infinity. So the argument of exp is masked.
+    """c (B Hv, N, C) and d (B Hv, N, C, C) of gated_delta_rule() from g (B, T, Hv). d_ts is 0 for
+    s > t."""
+    log_decay = to_chunks(g, chunk, dtype).cumsum(-1)
+    # Above the diagonal c_t / c_s is larger than 1, and exp could overflow. A mask after exp would
+    # hide that, but the gradient would be 0 * inf. So we mask the argument.
     place = torch.arange(chunk, device=g.device)
     future = place[:, None] < place
-    decay = log_fade[..., :, None] - log_fade[..., None, :]
-    decay = decay.masked_fill_(future, -torch.inf).exp_()
-    return log_fade.exp(), decay
+    pair_decay = log_decay[..., :, None] - log_decay[..., None, :]
+    pair_decay = pair_decay.masked_fill_(future, -torch.inf).exp_()
+    return log_decay.exp(), pair_decay
 
 
 def inverse_of_unit_lower(A):
-    """(I + A)^-1 for A (..., C, C), of which only what stands below the diagonal is read.
+    """(I + A)^-1 for A (..., C, C). Only the entries below the diagonal are read.
 
-    A GPU's triangular solver is slow for many rows, so long chunks are halved, down to 32 rows. Of
-    the four quarters of I + A one is 0. Call the others E, F and G. Then
+    A GPU's triangular solver is slow for many rows, so long chunks are halved, down to 32 rows. One
+    of the four quarters of I + A is 0. Call the others E, F, and G. Then
 
         [E 0]^-1   [    E^-1        0  ]
         [F G]    = [-G^-1 F E^-1   G^-1]
 
-    as the product of both matrices shows. E and G are again of this form.
+    because the product of both matrices is I. E and G have the form of I + A again.
     """
     C = A.shape[-1]
     if C <= 32 or C % 2 == 1:  # an odd chunk has no halves
-        # the solver takes the diagonal as 1: so it solves with I + A
+        # the solver assumes a diagonal of 1, so it solves with I + A
         identity = torch.eye(C, dtype=A.dtype, device=A.device).expand_as(A)
         return torch.linalg.solve_triangular(A, identity, upper=False, unitriangular=True)
     half = C // 2

@@ -8,122 +8,118 @@ blocks of a text go through the target's head together, and their logits never e
 Shapes: B batch, T tokens of a sequence, A anchors in a sequence, K block size, V vocabulary size;
 `width` is that of the residual stream.
 """
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
 from model import to_fp32
 
 # --------------------------------------------------------------------------------------------------
-# training: anchors, labels and weights
+# anchors, labels, and weights
 
 
 def sample_anchors(supervised, count, generator, max_length):
-    """Draws anchors from the responses: positions (B, A), and whether each is real, (B, A).
+    """Draws anchors from the responses: positions (B, A), and whether each is valid, (B, A).
 
     supervised (B, T) marks the tokens of responses. An anchor and the token after it are both
-    supervised, and the anchors of a sequence differ. They ascend, as far as they are real. A is
-    `count`, or T if that is less. If a sequence has fewer candidates, anchors that are not real
-    fill the end, with position 0.
+    supervised. The anchors of a sequence are distinct and ascend. A is `count`, or T if that is
+    less. Sequences with fewer candidates are padded with invalid anchors at position 0.
 
-    All random numbers are drawn from the generator: one for each position below max_length. So the
-    anchors of a sequence do not depend on how far it was padded.
+    The generator draws one random number for each position below max_length. So the anchors of a
+    sequence do not depend on its padding.
     """
     B, T = supervised.shape
     candidates = supervised[:, :-1] & supervised[:, 1:]
     candidates = F.pad(candidates, (0, 1))  # the last token has none after it
 
-    # Random numbers on the device, where they are padded or cut to T. A copy from pinned memory
-    # does not wait for what the device has still to do.
-    random_numbers = torch.rand(
-        B, max_length, generator=generator, pin_memory=supervised.is_cuda)
+    # Random numbers, padded or cut to T on the device. A copy from pinned memory does not wait for
+    # the device.
+    is_pinned = supervised.is_cuda
+    random_numbers = torch.rand(B, max_length, generator=generator, pin_memory=is_pinned)
     random_numbers = random_numbers.to(supervised.device, non_blocking=True)
-    random_numbers = F.pad(random_numbers, (0, T - max_length))  # a width below 0 cuts
+    random_numbers = F.pad(random_numbers, (0, T - max_length))  # a negative width cuts
 
-    # the candidates in random order, and after them all other positions
+    # candidates in random order, then all other positions
     random_numbers = random_numbers.masked_fill(~candidates, -1.0)
     drawn = random_numbers.argsort(dim=1, descending=True)[:, :count]
     is_candidate = candidates.gather(1, drawn)
 
-    # ascending; T marks those that are not real, so they come last
+    # sorted; T marks invalid anchors, so they come last
     positions = torch.where(is_candidate, drawn, T).sort(dim=1).values
-    real = positions < T
-    return torch.where(real, positions, 0), real
+    is_valid = positions < T
+    return torch.where(is_valid, positions, 0), is_valid
 
 
-def block_labels(tokens, supervised, anchors, real, K, gamma):
+def block_labels(tokens, supervised, anchors, is_valid, *, K, gamma):
     """Labels x_{anchor+k} and weights exp(-(k-1)/gamma) for k = 1 .. K-1, both (B, A, K-1).
 
-    The weight decays since a guess counts only if all guesses before it were right. It is zero past
-    the end of the response that holds the anchor, and for anchors that are not real.
+    The weight decays because a guess counts only if all guesses before it are right. It is zero
+    after the end of the response that contains the anchor, and for invalid anchors.
     Source: arXiv 2602.06036, the position-decayed loss.
     """
     k = torch.arange(1, K, device=tokens.device)
     positions = anchors[:, :, None] + k                                      # (B, A, K-1)
 
     def at_positions(of_sequence):
-        padded = F.pad(of_sequence, (0, K))  # the last blocks reach past the end of the sequence
+        padded = F.pad(of_sequence, (0, K))  # the last blocks extend past the end of the sequence
         return padded.gather(1, positions.flatten(1)).view_as(positions)
 
     labels = at_positions(tokens)
-    # once outside, always outside: a later response of the sequence is not the anchor's
-    inside = at_positions(supervised).long().cumprod(-1)
+    # cumprod: a later response of the same sequence does not count
+    in_response = at_positions(supervised).long().cumprod(-1)
     decay = torch.exp(-(k - 1) / gamma)
-    weights = inside * real[:, :, None] * decay
+    weights = in_response * is_valid[:, :, None] * decay
     return labels, weights
 
 # --------------------------------------------------------------------------------------------------
-# training: the loss
+# the loss
 #
-# A micro-batch of two sequences with 512 anchors each has 15,360 guesses, and their logits over
-# 248,320 tokens would be 7.6 GB in bf16. But the head is frozen: its own gradient is not wanted,
-# only that with respect to the drafter's output. Call this output h (guesses, width) and the logits
-# z = h head^T. A row of onehot has a one at the label and zeros else. With
+# A micro-batch of two sequences with 512 anchors each has 15,360 guesses. Their logits over 248,320
+# tokens would take 7.6 GB in bf16. But the head is frozen, so we do not need its gradient. We need
+# only the gradient with respect to the drafter's output h (guesses, width). The logits are
+# z = h head^T, and a row of onehot is 1 at the label and 0 elsewhere. With
 # loss = sum over guesses of weight * nll,
 #
 #     d loss / d z = weight * (softmax(z) - onehot)            (weights scale rows)
 #     d loss / d h = (d loss / d z) head
 #
-# which is known as soon as the logits are. So the guesses go through the head in chunks. Each chunk
-# yields its part of the loss and of d loss / d h at once, and then its logits are dropped. Memory:
-# the logits of one chunk, for 1,024 guesses 1.0 GB in fp32 and half of that for a copy in bf16; and
-# until the backward pass the gradient d loss / d h, as large as h, 31 MB in bf16. The backward pass
-# only multiplies it by the scalar that comes in. Slots without weight have some label, but their
-# gradient is 0.
+# This gradient is available as soon as the logits are. So the guesses go through the head in
+# chunks. Each chunk yields its part of the loss and of d loss / d h, and then its logits are
+# dropped. Memory: the logits of one chunk (1.0 GB in fp32 for 1,024 guesses, plus half of that for
+# a copy in bf16), and until the backward pass the gradient d loss / d h, which is as large as h (31
+# MB in bf16). The backward pass only multiplies it by the incoming scalar.
 
 
-def block_loss(
-        hidden,
-        head,
-        labels,
-        weights,
-        loss_chunk_size=1024,
-        chunk_loss_function=None):
+class Targets(NamedTuple):
+    """What blocks should guess: labels and weights, both (..., K-1), from block_labels()."""
+    labels: torch.Tensor
+    weights: torch.Tensor
+
+
+def block_loss(hidden, head, targets, *, loss_chunk_size=1024, chunk_loss_function=None):
     """The loss of training blocks, as a *sum* of weight * nll.
 
-    The caller divides it by the sum of all weights of a step, over micro-batches and processes.
-    Then it does not matter (but for rounding) how a step was split.
+    The caller divides it by the sum of all weights of a step, over micro-batches and processes. So
+    the split of a step does not matter, up to rounding.
 
     hidden (B, A, K, width)     from the drafter's forward
     head (V, width)             the target's, frozen
-    labels, weights (B, A, K-1) from block_labels()
-    loss_chunk_size             guesses whose logits exist at once, rounded to whole blocks, which
-                                only dpace_weights() needs
+    targets                     Targets (B, A, K-1)
+    loss_chunk_size             guesses whose logits exist at once, rounded down to whole blocks,
+                                because dpace_weights() needs whole blocks
     chunk_loss_function         chunk_loss (None), or a form of it: compiled, or with D-PACE
 
-    Returns the scalar loss and, for each slot, all (B, A, K-1): the nll, whether the greedy guess
+    Returns the scalar loss and, for each guess, all (B, A, K-1): the nll, whether the greedy guess
     is right, and the weight that was used.
     """
     if chunk_loss_function is None:
         chunk_loss_function = chunk_loss
-    guess_hidden = hidden[:, :, 1:]  # slot 0 is the anchor: no loss, it never meets the head
+    guess_hidden = hidden[:, :, 1:]  # position 0 is the anchor, which has no loss
+    flat_targets = Targets(targets.labels.flatten(0, 1), targets.weights.flatten(0, 1))
     loss, nll, correct, used_weights = FrozenHeadLoss.apply(
-        guess_hidden.flatten(0, 1),
-        head,
-        labels.flatten(0, 1),
-        weights.flatten(0, 1),
-        loss_chunk_size,
-        chunk_loss_function)
-    shape = weights.shape
+        guess_hidden.flatten(0, 1), head, flat_targets, loss_chunk_size, chunk_loss_function)
+    shape = targets.weights.shape
     return loss, nll.view(shape), correct.view(shape), used_weights.view(shape)
 
 
@@ -131,26 +127,15 @@ class FrozenHeadLoss(torch.autograd.Function):
     """Loss and gradient in one pass over chunks of blocks: hidden (blocks, K-1, width)."""
 
     @staticmethod
-    def forward(
-            ctx,
-            hidden,
-            head,
-            labels,
-            weights,
-            loss_chunk_size,
-            chunk_loss_function):
+    def forward(ctx, hidden, head, targets, loss_chunk_size, chunk_loss_function):
         head = head.to(hidden.dtype)
         wants_grad = ctx.needs_input_grad[0]
-        blocks_at_once = max(1, loss_chunk_size // labels.shape[1])
+        blocks_at_once = max(1, loss_chunk_size // targets.labels.shape[1])
         chunks = []
         for first in range(0, len(hidden), blocks_at_once):
             part = slice(first, first + blocks_at_once)
-            chunks.append(chunk_loss_function(
-                hidden[part],
-                head,
-                labels[part],
-                weights[part],
-                wants_grad))
+            part_targets = Targets(targets.labels[part], targets.weights[part])
+            chunks.append(chunk_loss_function(hidden[part], head, part_targets, wants_grad))
         nll, correct, used_weights, grads = zip(*chunks)
         nll = torch.cat(nll)
         correct = torch.cat(correct)
@@ -162,32 +147,33 @@ class FrozenHeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, loss_grad, *_):
         grad, = ctx.saved_tensors
-        return grad * loss_grad, None, None, None, None, None
+        return grad * loss_grad, None, None, None, None
 
 
-def chunk_loss(hidden, head, labels, weights, wants_grad, dpace_smoothing=None):
-    """One chunk of N blocks: hidden (N, K-1, width), labels and weights (N, K-1).
+def chunk_loss(hidden, head, targets, wants_grad, dpace_smoothing=None):
+    """One chunk of N blocks: hidden (N, K-1, width), Targets (N, K-1).
 
     Returns nll, whether the greedy guess is right, the weights used, all (N, K-1), and the gradient
-    of the sum of weights * nll with respect to hidden, None if it is not wanted.
+    of the sum of weights * nll with respect to hidden, or None if it is not needed.
 
-    dpace_smoothing: D-PACE's a, if the weights used are to be those of dpace_weights(). Of the
-    given weights it then only counts which ones are above 0.
+    dpace_smoothing: D-PACE's a, to use the weights of dpace_weights(). Then the given weights only
+    say which guesses count: those above 0.
 
-    The fp32 tensor z (N, K-1, V) is used three times: it holds the logits, then their exponentials,
-    then the gradient with respect to the logits. If hidden is bf16, both products with the head are
-    computed in bf16. Only what is between them is in fp32.
+    The fp32 tensor z (N, K-1, V) is used three times: for the logits, then their exponentials, then
+    the gradient with respect to the logits. If hidden is bf16, both products with the head are
+    computed in bf16. Only the steps between them are in fp32.
     """
-    # The logits. hidden is flat here, as for three axes a CPU takes a batched product that is three
-    # times as slow.
+    labels, weights = targets
+    # The logits. hidden is flat here, because for three axes a CPU uses a batched product, which is
+    # three times slower.
     flat = hidden.flatten(0, 1)
     z = to_fp32(F.linear(flat, head))
     z = z.view(*labels.shape, -1)                                            # (N, K-1, V)
     largest, guess = z.max(-1, keepdim=True)
     correct = guess[..., 0] == labels
 
-    # nll = log(sum of exp(z)) - z of the label. The largest logit is taken off z first, which
-    # changes nothing in exact numbers, so that exp cannot overflow.
+    # nll = log(sum of exp(z)) - z of the label. Subtract the largest logit first, so that exp
+    # cannot overflow.
     z.sub_(largest)
     z_of_label = z.gather(-1, labels[..., None])
     z.exp_()  # z now holds the exponentials
@@ -202,30 +188,32 @@ def chunk_loss(hidden, head, labels, weights, wants_grad, dpace_smoothing=None):
         return nll, correct, weights, None
 
     # z becomes weight (softmax - onehot), the gradient with respect to the logits. The entries of
-    # the labels are put in last, so that compiled code has no reason to write z in fp32.
+    # the labels are written last, so that compiled code never has to write z in fp32.
     w = weights.to(z.dtype)
-    z = z.mul_(w[..., None] / total).to(hidden.dtype)
-    of_label = (w * (probability - 1)).to(hidden.dtype)
+    z = z.mul_(w[..., None] / total)
+    z = z.to(hidden.dtype)
+    of_label = w * (probability - 1)
+    of_label = of_label.to(hidden.dtype)
     z.scatter_(-1, labels[..., None], of_label[..., None])
     grad = z.flatten(0, 1) @ head
     return nll, correct, weights, grad.view_as(hidden)
 
 # --------------------------------------------------------------------------------------------------
-# training: weights that follow the drafter, in place of the decay (weighting = "dpace")
+# D-PACE: weights from the drafter's confidence instead of the fixed decay (weighting = "dpace")
 
 
-def dpace_weights(q, inside, smoothing):
-    """D-PACE: weights (N, K-1) that follow the drafter's own confidence instead of a fixed decay.
+def dpace_weights(q, in_response, smoothing):
+    """D-PACE: weights (N, K-1) that follow the drafter's own confidence.
 
-        s_i = (1 - a) q_i + a            a: smoothing, of 0 .. 1
+        s_i = (1 - a) q_i + a            a: smoothing, 0 .. 1
         w_j = sum over m >= j of  s_1 s_2 .. s_m
 
-    q (N, K-1) are the probabilities of the true tokens, inside (N, K-1) is false past the response.
-    With a = 0, w_j is the derivative of the expected accepted length by log q_j. The weights are
-    constants for the gradient of the loss.
-    Source: arXiv 2605.18810. There the loss is divided by the size of a batch, here by the sum of
-    all weights.
+    q (N, K-1) are the probabilities of the true tokens. in_response (N, K-1) is false after the
+    response. With a = 0, w_j is the derivative of the expected accepted length with respect to
+    log q_j. The weights are detached.
+    Source: arXiv 2605.18810. There the loss is divided by the batch size, here by the sum of all
+    weights.
     """
     smoothed = (1 - smoothing) * q + smoothing
-    products = (smoothed * inside).cumprod(-1)
+    products = (smoothed * in_response).cumprod(-1)
     return products.flip(-1).cumsum(-1).flip(-1)  # w_j: the sum of all products from j to the end

@@ -5,18 +5,12 @@ The target: the text model of Qwen3.5, a hybrid of Gated DeltaNet and gated atte
     features, hidden = target(tokens, target_layer_ids=(3, 7, 11))     # whole sequences
     logits = target.logits(hidden)
 
-Three out of four layers keep one matrix S per head instead of a key-value cache. The file begins
-with the rule that updates S. basic.py defines it for one token. Here are three fast versions:
+Three out of four layers are Gated DeltaNets. They keep one matrix S per head instead of a key-value
+cache, and delta_rule.py updates it. decode_state.py keeps what decoding needs of a sequence, and
+rolls back rejected guesses. Parameter names are those of the public checkpoints.
 
-    delta_step              for one token, when the target decodes without a drafter
-    gated_delta_rule        for whole sequences and long parts of a prompt
-    delta_rule_of_window    for a block of guesses and the few tokens before it
-
-The layers and the model follow. What decoding keeps of a sequence, and how it forgets a rejected
-guess, is in decode_state.py.
-
-Shapes: B batch, T tokens, C tokens of a chunk, N chunks, K rows of a decode forward, H heads of
-queries and keys, Hv heads of values, D and Dv their widths, V vocabulary; `width` is that of the
+Shapes: B batch, T tokens, K tokens of a block, H heads of queries and keys, Hkv key-value heads, Hv
+value heads of a Gated DeltaNet, D and Dv their widths, V vocabulary; `width` is that of the
 residual stream.
 """
 from dataclasses import dataclass
@@ -26,16 +20,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from delta_rule import gated_delta_rule
-from fast.cpu import rowwise  # applies a function; on CPUs so that a row's bits do not depend on others
-# functions that both models need stand in the drafter's file, as it ships alone
-from model import linear_product, project, rotary_table, rotate, to_fp32
+from model import rotary_table, rotate, to_fp32  # in the drafter's file, because that ships alone
 
 # --------------------------------------------------------------------------------------------------
-# layers; parameter names are those of the public checkpoint
+# layers
 
 
 class GatedDeltaNet(nn.Module):
-    """Token mixing by the gated delta rule, after a short causal depthwise convolution."""
+    """Mixes tokens by the gated delta rule, after a short causal convolution of each channel."""
 
     def __init__(self, config):
         super().__init__()
@@ -43,59 +35,63 @@ class GatedDeltaNet(nn.Module):
         self.value_heads = config.linear_num_value_heads
         self.key_width = config.linear_num_key_heads * config.linear_key_head_dim
         self.value_width = config.linear_num_value_heads * config.linear_value_head_dim
+        width = config.hidden_size
         channels = conv_channels(config)
-        self.in_proj_qkv = Linear(config.hidden_size, channels)
-        self.in_proj_z = Linear(config.hidden_size, self.value_width)
-        self.in_proj_b = Linear(config.hidden_size, self.value_heads)
-        self.in_proj_a = Linear(config.hidden_size, self.value_heads)
+        self.in_proj_qkv = nn.Linear(width, channels, bias=False)
+        self.in_proj_z = nn.Linear(width, self.value_width, bias=False)
+        self.in_proj_b = nn.Linear(width, self.value_heads, bias=False)
+        self.in_proj_a = nn.Linear(width, self.value_heads, bias=False)
         self.conv1d = nn.Conv1d(
             channels, channels, config.linear_conv_kernel_dim, groups=channels, bias=False)
-        fading_rate = torch.empty(self.value_heads).uniform_(0.01, 16)
-        self.A_log = nn.Parameter(fading_rate.log())
+        decay_rate = torch.empty(self.value_heads).uniform_(0.01, 16)
+        self.A_log = nn.Parameter(decay_rate.log())
         self.dt_bias = nn.Parameter(torch.ones(self.value_heads))
         self.norm = GatedRMSNorm(config.linear_value_head_dim, config.rms_norm_eps)
-        self.out_proj = Linear(self.value_width, config.hidden_size)
+        self.out_proj = nn.Linear(self.value_width, width, bias=False)
+        self.act = nn.SiLU()
 
     def forward(self, x, layer_state, rotary):
-        """x (B, T, width). Positions act through the recurrence, so rotary is not used."""
-        qkv, z, b, a = project(
-            x, (self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a))
+        """x (B, T, width). The recurrence orders the tokens, so rotary is not used."""
+        qkv, z, b, a = self.project(x)
         q, k, v = self.convolve_and_split(qkv, layer_state)
 
-        # the share of what is stored under its key that a token replaces, and the log of S's
-        # fading, g = -exp(A_log) softplus(a + dt_bias), as in Mamba: a rate times a time step
+        # beta is the fraction of an old value that a token replaces. g is the log of S's decay: a
+        # rate times a time step, g = -exp(A_log) softplus(a + dt_bias), as in Mamba.
         beta = b.sigmoid()
         time_step = F.softplus(to_fp32(a) + self.dt_bias)
         g = -self.A_log.exp() * time_step
 
         if layer_state is None:
-            # under autocast, in which data/nano trains a target, fp32 products would become bf16
+            # autocast, which pretraining of the nano target uses, would make these products bf16
             with torch.autocast(x.device.type, enabled=False):
                 o, _ = gated_delta_rule(q, k, v, g, beta)
         else:
             o = layer_state.delta_rule(q, k, v, g, beta)
 
-        # the outputs of the heads, normed and gated, and mixed
+        # norm and gate the output of each head, then mix the heads
         z = z.unflatten(-1, (self.value_heads, -1))
         return self.out_proj(self.norm(o, z).flatten(-2))
 
+    def project(self, x):
+        return self.in_proj_qkv(x), self.in_proj_z(x), self.in_proj_b(x), self.in_proj_a(x)
+
     def convolve_and_split(self, qkv, layer_state):
-        """q, k (B, T, H, D) of unit length and v (B, T, Hv, Dv): convolution, SiLU, heads."""
+        """q, k (B, T, H, D) of unit length and v (B, T, Hv, Dv) from qkv (B, T, channels)."""
         T = qkv.shape[1]
         conv_width = self.conv1d.weight.shape[-1]
 
-        # the few tokens before: zeros at the start of a sequence, else what the state remembers
+        # put the few tokens before in front: zeros at the start of a sequence, or the stored ones
         if layer_state is None:
             qkv = F.pad(qkv, (0, 0, conv_width - 1, 0))
         else:
             qkv = layer_state.convolution_input(qkv)
 
-        # Written out instead of calling conv1d: elementwise sums have one order in any shape.
+        # A sum instead of a call of conv1d, because its order is the same for every T.
         weight = self.conv1d.weight[:, 0].T                              # (conv_width, channels)
         mixed = weight[0] * qkv[:, :T]
         for i in range(1, conv_width):
             mixed = mixed + weight[i] * qkv[:, i:i + T]
-        mixed = rowwise(F.silu, mixed)
+        mixed = self.act(mixed)
 
         qk, v = mixed.split((2 * self.key_width, self.value_width), dim=-1)
         qk = qk.unflatten(-1, (2 * self.heads, -1))
@@ -111,18 +107,20 @@ class GatedAttention(nn.Module):
         super().__init__()
         self.heads = config.num_attention_heads
         self.kv_heads = config.num_key_value_heads
+        width = config.hidden_size
         query_width = config.num_attention_heads * config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim
-        self.q_proj = Linear(config.hidden_size, 2 * query_width)  # a head's query, then its gate
-        self.k_proj = Linear(config.hidden_size, kv_width)
-        self.v_proj = Linear(config.hidden_size, kv_width)
-        self.o_proj = Linear(query_width, config.hidden_size)
+        self.q_proj = nn.Linear(width, 2 * query_width, bias=False)  # per head: query, then gate
+        self.k_proj = nn.Linear(width, kv_width, bias=False)
+        self.v_proj = nn.Linear(width, kv_width, bias=False)
+        self.o_proj = nn.Linear(query_width, width, bias=False)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.gate_act = nn.Sigmoid()
 
     def forward(self, x, layer_state, rotary):
         """x (B, T, width)."""
-        q, k, v = project(x, (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = self.project(x)
         q, gate = q.unflatten(-1, (self.heads, -1)).chunk(2, dim=-1)         # (B, T, H, D)
         k = k.unflatten(-1, (self.kv_heads, -1))                             # (B, T, Hkv, D)
         v = v.unflatten(-1, (self.kv_heads, -1))
@@ -135,8 +133,11 @@ class GatedAttention(nn.Module):
         else:
             o = layer_state.attention(q, k, v)
 
-        o = o.transpose(1, 2) * rowwise(torch.sigmoid, gate)
+        o = o.transpose(1, 2) * self.gate_act(gate)
         return self.o_proj(o.flatten(-2))
+
+    def project(self, x):
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
 
 class MLP(nn.Module):
@@ -144,13 +145,17 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act = nn.SiLU()
 
     def forward(self, x):
-        gate, up = project(x, (self.gate_proj, self.up_proj))
-        return self.down_proj(rowwise(F.silu, gate) * up)
+        gate, up = self.project(x)
+        return self.down_proj(self.act(gate) * up)
+
+    def project(self, x):
+        return self.gate_proj(x), self.up_proj(x)
 
 
 class Layer(nn.Module):
@@ -168,14 +173,14 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x, layer_state, rotary):
-        """x (B, T, width); layer_state: this layer's part of a DecodeState, None without one."""
+        """x (B, T, width). layer_state: this layer's part of a DecodeState, or None."""
         mixer = self.linear_attn if self.is_linear else self.self_attn
         x = x + mixer(self.input_layernorm(x), layer_state, rotary)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class RMSNorm(nn.Module):
-    """(1 + w) * x / rms(x), statistics in fp32. The drafter's norm has w in place of 1 + w."""
+    """(1 + w) * x / rms(x), with statistics in fp32. In the drafter's norm the gain is w."""
 
     def __init__(self, dim, eps):
         super().__init__()
@@ -189,16 +194,17 @@ class RMSNorm(nn.Module):
 
 
 class GatedRMSNorm(nn.Module):
-    """w * x / rms(x) * silu(z), with a plain gain w; statistics and gate in fp32."""
+    """w * x / rms(x) * silu(z). The gain is w here. Statistics and gate are in fp32."""
 
     def __init__(self, dim, eps):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
+        self.act = nn.SiLU()
 
     def forward(self, x, z):
         normed = F.rms_norm(to_fp32(x), x.shape[-1:], None, self.eps)
-        gate = rowwise(F.silu, to_fp32(z))
+        gate = self.act(to_fp32(z))
         gated = self.weight * normed.to(x.dtype) * gate
         return gated.to(x.dtype)
 
@@ -206,22 +212,12 @@ class GatedRMSNorm(nn.Module):
 def unit_length(x):
     """x / sqrt(|x|^2 + 1e-6) over the last axis, in fp32.
 
-    With |k| = 1 a token cannot blow S up. It takes away a share beta of what is stored under k,
-    S <- S - beta k^T (k S), and of no other direction.
+    Keys of length 1 keep S bounded: the update S <- S - beta k^T (k S) removes the fraction beta of
+    what S stores under k, and nothing in other directions.
     """
     D = x.shape[-1]
     # rms(x) is |x| / sqrt(D)
     return F.rms_norm(to_fp32(x), (D,), None, 1e-6 / D) * D ** -0.5
-
-
-class Linear(nn.Linear):
-    """A linear layer without a bias, whose product of one row suits a GPU."""
-
-    def __init__(self, inputs, outputs):
-        super().__init__(inputs, outputs, bias=False)
-
-    def forward(self, x):
-        return linear_product(x, self.weight)
 
 # --------------------------------------------------------------------------------------------------
 # the model
@@ -288,9 +284,6 @@ def conv_channels(c):
 
 class Target(nn.Module):
     """The text model of Qwen3.5; config is a TargetConfig."""
-    compiled_layers = None
-    compiled_norm = None
-    packed_head = None      # the head's product from a packed weight, where fast/cpu.py made one
 
     def __init__(self, config):
         super().__init__()
@@ -299,7 +292,7 @@ class Target(nn.Module):
         self.layers = nn.ModuleList(Layer(config, kind) for kind in config.layer_types)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size)
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         for parameter in self.parameters():
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
@@ -307,17 +300,15 @@ class Target(nn.Module):
     def forward(self, tokens, state=None, target_layer_ids=(), features_only=False, segment=None):
         """Features and hidden states of tokens (B, T).
 
-        Without a state the tokens are whole sequences. With one (decode_state.py) they follow its
-        position: they are a block of K rows, or part of a prompt if a Segment is given.
+        Without a state, the tokens are whole sequences. With a state (decode_state.py), they follow
+        the tokens that it holds: a block of K tokens, or a part of a prompt if a Segment is given.
 
-        Returns features (B, T, len(target_layer_ids) * width), the residual stream after each of
-        these layers, before any norm, in ascending order (None if no layer is named); and the
-        normed hidden states (B, T, width) of which logits() makes logits. With features_only
-        nothing above the last of the named layers is run, and the hidden states are None.
+        Returns features (B, T, len(target_layer_ids) * width) and hidden states (B, T, width). The
+        features are the residual stream after each of these layers, before any norm, in ascending
+        order (None without ids). logits() turns the hidden states, which are normed, into logits.
+        With features_only, the layers above the last id do not run and hidden states are None.
         """
         T = tokens.shape[1]
-        layers = self.layers
-        norm = self.norm
         if state is None:
             positions = torch.arange(T, device=tokens.device)
             rotary_dim = int(self.config.head_dim * self.config.partial_rotary_factor)
@@ -325,21 +316,14 @@ class Target(nn.Module):
         else:
             state.begin_forward(T, segment)
             rotary = state.rotary
-            # compiled layers are for forwards that always have the same shape
-            if self.compiled_layers and (state.forward_is_block or state.pads_segments):
-                layers = self.compiled_layers
-                norm = self.compiled_norm
+        layers = self.layers
         if features_only:
             if not target_layer_ids:
                 raise ValueError("features_only without target_layer_ids: name the layers whose "
-                                 "outputs are wanted")
+                                 "outputs you need")
             layers = layers[:max(target_layer_ids) + 1]
 
-        if state is None:
-            x = self.embed_tokens(tokens)
-        else:
-            # an index is faster on a GPU for few tokens, but slow where a gradient is wanted
-            x = self.embed_tokens.weight[tokens]
+        x = self.embed_tokens(tokens)
         features = []
         for i, layer in enumerate(layers):
             layer_state = None if state is None else state.layers[i]
@@ -347,34 +331,16 @@ class Target(nn.Module):
             if i in target_layer_ids:
                 features.append(x)
         features = torch.cat(features, -1) if features else None
-        hidden = None if features_only else norm(x)
+        hidden = None if features_only else self.norm(x)
         return features, hidden
 
     @property
     def head_weight(self):
-        """Weight (V, width) of the output head: the embedding's own where tied."""
+        """Weight (V, width) of the output head. A tied head is the embedding."""
         if self.config.tie_word_embeddings:
             return self.embed_tokens.weight
         return self.lm_head.weight
 
     def logits(self, hidden):
         """Logits (..., V) of normed hidden states (..., width), the target's or a drafter's."""
-        if self.packed_head is not None:
-            return self.packed_head(hidden)
         return F.linear(hidden, self.head_weight)
-
-    def compile_decoding(self):
-        """Compile the layers and the last norm for blocks, and for padded segments of a prompt.
-
-        One by one: each kind of layer is compiled once for each of the two. Compiled together,
-        layers would be fused in another way where one of them feeds the drafter, and round
-        differently. Segments that are not padded vary in length, and go through the plain layers.
-        """
-        # kinds of layer x (block sizes and segments) x buffer lengths
-        torch._dynamo.config.recompile_limit = 64
-        # small kernels that do not wait for one another are launched as one
-        options = {"combo_kernels": True}
-        self.compiled_layers = [
-            torch.compile(layer, dynamic=False, options=options) for layer in self.layers]
-        self.compiled_norm = torch.compile(self.norm.forward, dynamic=False)
-        return self

@@ -1,5 +1,5 @@
 """
-From a question to token ids and back: the tokenizer, the chat template, the ids that end an answer.
+From a question to token ids and back: tokenizer, chat template, and the ids that end an answer.
 
 Decoding, benchmarks and training data all go through chat_prompt, so that no two of them can use
 different templates. A drafter trained on one template and served with another loses half of its
@@ -42,7 +42,7 @@ def chat_prompt(tokenizer, prompt, thinking=False):
     """Token ids of a conversation and the opening of the answer.
 
     prompt: the user's text, or a list of {"role", "content"} that ends with the user's turn.
-    thinking: passed on explicitly, as its default differs between sizes of the public targets.
+    thinking: passed on explicitly, because its default differs between the public targets.
     ValueError when the tokenizer has no template, or the template refuses the conversation.
     """
     if not tokenizer.chat_template:
@@ -69,7 +69,7 @@ def stop_ids(tokenizer):
 def tokenizer_fingerprint(name):
     """A checksum of a target's tokenizer and chat template.
 
-    Training rows carry it: rows made with another tokenizer or template would train in silence.
+    Training rows carry it, because a drafter would silently train on rows of a different one.
     """
     folder = checkpoint_folder(name)
     checksum = 0

@@ -1,132 +1,129 @@
 """
-Trains a DFlash drafter for a frozen target. The target runs along and makes the features.
+Trains a DFlash drafter for a frozen target, which computes the features on the fly.
 
-    python train.py config/nano.py                 # the shipped nano target, two CPU cores, minutes
-    python train.py config/nano.py --resume        # go on after an interruption
-    torchrun --standalone --nproc_per_node=8 train.py config/phase1_2.py   # DDP, or --parallel=fsdp
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT train.py ..
+    python train.py config/nano.py                 # the shipped nano target, minutes on a CPU
+    python train.py config/nano.py --resume        # resume after an interruption
+    torchrun --standalone --nproc_per_node=8 train.py config/phase1_2.py
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT train.py
 
-A sample is one text of the training data: a question and the target's own answer. A step takes
-batch_size x grad_accum_steps x processes samples. A checkpoint is a folder out_dir/step-000123 that
-engines load; beside it stand log.jsonl, and loss, tau and acceptance as a picture. Process 0
-writes; nodes share the file system that out_dir is on.
+A sample is a question and the target's own answer. A step trains on batch_size x grad_accum_steps x
+processes samples. Engines load the checkpoints, out_dir/step-000123. log.jsonl and training.png are
+next to them. Only process 0 writes, so several nodes need a shared file system.
 
-The defaults below are the recipe of the published drafter for Qwen3.5-0.8B, "Phase 1.2" of the
-project la-draftery; config/phase1_2.py repeats them, with sums. A file in config/ holds what
-another run changes.
+The defaults are the recipe of "Phase 1.2", the published drafter for Qwen3.5-0.8B.
 """
 import functools
 import math
 import os
-import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch._inductor.config
 
-from tokenizer import load_tokenizer, stop_ids, tokenizer_fingerprint
-from checkpoint import drafter_config, load_drafter, load_target, newest_checkpoint
-from configurator import configure
-from console import survive_closed_output
-from fast.cpu import attention_by_anchor_groups
-from fast.cuda_graph import Graphs
+from checkpoint import load_drafter, load_target, newest_checkpoint
+from configurator import configure, survive_closed_output
 from data.samples import Samples
 from draft_decode import generate_many
-from training.flops import training_operations
-from training.interruption import any_rank_received, stop_signals
-from loss import block_labels, block_loss, chunk_loss, sample_anchors
-from model import DFlashDraftModel
-from training.optimizer import KINDS, new_optimizer
-from training.parallel import (distribute, gather_full, gradient_exchange, is_lost_process, join_processes,
-                      leave_processes, rank, sum_over_ranks, wait_for_all, world_size)
-from training.log import TrainingLog
+from fast.decoding import prepare_for_decoding
+from fast.training import prepare_for_training, warm_up
+from loss import Targets, block_labels, block_loss, chunk_loss, sample_anchors
+from model import DFlashDraftModel, masked_attend
+from tokenizer import load_tokenizer, stop_ids, tokenizer_fingerprint
 from training.checkpoints import load_moments, load_training_state, save_checkpoint
+from training.checks import check_config
+from training.flops import training_operations
+from training.guard import GradientGuard, why_stopped
+from training.interruption import any_rank_received, how_to_resume, stop_signals
+from training.log import TrainingLog, start_wandb
+from training.optimizer import new_optimizer
+from training.parallel import (
+    distribute, gather_full, gradient_exchange, is_lost_process, join_processes, leave_processes,
+    rank, sum_over_ranks, world_size)
+from training.setup import checkpoint_to_resume, deterministic_kernels, new_drafter, prepare_data
+from training.sums import BlockSums, acceptance, add_sums, block_sums, mean_loss
 
 # what
 target = "Qwen/Qwen3.5-0.8B"                # folder or hub id of the frozen target, or random:0.8b
 data = "data/math240k"                      # folder of samples; its prepare.py makes missing ones
-out_dir = "out/phase1_2-dflash"             # engines know the method by "dflash" in the path
-resume = False                              # go on from the newest checkpoint in out_dir
-resume_from: str | None = None               # folder of a SpecForge checkpoint to go on from
+out_dir = "out/phase1_2-dflash"             # vLLM recognizes the method by "dflash" in the path
+resume = False                              # resume from the newest checkpoint in out_dir
+resume_from: str | None = None              # resume from this folder of a SpecForge checkpoint
 # the drafter
-num_layers = 5                              # of the drafter
-num_heads = 8                               # of its attention
-num_kv_heads = 2                            # of its keys and values
-head_dim = 256                              # channels of a head
+num_layers = 5                              # decoder layers
+num_heads = 8                               # attention heads
+num_kv_heads = 2                            # heads of keys and values
+head_dim = 256                              # channels per head
 intermediate_size = 3584                    # channels of the MLP
 initializer_range = 0.02                    # standard deviation of the first weights
 target_layer_ids = (3, 7, 11, 15, 19)       # target layers whose outputs are the features
 block_size = 16                             # K: the anchor and K - 1 guesses
-mask_token_id: int | None = None            # id of the mask; None: the first after the tokenizer
+mask_token_id: int | None = None            # id of the mask; None: the first after the tokenizer's
 # the loss
-num_anchors = 512                           # blocks of a sample
-weighting = "decay"                         # of slots: decay, or dpace by the drafter's confidence
-gamma = 7.0                                 # slots over which decay's weight falls to 1/e
-dpace_smoothing = 0.5                       # D-PACE's a, of 0 .. 1
-loss_chunk_size = 1024                      # guesses whose logits exist at once
-# optimisation
-batch_size = 2                              # samples of a micro-batch
-grad_accum_steps = 2                            # micro-batches of a step
-max_length = 3072                           # tokens of a sample; longer ones are cut
-pad_to_multiple_of = 512                       # samples are padded to it: few shapes to compile for
+num_anchors = 512                           # blocks per sample
+weighting = "decay"                         # of guesses: decay, or dpace (the drafter's confidence)
+gamma = 7.0                                 # positions over which the decay falls to 1/e
+# optimization
+batch_size = 2                              # samples per micro-batch
+grad_accum_steps = 2                        # micro-batches per step and process
+max_length = 3072                           # longer samples are cut to this many tokens
+pad_to_multiple_of = 512                    # fewer different lengths, so fewer to compile
 bucket_size = 64                            # micro-batches sorted by length together: less padding
 epochs = 1.0                                # passes over the samples
-lr = 3e-4                                   # peak of the learning rate
-warmup = 0.04                               # share of the steps up to it; then a cosine to zero
-optimizer = "adamw"                         # of all weights; or muon for matrices, see training/optimizer.py
+lr = 3e-4                                   # peak learning rate
+warmup = 0.04                               # fraction of steps spent warming up; then cosine to 0
+optimizer = "adamw"                         # adamw, or muon for matrices (training/optimizer.py)
 betas = (0.9, 0.999)                        # of AdamW
-weight_decay = 0.0                          # times lr: the share that a weight loses in a step
-grad_clip = 1.0                             # norm of the gradient at most
-spike_factor = 10.0                         # a norm this many times the usual one: step skipped
-max_consecutive_skips = 5                                # skipped steps in a row that end the run
-seed = 0                                    # of weights, order of samples and anchors
-# looking at it
-log_every = 10                              # steps
-eval_every = 500                            # steps between estimates on held-out samples
-eval_samples = 64                           # held-out samples of an estimate
+weight_decay = 0.0                          # of AdamW and Muon
+grad_clip = 1.0                             # maximum norm of the gradient
+seed = 0                                    # of weights, sample order, and anchors
+# logging
+log_every = 10                              # steps per line of the log
+eval_every = 500                            # steps between evaluations on held-out samples
 save_every = 1000                           # steps between checkpoints
-keep_checkpoints = 3                        # newest checkpoints that are kept
-wandb_project: str | None = None            # Weights & Biases project; None: wandb is not imported
-decode_prompts = 64                         # held-out prompts really decoded at the end
-decode_tokens = 512                         # new tokens of each at most
+decode_prompts = 64                         # held-out prompts to decode after training
+wandb_project: str | None = None            # Weights & Biases project; None: wandb is not needed
 # the machine
 device = "cuda" if torch.cuda.is_available() else "cpu"  # cpu or cuda
-dtype = "float32" if device == "cpu" else "bfloat16"     # of products; what is trained is fp32
-attention = "flex" if device == "cuda" else "grouped"    # grouped suits CPUs, both run on GPUs
-compile = False                             # torch.compile, and CUDA graphs; minutes at the start
+dtype = "float32" if device == "cpu" else "bfloat16"     # of matmuls; trained weights are float32
+compile = False                             # torch.compile and CUDA graphs; minutes at the start
 parallel = "ddp"                            # or fsdp, which also shards the frozen target
+
+DPACE_SMOOTHING = 0.5   # D-PACE's a, see dpace_weights() in loss.py
+EVAL_SAMPLES = 64       # held-out samples per evaluation
+DECODE_TOKENS = 512     # max new tokens per held-out prompt
+DECODE_SLOTS = 8        # prompts decoded together: more are faster but take more memory
 
 # --------------------------------------------------------------------------------------------------
 # a batch
 
 
 class MicroBatches:
-    """Micro-batches (tokens, supervised), numbered 0, 1, 2, .. over the whole run.
+    """Micro-batches (tokens, supervised), numbered 0, 1, 2, ... over the whole run.
 
-    For given settings, number n depends on the seed and n alone. So no loader has a state to save,
-    and processes and grad_accum_steps only share the numbers out.
+    Micro-batch n depends only on the settings, the seed, and n. So there is no loader state to
+    save, and processes just divide the numbers among themselves.
     """
 
     def __init__(self, samples, config):
         self.samples = samples
         self.config = config
         self.lengths = np.array([len(tokens) for tokens, _ in samples])
-        self.epoch = None       # the epoch that self.order belongs to
+        self.epoch = None       # the epoch of self.order
         self.order = None
 
     def per_epoch(self):
-        """How many an epoch has. The few samples left over differ from epoch to epoch."""
+        """Micro-batches per epoch. The few samples left over differ from epoch to epoch."""
         return len(self.samples) // self.config.batch_size
 
     def __getitem__(self, n):
-        return pad([self.samples[i] for i in self.sample_numbers(n)], self.config)
+        samples = [self.samples[i] for i in self.sample_numbers(n)]
+        return pad(samples, self.config)
 
     def sample_numbers(self, n):
-        """The samples of micro-batch n of the run."""
+        """Indices of the samples in micro-batch n."""
         epoch, number_in_epoch = divmod(n, self.per_epoch())
         if self.epoch != epoch:
             self.epoch = epoch
@@ -134,11 +131,10 @@ class MicroBatches:
         return self.order[number_in_epoch]
 
     def shuffled(self, epoch):
-        """The samples of all micro-batches of an epoch, (micro-batches, batch_size).
+        """Indices of the samples in all micro-batches of an epoch, (micro-batches, batch_size).
 
-        Samples are shuffled, then sorted by length within windows of bucket_size micro-batches, so
-        that little of a micro-batch is padding. Finally the micro-batches are shuffled: a run that
-        saw short samples first would learn another distribution than that of the data.
+        Samples are shuffled, sorted by length within windows of bucket_size micro-batches to save
+        padding, and shuffled again, because short samples first would be a different distribution.
         """
         random = np.random.default_rng((self.config.seed, epoch))
         batch_size = self.config.batch_size
@@ -152,213 +148,150 @@ class MicroBatches:
 
 
 def pad(samples, config):
-    """(tokens, supervised), both (B, T), on the device. Padding is last, so no token sees it."""
-    # The longest sample, cut at max_length, then rounded up: T takes few different values. (It may
-    # be more than max_length, where this is no multiple.)
+    """(tokens, supervised), both (B, T), on the device. Padding comes last, so no token sees it."""
+    # cut the longest sample to max_length, then round up, so that T takes few different values
     longest = max(len(tokens) for tokens, _ in samples)
     T = min(config.max_length, longest)
     T = math.ceil(T / config.pad_to_multiple_of) * config.pad_to_multiple_of
 
-    # fill in sample by sample; what is not filled stays token 0 and unsupervised
-    is_pinned = config.device == "cuda"  # a copy from pinned memory does not wait for the device
+    # padding is token 0, unsupervised
+    is_pinned = config.device == "cuda"  # a copy from pinned memory does not wait for the GPU
     tokens = torch.zeros(len(samples), T, dtype=torch.long, pin_memory=is_pinned)
     supervised = torch.zeros(len(samples), T, dtype=torch.bool, pin_memory=is_pinned)
     for i, (sample_tokens, sample_mask) in enumerate(samples):
         n = min(len(sample_tokens), config.max_length)
         tokens[i, :n] = torch.from_numpy(sample_tokens[:n])
         supervised[i, :n] = torch.from_numpy(sample_mask[:n] > 0)
-    tokens = tokens.to(config.device, non_blocking=True)
-    supervised = supervised.to(config.device, non_blocking=True)
-    return tokens, supervised
+    device = config.device
+    return tokens.to(device, non_blocking=True), supervised.to(device, non_blocking=True)
 
 # --------------------------------------------------------------------------------------------------
 # one step
 
 
 @dataclass
-class GradientGuard:
-    """What gradients usually are like. Saved, as a resumed run must skip the same steps."""
-    usual_norm: float = 0.0         # moving average of the norms of steps that were made
-    skipped: int = 0                # steps
-    skipped_in_a_row: int = 0
-
-    def record(self, grad_norm, is_skipped):
-        if is_skipped:
-            self.skipped += 1
-            self.skipped_in_a_row += 1
-        else:
-            self.usual_norm = 0.98 * (self.usual_norm or grad_norm) + 0.02 * grad_norm
-            self.skipped_in_a_row = 0
-
-
-@dataclass
 class Run:
-    """A training run: its settings, its models and where it stands."""
+    """A training run: its settings, its models, and how far it is."""
     config: SimpleNamespace
     target: torch.nn.Module
     drafter: DFlashDraftModel
-    wrapped_drafter: torch.nn.Module    # by DDP; the drafter itself under FSDP or alone
+    wrapped_drafter: torch.nn.Module    # DDP around the drafter; without DDP the drafter itself
     optimizer: torch.optim.Optimizer
     micro_batches: MicroBatches
     total_steps: int
-    target_graphs: Graphs | None = None # the target's forward as a CUDA graph (fast/cuda_graph.py) for
-                                        # each shape of samples; None: it runs without
     step: int = 0
     guard: GradientGuard = field(default_factory=GradientGuard)
 
+    # fast/training.py replaces these and target_features() with faster functions
+    new_attend: Callable = masked_attend    # the drafter's attention
+    chunk_loss: Callable = chunk_loss
 
-class BlockSums(NamedTuple):
-    """Sums over a micro-batch and its blocks, in fp64. Added up they are those of a whole step."""
-    loss: torch.Tensor
-    weight: torch.Tensor
-    blocks: torch.Tensor
-    tokens: torch.Tensor            # with padding
-    operations: torch.Tensor
-    right_up_to: torch.Tensor       # (K-1,) blocks whose guesses are right up to this slot
-    reached: torch.Tensor           # (K-1,) blocks whose response is long enough for this slot
-
-
-compiled_chunk_loss = torch.compile(chunk_loss, dynamic=False)  # compiled when first called
+    @torch.no_grad()
+    def target_features(self, tokens):
+        """Features (B, T, ...) of tokens (B, T), valid until the next call."""
+        layer_ids = self.drafter.target_layer_ids
+        features, _ = self.target(tokens, target_layer_ids=layer_ids, features_only=True)
+        return features
 
 
 def micro_batch_loss(run, tokens, supervised, generator, trained_module=None):
     """The loss of a micro-batch, summed over its blocks, and its BlockSums.
 
-    trained_module: what wraps the drafter to exchange gradients; None: the drafter itself, as for
-    an estimate, which has no backward.
+    trained_module: the wrapped drafter, whose backward exchanges gradients; None: the drafter.
     """
-    config, target, drafter = run.config, run.target, run.drafter
+    config = run.config
+    drafter = run.drafter
     if trained_module is None:
         trained_module = drafter
 
-    # blocks at random places of the responses, what they should guess, and what each slot weighs
-    anchors, real = sample_anchors(
-        supervised, config.num_anchors, generator, config.max_length)
+    # blocks at random positions of the responses, the tokens that they should guess, and the
+    # weight of each guess
+    anchors, is_valid = sample_anchors(supervised, config.num_anchors, generator, config.max_length)
     labels, weights = block_labels(
-        tokens, supervised, anchors, real, drafter.block_size, config.gamma)
-    inside = weights > 0  # slots that count: all that D-PACE takes from these weights
+        tokens, supervised, anchors, is_valid, K=drafter.block_size, gamma=config.gamma)
+    in_response = weights > 0  # D-PACE uses nothing else of these weights
 
     # the frozen target reads the samples
-    features = target_features(run, tokens)
+    features = run.target_features(tokens)
 
-    # the drafter: all blocks at once. Its weights are fp32, its products bf16 where dtype says so.
+    # the drafter processes all blocks at once; its weights are float32, its matmuls of type dtype
     anchor_tokens = tokens.gather(1, anchors)
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-        embedded = drafter.embed_block(anchor_tokens, target.embed_tokens.weight)
-        attend = attention_by_anchor_groups if config.attention == "grouped" else None
-        hidden = trained_module(features, embedded, anchors, attend)
+        embedded = drafter.embed_block(anchor_tokens, run.target.embed_tokens.weight)
+        hidden = trained_module(features, embedded, anchors, run.new_attend)
 
-    # the target's head and the loss, in one pass that also yields the gradient by `hidden`
-    chunk_loss_function = compiled_chunk_loss if config.compile else chunk_loss
+    # the target's head and the loss, in one pass that also computes the gradient of `hidden`
+    chunk_loss_function = run.chunk_loss
     if config.weighting == "dpace":
-        chunk_loss_function = functools.partial(
-            chunk_loss_function, dpace_smoothing=config.dpace_smoothing)
+        chunk_loss_function = functools.partial(run.chunk_loss, dpace_smoothing=DPACE_SMOOTHING)
     loss, _, correct, used_weights = block_loss(
-        hidden,
-        target.head_weight,
-        labels,
-        weights,
-        config.loss_chunk_size,
-        chunk_loss_function)
+        hidden, run.target.head_weight, Targets(labels, weights),
+        chunk_loss_function=chunk_loss_function)
 
-    # What the step and its log are made of. torch.full lets a GPU fill in a number; a copy of one
-    # would first wait until the GPU has done all that it was told before.
-    right_up_to = (correct & inside).long().cumprod(-1)
-    token_count = torch.full((), tokens.numel(), dtype=torch.float64, device=tokens.device)
-    operations = training_operations(drafter, *tokens.shape, anchors.shape[1], target)
-    operations = torch.full((), operations, dtype=torch.float64, device=tokens.device)
-    sums = BlockSums(
-        loss=loss.detach().double(),
-        weight=used_weights.sum().double(),
-        blocks=real.sum().double(),
-        tokens=token_count,
-        operations=operations,
-        right_up_to=right_up_to.sum((0, 1)).double(),
-        reached=inside.sum((0, 1)).double())
+    # for the log
+    operations = training_operations(drafter, *tokens.shape, anchors.shape[1], run.target)
+    sums = block_sums(
+        loss, used_weights, correct, in_response, tokens=tokens.numel(), operations=operations)
     return loss, sums
 
 
-def target_features(run, tokens):
-    """Features (B, T, ...) of tokens (B, T), from the frozen target.
-
-    Those of a graph hold until the next call only. That is long enough, as the backward of a
-    micro-batch ends before the next micro-batch begins, and an estimate has no backward.
-    """
-    def forward(tokens):
-        # layers above the last that gives features are not run
-        features, _ = run.target(
-            tokens, target_layer_ids=run.drafter.target_layer_ids, features_only=True)
-        return features
-
-    with torch.no_grad():
-        if run.target_graphs is None:
-            return forward(tokens)
-        return run.target_graphs.run(tokens.shape, forward, tokens)
-
-
-def add_sums(a, b):
-    """The sums of both together; a may be None."""
-    if a is None:
-        return b
-    return BlockSums(*[x + y for x, y in zip(a, b)])
-
-
 def train_step(run):
-    """One optimizer step. Returns what is logged of it, and its BlockSums.
+    """One optimizer step. Returns its entry in the log and its BlockSums.
 
-    Loss, gradients and weights are summed over micro-batches and processes and divided once. So it
-    does not matter (but for rounding) how samples were split, nor that some have longer answers.
+    Loss, gradients, and weights are summed over micro-batches and processes and divided once. So
+    the result does not depend on how samples were split, up to rounding.
     """
     config = run.config
+    sums = add_up_gradients(run)
 
-    # Gradients add up over the micro-batches of this process. Each micro-batch of the run has a
-    # number; the processes take them in turn.
+    # From sums to weighted means. DDP and FSDP have averaged the gradients over the processes. If
+    # all samples of a step were cut before their answer, the clamp keeps the gradient 0.
+    factor = world_size() / sums.weight.clamp(min=1e-9)
+    for parameter in run.drafter.parameters():
+        parameter.grad *= factor.to(parameter.dtype)
+    grad_norm = torch.nn.utils.clip_grad_norm_(run.drafter.parameters(), config.grad_clip)
+
+    # So far everything was queued on the GPU. Here the CPU waits once: for the norm before
+    # clipping, and for the log.
+    grad_norm = gather_full(grad_norm).item()
+    sums = BlockSums(*[x.cpu() for x in sums])
+
+    # the step itself, unless its gradient spikes
+    lr = learning_rate(run.step, run.total_steps, config)
+    in_warmup = run.step < config.warmup * run.total_steps
+    if not run.guard.skips(grad_norm, in_warmup):
+        for group in run.optimizer.param_groups:
+            group["lr"] = lr
+        run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    if run.guard.must_stop():
+        raise ValueError(why_stopped(run, grad_norm))
+    run.step += 1
+
+    tau, accepted_up_to_slot = acceptance(sums)
+    entry = {"lr": lr, "loss": mean_loss(sums), "grad_norm": grad_norm, "tau": tau,
+             "accepted_up_to_slot": accepted_up_to_slot, "skipped": run.guard.skipped}
+    return entry, sums
+
+
+def add_up_gradients(run):
+    """Forward and backward of this process's micro-batches; BlockSums of all processes.
+
+    Each micro-batch of the run has a number, and the processes take the numbers in turn.
+    """
+    config = run.config
     sums = None
     for micro in range(config.grad_accum_steps):
-        is_last = micro == config.grad_accum_steps - 1
         number = (run.step * config.grad_accum_steps + micro) * world_size() + rank()
         generator = anchor_generator(config.seed, number)
         tokens, supervised = run.micro_batches[number]
+        is_last = micro == config.grad_accum_steps - 1
         with gradient_exchange(run.wrapped_drafter, is_last):
             loss, micro_sums = micro_batch_loss(
                 run, tokens, supervised, generator, run.wrapped_drafter)
             loss.backward()
         sums = add_sums(sums, micro_sums)
-    sums = BlockSums(*[sum_over_ranks(x) for x in sums])
-
-    # From sums to means by weight. If all samples of a step were cut before their answer, its
-    # weight is 0, and the clamp leaves gradients of 0.
-    weight = sums.weight.clamp(min=1e-9)
-    # DDP and FSDP average the gradients of the processes. Times their number that is the sum, and
-    # `weight` is the sum over all of them already.
-    factor = world_size() / weight
-    for parameter in run.drafter.parameters():
-        parameter.grad *= factor.to(parameter.dtype)
-    grad_norm = torch.nn.utils.clip_grad_norm_(run.drafter.parameters(), config.grad_clip)
-
-    # Up to here a GPU is only told what to do. Now the processor waits for it: for the norm, by
-    # which it decides. What the log needs is read at the same time, so that nothing waits again.
-    grad_norm = gather_full(grad_norm).item()  # the norm before it was clipped
-    sums = BlockSums(*[x.cpu() for x in sums])
-
-    # the step itself, unless the gradient is broken
-    is_skipped = is_unusual(grad_norm, run)
-    run.guard.record(grad_norm, is_skipped)
-    lr = learning_rate(run.step, run.total_steps, config)
-    if not is_skipped:
-        for group in run.optimizer.param_groups:
-            group["lr"] = lr
-        run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
-    if run.guard.skipped_in_a_row == config.max_consecutive_skips:
-        raise ValueError(describe_skipped_step(run, grad_norm))
-    run.step += 1
-
-    # what the log says of this step
-    tau, accepted_up_to_slot = acceptance(sums)
-    entry = {"lr": lr, "loss": mean_loss(sums), "grad_norm": grad_norm, "tau": tau,
-             "accepted_up_to_slot": accepted_up_to_slot, "skipped": run.guard.skipped}
-    return entry, sums
+    return BlockSums(*[sum_over_ranks(x) for x in sums])
 
 
 def anchor_generator(seed, number):
@@ -376,61 +309,17 @@ def learning_rate(step, total_steps, config):
     return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def is_unusual(grad_norm, run):
-    """Whether a gradient is not finite, or far longer than usual: such a step is skipped.
+def evaluate(run, samples):
+    """Loss and acceptance on held-out samples, with the same anchors every time, in every process.
 
-    One NaN would ruin weights and moments of a run of days. During warm-up nothing is usual yet.
-    """
-    if not math.isfinite(grad_norm):
-        return True
-    in_warmup = run.step < run.config.warmup * run.total_steps
-    if in_warmup or run.guard.usual_norm == 0:
-        return False
-    return grad_norm > run.config.spike_factor * run.guard.usual_norm
+    It can overestimate: anchors are random here, but in decoding they follow a failed guess. It
+    underestimates near the end of a response, where positions after the end count as wrong.
 
-
-def describe_skipped_step(run, grad_norm):
-    """The line with which a run ends: the norm, what is usual, and the samples of the step."""
-    config = run.config
-    micro_batches_of_a_step = config.grad_accum_steps * world_size()
-    first = run.step * micro_batches_of_a_step
-    sample_numbers = []
-    for number in range(first, first + micro_batches_of_a_step):
-        sample_numbers.extend(run.micro_batches.sample_numbers(number).tolist())
-    return (f"the gradient of step {run.step + 1} has norm {grad_norm:.3g}, usual is "
-            f"{run.guard.usual_norm:.3g}, steps skipped in a row: {config.max_consecutive_skips}. Look at "
-            f"samples {sample_numbers} of {config.data} (split train), or lower lr")
-
-
-def mean_loss(sums):
-    """The weighted mean of the guesses' losses; 0 if no guess had a weight."""
-    return (sums.loss / sums.weight.clamp(min=1e-9)).item()
-
-
-def acceptance(sums):
-    """tau as training estimates it, and the share of blocks that are right up to each slot, (K-1,).
-
-    tau is 1 (the target's own token) and the mean number of right guesses before the first wrong
-    one. A share is taken of the blocks whose response reaches the slot.
-    """
-    tau = 1 + (sums.right_up_to.sum() / sums.blocks.clamp(min=1)).item()
-    accepted_up_to_slot = sums.right_up_to / sums.reached.clamp(min=1)
-    return tau, accepted_up_to_slot.tolist()
-
-
-def estimate(run, samples):
-    """Loss, tau and acceptance on held-out samples, with anchors that are the same every time.
-
-    It may read higher than decoding does: its anchors stand at random places, while those of
-    decoding stand where a guess has just failed. At the end of a response it reads lower, as slots
-    past it count for nothing.
-
-    Every process makes the same estimate. Batches are as large as in training and gradients are on:
-    compiled code would be compiled anew for another shape or mode. So samples that fill no batch
-    are left out, unless there are no others.
+    Batch size and grad mode are those of training, because compiled code would compile again for
+    others. So samples that do not fill a batch are left out, unless there are no others.
     """
     batch_size = run.config.batch_size
-    count = min(run.config.eval_samples, len(samples))
+    count = min(EVAL_SAMPLES, len(samples))
     full_batches = max(1, count // batch_size)
     sums = None
     for number in range(full_batches):
@@ -450,12 +339,12 @@ def estimate(run, samples):
 def loop(run, held_out):
     """Train up to run.total_steps; returns the folder of the last checkpoint.
 
-    SIGTERM and Ctrl-C let the step end in every process, save, and leave by SystemExit with a line
-    that says how to go on.
+    After SIGTERM or Ctrl-C every process ends its step. Then the run saves a checkpoint and raises
+    SystemExit with the command that resumes it.
     """
     config = run.config
     os.makedirs(config.out_dir, exist_ok=True)
-    folder = newest_checkpoint(config.out_dir)  # what is returned if no step is left to do
+    folder = newest_checkpoint(config.out_dir)  # the result if no step is left
     log = TrainingLog(run)
     is_stopped = False
     with stop_signals() as received:
@@ -463,60 +352,46 @@ def loop(run, held_out):
             while run.step < run.total_steps and not is_stopped:
                 entry, sums = train_step(run)
                 log.count(sums)
-                # processes hear of a signal at different times, so they agree on it
+                # a signal reaches the processes at different times, so they agree on it
                 is_stopped = any_rank_received(received, config.device)
                 is_end = run.step == run.total_steps
-
-                # a line of the log, an estimate on held-out samples, a checkpoint: each in its own
-                # rhythm, and at the end
                 if run.step % config.log_every == 0 or is_end:
                     log.training(run, entry)
                 if run.step % config.eval_every == 0 or is_end:
-                    log.held_out(run, estimate(run, held_out))
+                    log.held_out(run, evaluate(run, held_out))
                 if run.step % config.save_every == 0 or is_end or is_stopped:
                     folder = save_checkpoint(run)
         finally:
-            log.close()  # also after an error: its picture shows how that came about
+            log.close()  # also after an error, because the plot shows what led to it
     if is_stopped and run.step < run.total_steps:
-        raise SystemExit(how_to_go_on(run, folder) if rank() == 0 else 1)
+        raise SystemExit(how_to_resume(run.step, folder) if rank() == 0 else 1)
     return folder
 
-
-def how_to_go_on(run, folder):
-    """The command that goes on: this run's own, with --resume."""
-    words = [word for word in sys.argv[1:] if word != "--resume"]
-    arguments = " ".join([*words, "--resume"])
-    command = "python" if world_size() == 1 else "torchrun ..., as before,"
-    return f"stopped at step {run.step}, saved {folder}; to go on: {command} train.py {arguments}"
-
 # --------------------------------------------------------------------------------------------------
-# setting up
+# the command
 
 
 def setup(config):
-    """(run, held-out samples, stop ids): everything, from nothing or from a checkpoint."""
-    # what can be wrong is found before anything large is loaded
-    check_config(config)
+    """(run, held-out samples, stop ids), new or from a checkpoint."""
+    check_config(config)  # before anything large is loaded
     deterministic_kernels()
-    checkpoint = checkpoint_to_go_on_from(config)
-    tokenizer = None  # a target with random weights, which is there to measure, has none
+    checkpoint = checkpoint_to_resume(config)
+    tokenizer = None  # random:... targets measure speed and have none
     stops = set()
     if not config.target.startswith("random:"):
         tokenizer = load_tokenizer(config.target)
         stops = stop_ids(tokenizer)
 
-    # the target, and samples that were made with its tokenizer and template
+    # the target, and samples made with its tokenizer and template
     target = load_target(config.target, config.device, config.dtype)
-    ensure_data(config)
+    prepare_data(config)
     vocab_size = target.config.vocab_size
     fingerprint = tokenizer_fingerprint(config.target)
     samples = Samples(config.data, "train", vocab_size, fingerprint)
     held_out = Samples(config.data, "val", vocab_size, fingerprint)
 
-    mask_token_id = mask_id(config, tokenizer, vocab_size)
-
-    # The drafter, new or as it was saved. Weights go in before anything is sharded, moments after.
-    drafter = new_drafter(config, target.config, mask_token_id)
+    # The drafter, new or saved. Its weights are loaded before sharding, its moments after.
+    drafter = new_drafter(config, target.config, tokenizer)
     saved = None
     if checkpoint is not None:
         saved = load_training_state(checkpoint, drafter, target.config, config)
@@ -524,211 +399,74 @@ def setup(config):
     if saved is not None:
         load_moments(run.optimizer, saved.moments)
         run.step = saved.step
-        if saved.guard is not None:
-            run.guard = GradientGuard(**saved.guard)
-    if run.total_steps < 1:
-        raise ValueError(f"{len(samples)} samples make no step of {config.batch_size} x "
-                         f"{config.grad_accum_steps * world_size()} samples: lower batch_size")
+        run.guard = saved.guard
     return run, held_out, stops
 
 
-def mask_id(config, tokenizer, vocab_size):
-    """The id of the mask, as set, or the first that the tokenizer leaves free: embeddings have some
-    rows to spare. Without a tokenizer it is the last."""
-    mask_token_id = config.mask_token_id
-    if mask_token_id is None and tokenizer is None:
-        mask_token_id = vocab_size - 1
-    elif mask_token_id is None:
-        mask_token_id = len(tokenizer)
-    if not 0 <= mask_token_id < vocab_size:
-        raise ValueError(f"mask_token_id = {mask_token_id} is outside the target's vocabulary of "
-                         f"{vocab_size}")
-    return mask_token_id
-
-
-def new_drafter(config, target_config, mask_token_id):
-    """An untrained drafter by the settings of a run; always the same for a seed."""
-    shape = drafter_config(
-        target_config, config.num_layers, config.target_layer_ids, mask_token_id, config.num_heads,
-        config.num_kv_heads, config.head_dim, config.intermediate_size, config.block_size,
-        config.initializer_range)
-    torch.manual_seed(config.seed)
-    return DFlashDraftModel(shape).to(config.device)
-
-
 def new_run(config, target, drafter, samples):
-    """A run at step 0 from loaded models and samples."""
-    # Lengths of samples x kinds of layer. torch.compile gives up after 8 versions of a function.
-    # Also without --compile, as flex_attention is always compiled: plain, it holds all scores.
-    torch._dynamo.config.recompile_limit = 64
-    if config.compile:
-        compile_layers(target, drafter)
-    wrapped_drafter = distribute(target, drafter, config.parallel, config.device)
+    """A Run at step 0 from loaded models and samples."""
     micro_batches = MicroBatches(samples, config)
+    micro_batches_per_step = config.grad_accum_steps * world_size()
+    total_steps = int(config.epochs * micro_batches.per_epoch()) // micro_batches_per_step
+    if total_steps < 1:
+        raise ValueError(
+            f"{len(samples)} samples make no step of {config.batch_size} x "
+            f"{micro_batches_per_step} samples: lower batch_size or raise epochs")
+    wrapped_drafter = distribute(target, drafter, config.parallel, config.device)
     optimizer = new_optimizer(
         config.optimizer, drafter.parameters(), config.lr, config.betas, config.weight_decay)
-    micro_batches_of_a_step = config.grad_accum_steps * world_size()
-    total_steps = int(config.epochs * micro_batches.per_epoch()) // micro_batches_of_a_step
-    target_graphs = new_target_graphs(config)
-    return Run(config, target, drafter, wrapped_drafter, optimizer, micro_batches, total_steps,
-               target_graphs)
-
-
-def new_target_graphs(config):
-    """What records the target's forward as CUDA graphs; None where it is not recorded.
-
-    Graphs belong to --compile: shapes are few there, and warm_up() meets them all. FSDP gathers the
-    weights of the target layer by layer, at addresses that a graph could not know.
-    """
-    if not config.compile or config.device != "cuda" or config.parallel == "fsdp":
-        return None
-    return Graphs(torch.device(config.device))
-
-
-def compile_layers(target, drafter):
-    """Compile each layer by itself: all of a kind share the code, and little of it is compiled.
-
-    With static shapes, as these are faster; pad() makes few of them.
-    """
-    for layer in (*target.layers, *drafter.layers):
-        layer.compile(dynamic=False)
-
-
-def warm_up(run):
-    """Compile every length of samples before the first step, so that none is met late.
-
-    Each length goes through twice: the first forward of the target is a plain one, and the second
-    is recorded as a graph. The longest comes first, so that shorter ones reuse its memory.
-    """
-    config = run.config
-    multiple = config.pad_to_multiple_of
-    lengths = range(multiple, config.max_length + multiple, multiple)
-    for T in reversed(lengths):
-        tokens = torch.zeros(config.batch_size, T, dtype=torch.long, device=config.device)
-        supervised = torch.ones_like(tokens, dtype=torch.bool)
-        for _ in range(2):
-            generator = torch.Generator()
-            loss, _ = micro_batch_loss(run, tokens, supervised, generator, run.wrapped_drafter)
-            loss.backward()
-            run.optimizer.zero_grad(set_to_none=True)
-
-
-def deterministic_kernels():
-    """Kernels chosen by rule, not by time, and none that sums in whatever order threads arrive.
-
-    A resumed run has to choose the same ones. torch warns where it has no such kernel.
-    """
-    torch._inductor.config.deterministic = True
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    # filling fresh memory costs 5 % and changes no result here
-    torch.utils.deterministic.fill_uninitialized_memory = False
-
-
-def check_config(config):
-    """ValueError for values of the configuration that no run can have."""
-    choices = {"weighting": ("decay", "dpace"), "optimizer": KINDS,
-               "attention": ("flex", "grouped"),
-               "parallel": ("ddp", "fsdp"), "device": ("cpu", "cuda")}
-    for key, allowed in choices.items():
-        value = getattr(config, key)
-        if value not in allowed:
-            raise ValueError(f"{key} = {value!r}: use {' or '.join(allowed)}")
-    if config.attention == "flex" and config.device == "cpu":
-        raise ValueError("attention = 'flex' has no backward on CPUs: use grouped")
-    for key in ("keep_checkpoints", "batch_size", "grad_accum_steps", "num_anchors", "pad_to_multiple_of",
-                "max_consecutive_skips", "eval_samples"):
-        value = getattr(config, key)
-        if value < 1:
-            raise ValueError(f"{key} = {value}: use 1 or more")
-    if config.initializer_range <= 0:
-        raise ValueError(f"initializer_range = {config.initializer_range}: first weights need a "
-                         "standard deviation above 0, as 0.02")
-
-
-def checkpoint_to_go_on_from(config):
-    """The folder that this run goes on from; None for a new run."""
-    newest = newest_checkpoint(config.out_dir)  # out_dir itself if it has none
-    has_checkpoint = os.path.basename(newest).startswith("step-")
-    if has_checkpoint and not config.resume:
-        raise ValueError(f"{config.out_dir} holds a run ({os.path.basename(newest)}): --resume "
-                         "goes on with it, --out_dir=... starts another")
-    if config.resume and not has_checkpoint:
-        raise ValueError(f"nothing to resume: {config.out_dir} holds no step-* checkpoint")
-    if config.resume:
-        return newest
-    return config.resume_from
-
-
-def ensure_data(config):
-    """Run the data folder's own prepare.py if its rows are missing; the other processes wait."""
-    script = os.path.join(config.data, "prepare.py")
-    is_missing = not os.path.exists(os.path.join(config.data, "meta.json"))
-    if rank() == 0 and is_missing and os.path.exists(script):
-        print(f"{config.data} has no rows yet: running {script}", flush=True)
-        command = [sys.executable, script, f"--target={config.target}"]
-        if subprocess.run(command).returncode != 0:
-            raise ValueError(f"{script} failed; its message stands above")
-    wait_for_all()
-
-# --------------------------------------------------------------------------------------------------
-# the command
-
-
-DECODE_SLOTS = 8  # prompts decoded at once: more is faster, and each takes memory
+    run = Run(config, target, drafter, wrapped_drafter, optimizer, micro_batches, total_steps)
+    prepare_for_training(run)
+    return run
 
 
 def decode_held_out(config, folder, samples, stops):
-    """tau of real greedy decoding on held-out prompts, all tokens over all rounds.
+    """tau of greedy decoding on held-out prompts: all tokens over all rounds.
 
-    It decodes with the saved checkpoint, and with a target that is loaded anew, as the one that was
-    trained with may be sharded or compiled.
+    It loads the target again, because the target of the run can be sharded or compiled.
     """
     target = load_target(config.target, config.device, config.dtype)
     drafter = load_drafter(folder, target.config, config.device, config.dtype)
+    prepare_for_decoding(target, drafter)
     prompts = []
     for i in range(min(config.decode_prompts, len(samples))):
-        tokens_of_sample, mask = samples[i]
-        prompts.append(tokens_of_sample[:int(mask.argmax())].tolist())  # up to the answer
+        tokens, mask = samples[i]
+        response_start = int(mask.argmax())
+        prompts.append(tokens[:response_start].tolist())
     token_count = 0
     round_count = 0
     has_begun = set()
-    for index, piece in generate_many(
-            target, drafter, prompts, config.decode_tokens, DECODE_SLOTS, stops):
+    for index, output in generate_many(
+            target, drafter, prompts, max_new_tokens=DECODE_TOKENS, slots=DECODE_SLOTS,
+            stop_token_ids=stops):
         if index in has_begun:
             round_count += 1
-            token_count += len(piece.tokens)
-        has_begun.add(index)  # its first piece is the prompt's own token, in no round
+            token_count += len(output.tokens)
+        has_begun.add(index)  # the first output is the token of the prefill, which is no round
     return token_count / max(1, round_count)
 
 
 def train(config):
-    """Set up, train, decode held-out prompts with the result, and print what came of it."""
+    """Set up, train, decode held-out prompts with the result, and print a summary."""
     join_processes(config.device)
     run, held_out, stops = setup(config)
-
-    # say what will be done
     drafter_size = sum(p.numel() for p in run.drafter.parameters())
     target_size = sum(p.numel() for p in run.target.parameters())
     sample_count = len(run.micro_batches.samples)
-    print(f"{drafter_size:,} parameters to train for a target of {target_size:,} | "
-          f"{sample_count:,} samples, {run.total_steps:,} steps on {world_size()} x "
-          f"{config.device}", flush=True)
-    if config.wandb_project and rank() == 0:
-        import wandb
-        name = os.path.basename(os.path.normpath(config.out_dir))
-        wandb.init(project=config.wandb_project, name=name, config=vars(config))
-
-    # do it; compiling first, or the first step of each length would take a minute
+    print(f"training a drafter of {drafter_size:,} parameters for a frozen target of "
+          f"{target_size:,} | {sample_count:,} samples, {run.total_steps:,} steps on "
+          f"{world_size()} x {config.device}", flush=True)
+    start_wandb(config)
     if config.compile:
-        warm_up(run)
+        warm_up(run, micro_batch_loss)
     folder = loop(run, held_out)
 
-    # process 0 tries the result by real decoding
+    # process 0 decodes with the result
     is_writer = rank() == 0
     leave_processes()
     if not is_writer:
         return
-    del run  # its memory is needed now
+    del run  # frees its memory
     tau = decode_held_out(config, folder, held_out, stops)
     prompts = min(config.decode_prompts, len(held_out))
     print(f"wrote {folder} and {config.out_dir}/training.png\n"
@@ -739,7 +477,7 @@ def train(config):
 
 def main(argv=None):
     if int(os.environ.get("RANK", 0)) > 0:
-        sys.stdout = open(os.devnull, "w")  # process 0 speaks; errors go to stderr everywhere
+        sys.stdout = open(os.devnull, "w")  # only process 0 prints; errors go to stderr everywhere
     survive_closed_output()
     config = configure(globals(), argv)
     try:
@@ -749,11 +487,11 @@ def main(argv=None):
     except RuntimeError as error:
         if not is_lost_process(error):
             raise
-        sys.exit(f"error: process {rank()} lost another one, whose end is reported below or on its "
-                 "node: --resume goes on from the last checkpoint")
+        sys.exit(f"error: process {rank()} lost contact with another process; see the error of "
+                 "that process. Continue with --resume")
     except KeyboardInterrupt:
-        sys.exit("interrupted while no step was under way: nothing is lost. If there is a "
-                 "checkpoint, --resume goes on from it")
+        sys.exit("interrupted between steps: nothing is lost. If there is a checkpoint, --resume "
+                 "continues from it")
 
 
 if __name__ == "__main__":

@@ -1,38 +1,40 @@
 """
-What the decoding benchmarks share: models and prompts by the keys, the prompts decoded by every
-arm in turns, and the figures that follow from the rounds.
+Shared by the decoding benchmarks: loading by the keys, decoding prompts in several modes, and the
+figures that follow from the rounds.
 
-An arm is a way of decoding. Three are always there:
+A mode is a way to decode:
 
     speculative        drafter and target
-    target_same_shape  the target alone, its forwards of as many rows: must return the same tokens
-    target             the target alone, one row a step: our fastest mode, the speed to beat
+    target_same_shape  the target alone, with forwards of the same K tokens; its output must be
+                       bitwise identical to the speculative output
+    target             the target alone, with 1-token forwards; this is our fastest mode without a
+                       drafter, so speedups are stated against it
 
-With --slots=B an arm decodes B sequences at once, and tokens/s are those of all of them.
+With --slots=B a mode decodes B sequences at once, and tokens/s is the throughput of all of them.
 
-tau, the acceptance length, is the number of tokens returned in a round, the target's own
-included. micro: all tokens over all rounds. macro: the mean over prompts of each prompt's tau.
-Tokens past the end of an answer do not count, and neither does the first token, which the prefill
-made and no round.
+tau, the acceptance length, is the mean number of tokens per round, including the target's own.
+tau_micro divides all tokens by all rounds; tau_macro is the mean of each prompt's tau. Tokens after
+the end of an answer do not count. The first token does not count either, because it comes from the
+prefill and not from a round.
 """
-import hashlib
 import json
-import time
-from collections.abc import Callable
+import os
 from statistics import median
 from typing import NamedTuple
 
+import fast
 from benchmarks.drafters import random_drafter
+from benchmarks.machine import print_row
 from benchmarks.prompts import is_correct, load_prompts
-from benchmarks.timing import in_turn, progress
-from tokenizer import load_tokenizer, stop_ids
-from checkpoint import load_drafter, load_target
-from draft_decode import Generation, generate_many
+from benchmarks.timing import alternating_order, progress
+from checkpoint import load_drafter, load_target, write_whole
+from draft_decode import collect, generate_many
 from sampling import Sampling
+from tokenizer import load_tokenizer, stop_ids
 
 
 class Workload(NamedTuple):
-    """What is measured."""
+    """The models and prompts to measure."""
     target: object
     drafter: object
     tokenizer: object   # None for a target with random weights
@@ -40,10 +42,9 @@ class Workload(NamedTuple):
     stops: tuple        # token ids that end an answer
 
 
-def load(config, default_count, dtype=None):
-    """The Workload that the keys name; default_count prompts where config.limit is 0."""
-    dtype = dtype or config.dtype
-    target = load_target(config.target, config.device, dtype)
+def load(config, default_count):
+    """The Workload that the keys name. It has default_count prompts if config.limit is 0."""
+    target = load_target(config.target, config.device, config.dtype)
     tokenizer = None
     stops = ()
     if not config.target.startswith("random:"):
@@ -53,10 +54,8 @@ def load(config, default_count, dtype=None):
     if config.drafter == "random":
         drafter = random_drafter(target)
     else:
-        drafter = load_drafter(config.drafter, target.config, config.device, dtype)
-    if config.compile:
-        target.compile_decoding()
-        drafter.compile_decoding()
+        drafter = load_drafter(config.drafter, target.config, config.device, config.dtype)
+    fast.prepare_for_decoding(target, drafter, compile=config.compile)
     return Workload(target, drafter, tokenizer, prompts, stops)
 
 
@@ -66,7 +65,7 @@ def sampling_of(config):
 
 
 def slots_of(config):
-    """How many sequences are decoded at once, by the key of that name; 1 where it is empty."""
+    """How many sequences are decoded at once, per the key `slots`; 1 if it is empty."""
     if not config.slots:
         return 1
     if len(config.slots) > 1 or config.slots[0] < 1:
@@ -76,130 +75,98 @@ def slots_of(config):
 
 
 def setup_of(config, prompts, stops):
-    """What a report was made from; a journal goes on only if this is the same."""
-    rows = [{"ids": prompt.ids, "answer": prompt.answer} for prompt in prompts]
-    digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-    setup = {
-        "target": config.target, "drafter": config.drafter, "device": config.device,
-        "dtype": config.dtype, "compile": config.compile,
-        "prompts": config.prompts, "count": len(prompts), "digest": digest[:16],
-        "max_new_tokens": config.max_new_tokens, "stops": sorted(stops),
-        "thinking": config.thinking, "slots": config.slots}
-    return setup | vars(sampling_of(config))
+    """The setup of a report: all keys, the number of prompts, and the token ids of stops."""
+    return vars(config) | {"count": len(prompts), "stops": sorted(stops)}
+
+
+def write_rows(config, command, rows):
+    """Write the raw results of a command to OUT_DIR/COMMAND.jsonl, one line per row."""
+    lines = [json.dumps(row) + "\n" for row in rows]
+    write_whole(os.path.join(config.out_dir, f"{command}.jsonl"), "".join(lines))
 
 
 # ------------------------------------------------------------------------------------------------
-# decoding in turns
+# decoding
 
 
-class Arm(NamedTuple):
-    decode: Callable   # from the token ids of some prompts to a Generation of each
-    repeats: int       # of each prompt; the median time counts
-
-
-def decoding_arms(config, workload, repeats=1):
-    """The three arms of the module's docstring. They share what they allocate and compile."""
+def decoding_modes(config, workload):
+    """{name: mode}: the three modes of the module's docstring. They share decoders, and so their
+    graphs."""
     block_size = workload.drafter.block_size
-    sampling = sampling_of(config)
-    slots = slots_of(config)
     decoders = {}
-
-    def arm(drafter, tokens_per_forward, repeats):
-        def decode(prompts):
-            return timed_generate_many(
-                workload.target, drafter, prompts, config.max_new_tokens, slots, workload.stops,
-                tokens_per_forward, sampling, decoders)
-        return Arm(decode, repeats)
-
-    return {"speculative": arm(workload.drafter, block_size, repeats),
-            "target_same_shape": arm(None, block_size, 1),
-            "target": arm(None, 1, repeats)}
+    return {
+        "speculative": mode_of(config, workload, workload.drafter, block_size, decoders),
+        "target_same_shape": mode_of(config, workload, None, block_size, decoders),
+        "target": mode_of(config, workload, None, 1, decoders)}
 
 
-def timed_generate_many(target, drafter, prompts, max_new_tokens, slots, stops, tokens_per_forward,
-                        sampling, decoders):
-    """The Generations of prompts, decoded `slots` at a time; the arguments of generate_many().
+def mode_of(config, workload, drafter, tokens_per_forward, decoders):
+    """A mode: a function from some prompts (lists of token ids) to a Generation of each. Without a
+    drafter the target decodes alone."""
+    def decode(prompts):
+        outputs = generate_many(
+            workload.target, drafter, prompts, max_new_tokens=config.max_new_tokens,
+            slots=slots_of(config), stop_token_ids=workload.stops,
+            tokens_per_forward=tokens_per_forward, sampling=sampling_of(config),
+            decoders=decoders)
+        return generations_of(outputs, len(prompts))
+    return decode
 
-    Rounds are timed, reading prompts is not. A round is one of several sequences and takes the same
-    time whatever they are. So a prompt's seconds are its share in those of all rounds, by the
-    number of its own. The sum over prompts is the time that really passed.
+
+def generations_of(outputs, count):
+    """The Generations of `count` prompts, from what generate_many() yields.
+
+    The sequences in a round share its time equally, so the sum over prompts is the time that
+    passed. Prefills are not in the seconds.
     """
-    tokens = [[] for _ in prompts]
-    rounds = [[] for _ in prompts]
-    seconds = 0.0
-    pieces = generate_many(
-        target, drafter, prompts, max_new_tokens, slots, stops, tokens_per_forward, sampling, decoders)
-    while True:
-        began = time.perf_counter()
-        index, piece = next(pieces, (None, None))
-        elapsed = time.perf_counter() - began
-        is_prompt = piece is not None and not tokens[index]
-        if not is_prompt:
-            seconds += elapsed
-        if piece is None:
-            break
-        if not is_prompt:
-            rounds[index].append(piece)
-        tokens[index].extend(piece.tokens)
-
-    seconds_a_round = seconds / max(1, sum(map(len, rounds)))
-    generations = []
-    for number in range(len(prompts)):
-        share = len(rounds[number]) * seconds_a_round
-        generations.append(Generation(tokens[number], rounds[number], share))
-    return generations
+    by_prompt = [[] for _ in range(count)]
+    for index, output in outputs:
+        by_prompt[index].append(output)
+    return [collect(answer) for answer in by_prompt]
 
 
 def portions(count, slots):
-    """The numbers of prompts, in portions that are decoded together: one by one in one slot. In
-    several a portion is long enough that few slots wait for its last answers, and short enough that
-    an interruption loses little."""
+    """The numbers of the prompts in portions that are decoded together. A portion for one slot is
+    one prompt. For several slots it is so long that few slots wait for the last answers."""
     size = 1 if slots == 1 else 8 * slots
     return [range(first, min(first + size, count)) for first in range(0, count, size)]
 
 
-def decode_in_turns(arms, prompts, journal, slots=1):
-    """Decodes every prompt by every arm; the arms' order alternates. Returns a row a prompt:
+def decode_in_turns(modes, prompts, slots=1, repeats=1):
+    """Decode every prompt in every mode, in alternating order. Returns a row per prompt:
 
-    {"answer": the known one, ARM: {"tokens", "rounds", "seconds", "repeats"}, ..}, where rounds are
-    pairs [guesses accepted, tokens returned] and seconds is the median of the repeats.
+    {"prompt": its number, "answer": the known one, MODE: {"tokens", "rounds", "seconds",
+    "repeats"}, ..}. Rounds are pairs [accepted guesses, tokens returned], and seconds is the median
+    of the repeats.
     """
-    warm = False
-    turn = 0
-
-    def measure(numbers):
-        nonlocal warm
-        if not warm:  # nobody pays for the first use of a kernel, a graph or a compiler
-            for arm in arms.values():
-                arm.decode([prompts[0].ids])
-            warm = True
-        portion = [prompts[number].ids for number in numbers]
-        repeats = {name: [] for name in arms}  # for each repeat the Generations of the portion
-        for repeat in range(max(arm.repeats for arm in arms.values())):
-            for name in in_turn(arms, turn + repeat):
-                if repeat < arms[name].repeats:
-                    repeats[name].append(arms[name].decode(portion))
-        rows = []
-        for i, number in enumerate(numbers):
-            row = {"answer": prompts[number].answer}
-            for name in arms:
-                row[name] = arm_row([generations[i] for generations in repeats[name]])
-            rows.append(row)
-        return rows
-
+    for decode in modes.values():  # the warm-up: no mode pays for the first use of a kernel
+        decode([prompts[0].ids])
     rows = []
     for turn, numbers in enumerate(progress(portions(len(prompts), slots))):
-        rows += journal.rows_of(numbers, measure)
+        token_ids = [prompts[number].ids for number in numbers]
+        decoded = {name: [] for name in modes}  # per repeat, the Generations of the portion
+        for repeat in range(repeats):
+            for name in alternating_order(modes, turn + repeat):
+                decoded[name].append(modes[name](token_ids))
+        for i, number in enumerate(numbers):
+            row = {"prompt": number, "answer": prompts[number].answer}
+            for name in modes:
+                row[name] = mode_row([generations[i] for generations in decoded[name]])
+            rows.append(row)
     return rows
 
 
-def arm_row(generations):
-    """The repeats of one prompt by one arm; their tokens and rounds are the same."""
+def mode_row(generations):
+    """The repeats of one prompt in one mode. Their tokens and rounds are the same."""
     first = generations[0]
     seconds = [generation.seconds for generation in generations]
-    rounds = [[result.accepted, result.tokens] for result in first.rounds]
-    return {"tokens": first.tokens, "rounds": rounds, "seconds": median(seconds),
+    return {"tokens": first.tokens, "rounds": pairs_of(first.rounds), "seconds": median(seconds),
             "repeats": seconds}
+
+
+def pairs_of(rounds):
+    """RoundOutputs as pairs [accepted guesses, tokens returned]."""
+    return [[one_round.accepted, one_round.tokens] for one_round in rounds]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -207,49 +174,44 @@ def arm_row(generations):
 
 
 def mean_round_length(rounds):
-    """tau of rounds [guesses accepted, tokens returned]."""
+    """tau of rounds, which are pairs [accepted guesses, tokens returned]."""
     return sum(len(tokens) for _, tokens in rounds) / max(1, len(rounds))
 
 
-def tokens_per_second(rows, arm):
-    """Of an arm's rounds. The prefill is not in the seconds, so its token does not count."""
-    tokens = sum(len(row[arm]["tokens"]) - 1 for row in rows)
-    seconds = sum(row[arm]["seconds"] for row in rows)
+def tokens_per_second(rows, mode):
+    """Throughput of a mode. The seconds exclude the prefill, so its token does not count."""
+    tokens = sum(len(row[mode]["tokens"]) - 1 for row in rows)
+    seconds = sum(row[mode]["seconds"] for row in rows)
     return tokens / max(1e-9, seconds)
 
 
 def share(flags):
-    """The share of true ones; None where there is none, or where one is None: unknown."""
+    """The fraction of true flags. None if there are no flags, or if one of them is unknown."""
     flags = list(flags)
     if not flags or None in flags:
         return None
     return sum(flags) / len(flags)
 
 
-def agreement(rows, arm):
-    """The share of prompts on which speculative decoding returned the very tokens of an arm."""
-    return share(row["speculative"]["tokens"] == row[arm]["tokens"] for row in rows)
+def agreement(rows, mode):
+    """The fraction of prompts for which the speculative tokens equal those of a mode."""
+    return share(row["speculative"]["tokens"] == row[mode]["tokens"] for row in rows)
 
 
-def answered_texts(rows, tokenizer, arm):
-    """[(text, known answer)] of the prompts whose answer is known."""
-    pairs = []
+def verdicts_of(rows, tokenizer, mode):
+    """Whether each answer is right, for prompts whose answer is known. None: only the package
+    math-verify could tell."""
+    verdicts = []
     for row in rows:
         if row["answer"] is not None:
-            text = tokenizer.decode(row[arm]["tokens"], skip_special_tokens=True)
-            pairs.append((text, row["answer"]))
-    return pairs
+            text = tokenizer.decode(row[mode]["tokens"], skip_special_tokens=True)
+            verdicts.append(is_correct(text, row["answer"]))
+    return verdicts
 
 
-def verdicts_of(rows, tokenizer, arm):
-    """Whether the answers are right; None: only math-verify could tell."""
-    return [is_correct(*pair) for pair in answered_texts(rows, tokenizer, arm)]
-
-
-def summarize(rows, tokenizer, block_size):
-    """The figures of a report, from the rows of decode_in_turns."""
-    of_prompts = [row["speculative"]["rounds"] for row in rows]
-    of_prompts = [rounds for rounds in of_prompts if rounds]  # an answer may be one token long
+def round_figures(of_prompts, block_size):
+    """The figures that follow from the rounds of each prompt."""
+    of_prompts = [rounds for rounds in of_prompts if rounds]  # an answer can be one token long
     rounds = sum(of_prompts, [])
     lengths = [len(tokens) for _, tokens in rounds]
     accepted_up_to_slot = []
@@ -257,47 +219,50 @@ def summarize(rows, tokenizer, block_size):
         count = sum(accepted >= slot for accepted, _ in rounds)
         accepted_up_to_slot.append(count / max(1, len(rounds)))
     taus = [mean_round_length(rounds) for rounds in of_prompts]
-    verdicts = {arm: verdicts_of(rows, tokenizer, arm) for arm in ("target", "speculative")}
-    speed = {arm: tokens_per_second(rows, arm)
-             for arm in ("target", "target_same_shape", "speculative")}
     return {
-        "prompts": len(rows), "rounds": len(rounds), "tokens": sum(lengths),
+        "rounds": len(rounds), "tokens": sum(lengths),
         "tau_micro": mean_round_length(rounds), "tau_macro": sum(taus) / max(1, len(taus)),
         "accepted_up_to_slot": accepted_up_to_slot,
-        "rounds_of_length": [lengths.count(n) for n in range(1, block_size + 1)],
+        "rounds_of_length": [lengths.count(n) for n in range(1, block_size + 1)]}
+
+
+def summarize(rows, tokenizer, block_size):
+    """The figures of a report, from the rows of decode_in_turns()."""
+    figures = round_figures([row["speculative"]["rounds"] for row in rows], block_size)
+    speed = {}
+    for mode in ("target", "target_same_shape", "speculative"):
+        speed[mode] = tokens_per_second(rows, mode)
+    verdicts = {}
+    for mode in ("target", "speculative"):
+        verdicts[mode] = verdicts_of(rows, tokenizer, mode)
+    return {"prompts": len(rows)} | figures | {
         "identical": agreement(rows, "target_same_shape"),
         "identical_to_steps": agreement(rows, "target"),
-        "accuracy": {arm: share(verdicts[arm]) for arm in verdicts},
-        "need_math_verify": sum(verdicts[arm].count(None) for arm in verdicts),
+        "accuracy": {mode: share(verdicts[mode]) for mode in verdicts},
+        "need_math_verify": sum(verdicts[mode].count(None) for mode in verdicts),
         "tokens_per_s": speed,
         "speedup": speed["speculative"] / max(1e-9, speed["target"])}
 
 
-# ------------------------------------------------------------------------------------------------
-# figures as text
+def print_figures(report):
+    """The lines that acceptance and speedup share."""
+    print_row("tau", f"{report['tau_micro']:.3f} micro, {report['tau_macro']:.3f} macro: "
+              f"{report['tokens']} tokens in {report['rounds']} rounds, "
+              f"{report['prompts']} prompts")
+    print_row("identical outputs", f"{report['identical']:.1%} to the target alone with forwards "
+              f"of the same shape, {report['identical_to_steps']:.1%} with 1-token forwards")
+    print_row("accuracy", accuracy_text(report["accuracy"], report["need_math_verify"]))
+    speeds = [f"{speed:,.0f} {mode}" for mode, speed in report["tokens_per_s"].items()]
+    print_row("tokens/s", f"{', '.join(speeds)}; sequences at once: {report['slots']}")
+    print_row("speedup", f"{report['speedup']:.2f}x over the target alone with 1-token forwards")
 
 
-def percent(value):
-    if value is None:
-        return "unknown"
-    return f"{value:.1%}"
-
-
-def both_arms(shares):
-    return f"{percent(shares['target'])} target, {percent(shares['speculative'])} speculative"
-
-
-def accuracy_text(report):
-    text = both_arms(report["accuracy"])
-    count = report["need_math_verify"]
-    if count:
-        text += (f"; to compare {count} answers with the known ones as mathematics: "
-                 "pip install math-verify")
-    return text
-
-
-def speed_text(report):
-    text = ", ".join(f"{speed:,.0f} {arm}" for arm, speed in report["tokens_per_s"].items())
-    if report["slots"] > 1:
-        text += f"; {report['slots']} sequences at once, all of them together"
-    return text
+def accuracy_text(accuracy, need_math_verify):
+    """accuracy: {mode: fraction of right answers, or None}."""
+    parts = []
+    for mode, value in accuracy.items():
+        text = "unknown" if value is None else f"{value:.1%}"
+        parts.append(f"{text} {mode}")
+    if need_math_verify:
+        parts.append(f"pip install math-verify to grade {need_math_verify} answers")
+    return ", ".join(parts)

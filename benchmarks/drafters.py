@@ -1,25 +1,23 @@
 """
-Drafters for measurement: an oracle, which knows the answer and is right as often as one wishes,
-and an untrained drafter, which costs what a trained one costs.
+Drafters for measurement: an oracle that knows the answer, with guesses that are right with a given
+probability, and an untrained drafter, which costs the same time as a trained one.
 """
 import torch
 
-from checkpoint import drafter_config, prepare_decoding
+from checkpoint import drafter_config
 from model import DFlashDraftModel
 
 CERTAIN = 1e9  # a logit so large that no noise changes the choice
 
 
 class Oracle:
-    """Replays known answers to prompts, each guess wrong with probability 1 - p.
+    """Replays known answers to prompts. Each guess is right with probability p, so tau is 1 + p +
+    p^2 + .. + p^(K-1) for every target. A `drafter` also runs, but its guesses are replaced.
 
-    So tau is 1 + p + p^2 + .. + p^(K-1) for every target. A drafter that is given along is run and
-    its guesses are overruled: then a round costs what it costs with that drafter.
-
-    prompts     how many answers it knows at a time; `learn` tells it one of them. It is not told
-                which sequence is in which place, so it looks the anchor up: the first answer with
-                this token at this position is replayed. Where two answers share it, the guesses
-                may be the other one's, and are right or wrong by luck.
+    prompts     how many answers it knows at a time; `learn` tells it one of them. It does not know
+                which sequence is in which slot, so it looks up the anchor: it replays the first
+                answer with this token at this position. If two answers share the token, it may
+                replay the wrong one.
     """
 
     def __init__(self, target, drafter=None, block_size=16, prompts=1):
@@ -29,14 +27,14 @@ class Oracle:
         self.target_layer_ids = drafter.target_layer_ids if drafter else ()
         self.vocab_size = target.config.vocab_size
         length = target.config.max_position_embeddings
-        # by absolute position: the answers, and what is guessed there
+        # by absolute position: the answers and the guesses
         self.tokens = torch.zeros(prompts, length, dtype=torch.long, device=device)
         self.guesses = torch.zeros_like(self.tokens)
         self.slots = torch.arange(1, block_size, device=device)
 
     def learn(self, prompt_ids, answer, p, number=0):
-        """The answer to prompt `number`, whose tokens are to be guessed right with probability p
-        each."""
+        """Learn the answer to prompt `number`; each of its tokens is guessed right with
+        probability p."""
         answer = torch.tensor(answer)
         generator = torch.Generator().manual_seed(len(prompt_ids))
         wrong = torch.rand(len(answer), generator=generator) >= p
@@ -45,19 +43,19 @@ class Oracle:
         self.tokens[number, start:start + len(answer)] = answer
         self.guesses[number, start:start + len(answer)] = guesses
 
-    # what a Decoder asks of a drafter
+    # what a Decoder needs from a drafter
 
     def new_cache(self, batch, length):
         if self.drafter:
             return self.drafter.new_cache(batch, length)
-        return []  # of no layer
+        return []
 
     def write_context(self, features, cache, position):
         if self.drafter:
             self.drafter.write_context(features, cache, position)
 
     def draft_logits(self, anchor, target, cache, position):
-        """Logits (B, K-1, V) whose largest are those of the known guesses."""
+        """Logits (B, K-1, V), the largest at the known guesses."""
         if self.drafter:
             logits = self.drafter.draft_logits(anchor, target, cache, position)
         else:
@@ -69,29 +67,16 @@ class Oracle:
         return logits.scatter_(-1, guesses[:, :, None], CERTAIN)
 
 
-def probability_for(tau, block_size):
-    """The p for which an Oracle's rounds are tau tokens long on average, by bisection."""
-    low = 0.0
-    high = 1.0
-    for _ in range(50):
-        p = (low + high) / 2
-        expected = sum(p ** k for k in range(block_size))
-        if expected < tau:
-            low = p
-        else:
-            high = p
-    return high
-
-
 def random_drafter(target):
-    """An untrained drafter that decodes: it costs what a trained one costs."""
+    """An untrained drafter, ready to decode."""
     drafter = untrained_drafter(target).to(target.embed_tokens.weight.dtype)
-    return prepare_decoding(drafter.requires_grad_(False).eval())
+    return drafter.requires_grad_(False).eval()
 
 
 def untrained_drafter(target):
-    """A new drafter for a target: five layers of the target's own widths that read the outputs of
-    its full-attention layers. For Qwen3.5-0.8B that is the shape of Phase 1.2's drafter."""
+    """A new drafter for a target: five layers with the target's widths. Its features are the
+    outputs of the full-attention layers. For Qwen3.5-0.8B this is the shape of Phase 1.2's
+    drafter."""
     c = target.config
     readable = range(c.num_hidden_layers - 1)  # the last layer's output is never a feature
     target_layer_ids = [i for i in readable if c.layer_types[i] == "full_attention"]
@@ -99,7 +84,7 @@ def untrained_drafter(target):
         target_layer_ids = [c.num_hidden_layers - 2]
     torch.manual_seed(0)
     drafter = DFlashDraftModel(drafter_config(
-        c, layers=5, target_layer_ids=target_layer_ids, mask_token_id=c.vocab_size - 1,
-        heads=c.num_attention_heads, kv_heads=c.num_key_value_heads, head_dim=c.head_dim,
-        mlp=c.intermediate_size))
+        c, num_hidden_layers=5, target_layer_ids=target_layer_ids, mask_token_id=c.vocab_size - 1,
+        num_attention_heads=c.num_attention_heads, num_key_value_heads=c.num_key_value_heads,
+        head_dim=c.head_dim, intermediate_size=c.intermediate_size))
     return drafter.to(target.embed_tokens.weight.device)

@@ -1,217 +1,186 @@
 """
-Whether output with a drafter equals three others, token by token:
+Compares the output with a drafter, token by token, with three others:
 
-    fixed shape    the target alone, its forwards of as many rows: it must, to the last bit
-    one row        the target alone, one row a step: other shapes round differently
-    transformers   its own greedy generate: so do other kernels
+    same shape     the target alone, with forwards of the same K tokens: must be bitwise identical
+    1-token        the target alone, with 1-token forwards: equal up to rounding
+    transformers   its own greedy generate: equal up to rounding
 
-for good and bad drafters, several temperatures and several dtypes. Where two outputs part, the
-margin between the scores of the two tokens is printed, and by it a verdict: rounding only turns
-over what is close. docs/bugs.md has the margins of states that are wrong.
-
-With --slots=B all decode B sequences at once, but for transformers.
+for good and bad drafters at several temperatures, in the dtype of the key `dtype`. If two outputs
+differ, the verdict follows from the margin between the target's scores of the first two tokens that
+differ. Rounding only flips near-ties. docs/bugs.md has the margins of states that are wrong.
 """
 import math
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 
-from benchmarks.common import load, portions, setup_of, slots_of, timed_generate_many
+from benchmarks.common import (decode_in_turns, load, mean_round_length, mode_of, portions,
+                               sampling_of, setup_of, slots_of, write_rows)
 from benchmarks.drafters import Oracle, random_drafter
-from benchmarks.journal import Journal
-from benchmarks.peer import peer_answer, transformers_peer
-from benchmarks.timing import progress
-from draft_decode import first_difference, round_up_to_power_of_two
-from sampling import Sampling, gumbel_noise, perturbed_scores
-from decode_state import DecodeState, prefill
+from benchmarks.reference import reference_answer, transformers_reference
+from draft_decode import Generation, first_difference
+from sampling import gumbel_noise, perturbed_scores
 
-
-# The largest margin of a choice that rounding turned over, by dtype. By far most are smaller: 0.16
-# in bfloat16 was the largest so far, and none at all in float32. Its margins shrink with the error
-# of the dtype.
+# The largest margin that we call rounding, by dtype. Almost all margins are smaller. The largest
+# that rounding has flipped so far is 0.16 in bfloat16, and it has flipped none in float32.
 LARGEST_ROUNDING = {"float32": 0.01, "float16": 0.05, "bfloat16": 0.25}
 EQUAL = "equal"
 ROUNDING = "rounding"
 WRONG = "wrong state"
-UNKNOWN = "unknown"     # they differ, and there are no two tokens to compare
+UNKNOWN = "unknown"     # the outputs differ, and there are no two tokens to compare
 
-
-def run(config):
-    report_rows = []
-    detailed_rows = []
-    journal = None
-    slots = slots_of(config)
-    for dtype in config.dtypes:
-        workload = load(config, default_count=4, dtype=dtype)
-        setup = setup_of(config, workload.prompts, workload.stops)
-        setup |= {"dtype": config.dtypes, "temperature": config.temperatures,
-                  "oracle": config.oracle}
-        journal = journal or Journal(config, "exactness", setup)
-        drafters = drafters_of(config, workload)
-        peer = transformers_peer(workload.target) if 0 in config.temperatures else None
-        for temperature in config.temperatures:
-            sampling = Sampling(temperature, config.top_k, config.top_p, config.seed,
-                                config.draft_temperature)
-            comparison = Comparison(config, workload, drafters, peer, sampling)
-            prompts_by_name = {}
-            for number, prompt in enumerate(workload.prompts):
-                prompts_by_name[f"{dtype} {temperature} {number}"] = prompt.ids
-
-            def measure(names):
-                return comparison.measure([prompts_by_name[name] for name in names])
-
-            names = list(prompts_by_name)
-            prompt_rows = []
-            for numbers in progress(portions(len(names), slots)):
-                portion = [names[number] for number in numbers]
-                prompt_rows += journal.rows_of(portion, measure)
-            for row, differences in summarize(prompt_rows):
-                row |= {"temperature": temperature, "dtype": dtype}
-                row["verdict"] = verdict(row["identical"] == 1, row["margin"], dtype)
-                report_rows.append(row)
-                detailed_rows.append(row | {"differences": differences})
-    journal.close(detailed_rows)
-    print_table(report_rows)
-    return {"command": "exactness", "slots": slots, "rows": report_rows}, setup
-
-
-def drafters_of(config, workload):
-    """{name: drafter}: an untrained one, the trained one, if any, and two oracles: one that is
-    right with the probability of the key `oracle`, and one that is always wrong."""
-    trained = workload.drafter
-    drafters = {}
-    if config.drafter == "random":
-        drafters["random"] = trained
-    else:
-        drafters["random"] = random_drafter(workload.target)
-        drafters["trained"] = trained
-    block_size = drafters["random"].block_size
-    if trained.block_size != block_size:
-        raise ValueError(f"{config.drafter} drafts blocks of {trained.block_size}; exactness "
-                         f"compares drafters of {block_size}: give such a one, "
-                         "or --drafter=random")
-    portion_length = len(portions(len(workload.prompts), slots_of(config))[0])
-    for name in ("oracle", "wrong"):
-        drafters[name] = Oracle(workload.target, block_size=block_size, prompts=portion_length)
-    return drafters
+DRAFTERS = ("random", "trained", "oracle", "wrong")
+ORACLES = {"oracle": 0.8, "wrong": 0.0}  # the probability that a guess of each one is right
 
 
 class Difference(NamedTuple):
-    """Where the tokens of a drafter and of another mode part."""
+    """The outputs for one prompt, with a drafter and in another mode."""
+    prompt: int
     drafter: str
     against: str
-    position: int | None   # None: they are equal
-    margin: float | None   # between the scores of both tokens; None: there are no two to compare
+    position: int | None   # of the first token that differs; None: the outputs are equal
+    margin: float | None   # see margin_of()
+    rounds: list           # of the drafter: pairs [accepted guesses, tokens returned]
 
 
-class Comparison:
-    """All drafters against all other modes, at one dtype and one temperature."""
+def run(config):
+    workload = load(config, default_count=4)
+    reference = None
+    if 0 in config.temperatures:
+        reference = transformers_reference(workload.target)
+    rows = []
+    details = []
+    for temperature in config.temperatures:
+        here = SimpleNamespace(**vars(config) | {"temperature": temperature})
+        modes = modes_of(here, workload)
+        if temperature == 0:
+            modes["transformers"] = transformers_mode(here, workload, reference)
+        decoded = decode_in_turns(modes, workload.prompts, slots_of(here))
+        differences = differences_of(decoded, workload, sampling_of(here))
+        for row in summarize(differences):
+            row |= {"temperature": temperature, "dtype": config.dtype}
+            row["verdict"] = verdict(row["identical"] == 1, row["margin"], config.dtype)
+            rows.append(row)
+        for difference in differences:
+            details.append({"temperature": temperature} | difference._asdict())
+    write_rows(config, "exactness", details)
+    print_table(rows)
+    report = {"command": "exactness", "slots": slots_of(config), "rows": rows}
+    return report, setup_of(config, workload.prompts, workload.stops)
 
-    def __init__(self, config, workload, drafters, peer, sampling):
-        self.config = config
-        self.workload = workload
-        self.drafters = drafters
-        self.peer = peer
-        self.sampling = sampling
-        self.block_size = workload.drafter.block_size
-        self.slots = slots_of(config)
-        self.decoders = {}
 
-    def decode(self, drafter, prompts, tokens_per_forward):
-        """A Generation of each prompt."""
-        return timed_generate_many(
-            self.workload.target, drafter, prompts, self.config.max_new_tokens, self.slots,
-            self.workload.stops, tokens_per_forward, self.sampling, self.decoders)
+def modes_of(config, workload):
+    """{name: mode}: the target alone in two shapes, and four drafters. These are an untrained one,
+    the trained one if there is one, and the ORACLES, which know the target's answer."""
+    target = workload.target
+    block_size = workload.drafter.block_size
+    decoders = {}
+    same_shape = mode_of(config, workload, None, block_size, decoders)
+    modes = {"same shape": same_shape, "1-token": mode_of(config, workload, None, 1, decoders)}
+    drafters = {"random": workload.drafter}
+    if config.drafter != "random":
+        drafters = {"random": random_drafter(target), "trained": workload.drafter}
+    if drafters["random"].block_size != block_size:
+        raise ValueError(f"{config.drafter} has blocks of {block_size}, but the untrained drafter "
+                         f"drafts {drafters['random'].block_size}: give --drafter=random")
+    for name, drafter in drafters.items():
+        modes[name] = mode_of(config, workload, drafter, block_size, decoders)
 
-    def measure(self, prompts):
-        """The journal's rows of some prompts, lists of token ids: for each the Differences, and
-        [tokens, rounds] by drafter."""
-        others = {
-            "fixed shape": self.decode(None, prompts, self.block_size),
-            "one row": self.decode(None, prompts, 1)}
-        for number, prompt_ids in enumerate(prompts):
-            answer = others["fixed shape"][number].tokens
-            for name, p in (("oracle", self.config.oracle), ("wrong", 0.0)):
-                self.drafters[name].learn(prompt_ids, answer, p, number)
-        ours = {}
-        for name, drafter in self.drafters.items():
-            ours[name] = self.decode(drafter, prompts, self.block_size)
+    longest = len(portions(len(workload.prompts), slots_of(config))[0])
+    for name, probability in ORACLES.items():
+        oracle = Oracle(target, block_size=block_size, prompts=longest)
+        mode = mode_of(config, workload, oracle, block_size, decoders)
+        modes[name] = oracle_mode(oracle, probability, mode, same_shape)
+    return modes
 
-        rows = []
-        for number, prompt_ids in enumerate(prompts):
-            answers = {against: other[number].tokens for against, other in others.items()}
-            if self.peer is not None and self.sampling.temperature == 0:
-                answers["transformers"] = peer_answer(
-                    self.peer, prompt_ids, self.config.max_new_tokens, self.workload.stops,
-                    self.block_size)
-            differences = []
-            counts = {}
-            for name in self.drafters:
-                tokens, rounds, _ = ours[name][number]
-                counts[name] = [sum(len(result.tokens) for result in rounds), len(rounds)]
-                for against, other in answers.items():
-                    position = first_difference(tokens, other)
-                    margin = self.margin(prompt_ids, tokens, other, position)
-                    differences.append(Difference(name, against, position, margin))
-            rows.append({"differences": differences, "rounds": counts})
-        return rows
 
-    @torch.inference_mode()
-    def margin(self, prompt_ids, tokens, other, position):
-        """How far apart the scores of the first two tokens that differ are. What rounding turned
-        over is close; what a wrong state did need not be. None where an output ended, or where
-        top_k or top_p leave only one of the tokens."""
-        if position is None or position >= min(len(tokens), len(other)):
-            return None
-        target = self.workload.target
-        ids = torch.tensor([prompt_ids + tokens[:position]], device=self.config.device)
-        count = ids.shape[1]
-        # lengths of a buffer are few, as compiled layers are compiled for each
-        length = round_up_to_power_of_two(count + self.block_size)
-        length = min(length, target.config.max_position_embeddings)
-        state = DecodeState(target, 1, length, self.block_size)
-        _, logits = prefill(target, ids, state)
-        noise = None
-        if self.sampling.temperature:
-            positions = torch.tensor([count], device=self.config.device)
-            noise = gumbel_noise(self.sampling.seed, positions, logits.shape[-1])
-        scores = perturbed_scores(logits.float(), self.sampling, self.sampling.temperature, noise)
-        gap = (scores[0, tokens[position]] - scores[0, other[position]]).abs().item()
-        if math.isfinite(gap):
-            return gap
+def oracle_mode(oracle, probability, mode, same_shape):
+    """A mode whose oracle first learns what the target alone answers."""
+    def decode(prompts):
+        for place, answer in enumerate(same_shape(prompts)):
+            oracle.learn(prompts[place], answer.tokens, probability, place)
+        return mode(prompts)
+    return decode
+
+
+def transformers_mode(config, workload, reference):
+    """transformers' greedy generate, one prompt at a time."""
+    def decode(prompts):
+        generations = []
+        for prompt_ids in prompts:
+            tokens = reference_answer(reference, prompt_ids, config.max_new_tokens, workload.stops,
+                                 workload.drafter.block_size)
+            generations.append(Generation(tokens, [], 0.0))
+        return generations
+    return decode
+
+
+def differences_of(rows, workload, sampling):
+    """The Differences between each drafter and each other mode, from rows of decode_in_turns()."""
+    differences = []
+    for row in rows:
+        prompt_ids = workload.prompts[row["prompt"]].ids
+        for drafter in DRAFTERS:
+            for against in ("same shape", "1-token", "transformers"):
+                if drafter in row and against in row:
+                    tokens = row[drafter]["tokens"]
+                    other = row[against]["tokens"]
+                    differences.append(Difference(
+                        row["prompt"], drafter, against, first_difference(tokens, other),
+                        margin_of(workload.target, sampling, prompt_ids, tokens, other),
+                        row[drafter]["rounds"]))
+    return differences
+
+
+@torch.inference_mode()
+def margin_of(target, sampling, prompt_ids, tokens, other):
+    """The margin between the target's scores of the first two tokens that differ. Rounding flips
+    small margins only, while a wrong state flips any. None if the outputs are equal, if one of them
+    ends there, or if top_k or top_p exclude one of the two tokens."""
+    position = first_difference(tokens, other)
+    if position is None or position >= min(len(tokens), len(other)):
+        return None
+    device = target.embed_tokens.weight.device
+    ids = torch.tensor([prompt_ids + tokens[:position]], device=device)
+    _, hidden = target(ids)
+    logits = target.logits(hidden[:, -1:])[:, 0]
+    noise = None
+    if sampling.temperature:
+        positions = torch.tensor([ids.shape[1]], device=device)
+        noise = gumbel_noise(sampling.seed, positions, logits.shape[-1])
+    scores = perturbed_scores(logits.float(), sampling, sampling.temperature, noise)
+    margin = (scores[0, tokens[position]] - scores[0, other[position]]).abs().item()
+    if math.isfinite(margin):
+        return margin
+    return None
 
 
 # ------------------------------------------------------------------------------------------------
 # the report
 
 
-def summarize(prompt_rows):
-    """[(a row of the report, its [position, margin] prompt by prompt)], one for each drafter and
-    each mode that it was compared with."""
+def summarize(differences):
+    """A row of the report for each drafter and each mode that it was compared with."""
     groups = {}
-    for prompt_row in prompt_rows:
-        for difference in prompt_row["differences"]:
-            difference = Difference(*difference)  # a list, if the journal was read from its file
-            groups.setdefault((difference.drafter, difference.against), []).append(difference)
-    summaries = []
-    for (drafter, against), differences in groups.items():
-        different = [d for d in differences if d.position is not None]
-        worst = max(different, key=lambda d: d.margin or 0.0, default=None)
-        tokens = sum(row["rounds"][drafter][0] for row in prompt_rows)
-        rounds = sum(row["rounds"][drafter][1] for row in prompt_rows)
-        row = {"drafter": drafter, "against": against, "prompts": len(differences),
-               "identical": 1 - len(different) / len(differences),
-               "margin": worst and worst.margin, "position": worst and worst.position,
-               "tau": tokens / max(1, rounds)}
-        summaries.append((row, [(d.position, d.margin) for d in differences]))
-    return summaries
+    for difference in differences:
+        groups.setdefault((difference.drafter, difference.against), []).append(difference)
+    rows = []
+    for (drafter, against), group in groups.items():
+        identical = sum(difference.position is None for difference in group)
+        margins = [difference.margin for difference in group if difference.margin is not None]
+        rounds = sum([difference.rounds for difference in group], [])
+        rows.append({"drafter": drafter, "against": against, "prompts": len(group),
+                     "identical": identical / len(group), "margin": max(margins, default=None),
+                     "tau": mean_round_length(rounds)})
+    return rows
 
 
 def verdict(is_identical, margin, dtype):
-    """What outputs are to others: EQUAL, or different by ROUNDING or by more, or UNKNOWN.
+    """What explains the outputs of a group of prompts: EQUAL, ROUNDING, WRONG, or UNKNOWN.
 
-    margin: the largest of those where two outputs first differ. One prompt's may be small by
-    chance, also where a state is wrong, so ROUNDING takes a few prompts to be believed.
+    margin: the largest of the group. A wrong state can also flip a near-tie first, so believe
+    ROUNDING only over several prompts.
     """
     if is_identical:
         return EQUAL
@@ -223,13 +192,13 @@ def verdict(is_identical, margin, dtype):
 
 
 def print_table(rows):
-    print(f"{rows[0]['prompts']} prompts; margin: between the scores of the two tokens that first "
-          "differ, the largest\n")
-    print(f"{'dtype':9} {'T':>4} {'drafter':8} {'tau':>6}  {'against':13} {'identical':>9} "
-          f"{'margin':>8} {'token':>6}  verdict")
+    print(f"{rows[0]['prompts']} prompts in {rows[0]['dtype']}; margin: the largest between the "
+          "scores of the first two tokens that differ\n")
+    print(f"{'T':>4} {'drafter':8} {'tau':>6}  {'against':13} {'identical':>9} {'margin':>8}  "
+          "verdict")
     for row in rows:
-        position = "-" if row["position"] is None else row["position"]
-        margin = "-" if row["margin"] is None else f"{row['margin']:.4f}"
-        print(f"{row['dtype']:9} {row['temperature']:4} {row['drafter']:8} {row['tau']:6.2f}  "
-              f"{row['against']:13} {row['identical']:9.1%} {margin:>8} {position:>6}  "
-              f"{row['verdict']}")
+        margin = "-"
+        if row["margin"] is not None:
+            margin = f"{row['margin']:.4f}"
+        print(f"{row['temperature']:4} {row['drafter']:8} {row['tau']:6.2f}  {row['against']:13} "
+              f"{row['identical']:9.1%} {margin:>8}  {row['verdict']}")

@@ -1,51 +1,42 @@
 """
-The pictures of README and docs, drawn from the reports in benchmarks/results/, and the tables of
-docs/bugs.md and docs/troubleshooting.md.
+The pictures of README and docs, drawn from the reports in benchmarks/results/, and the table of
+docs/bugs.md.
 """
 import json
 import os
 
 from benchmarks import animation, bugs_page, pictures
 
-ACCEPTANCE = "benchmarks/results/acceptance_nano.json"
-CURVES = {  # label: report
-    "nano pair, two CPU cores": "benchmarks/results/curve_nano.json",
-    "0.8B shape, random weights, one H200": "benchmarks/results/curve_h200.json",
-}
+RESULTS = "benchmarks/results"
 THROUGHPUTS = {  # label: report
-    "nano pair, two CPU cores": "benchmarks/results/throughput_nano.json",
-    "0.8B shape, random weights, one H200": "benchmarks/results/throughput_h200.json",
+    "nano pair, two CPU cores": "throughput_nano.json",
+    "0.8B shape, random weights, one H200": "throughput_h200.json",
 }
-BUGS = "benchmarks/results/bugs_nano.json"
-NAMES = ("acceptance.png", "curve.png", "decoding.gif", "throughput.png", "bugs.png")
 
 
 def run(config):
     paths = draw("docs/img")
-    reports = [ACCEPTANCE, *CURVES.values(), *THROUGHPUTS.values(), BUGS]
-    print(f"drew {', '.join(paths)} from {', '.join(reports)}")
-    report = read_report(BUGS)
-    bugs_page.rewrite("docs/bugs.md", bugs_page.tables(report))
-    bugs_page.rewrite("docs/troubleshooting.md", bugs_page.table_of_failures(report))
-    print(f"wrote the tables of docs/bugs.md and docs/troubleshooting.md from {BUGS}")
+    print(f"drew {', '.join(paths)} from the reports in {RESULTS}")
+    bugs_page.write_table(read_report("bugs_nano.json"))
+    print("wrote the table of docs/bugs.md")
     return {"command": "figures", "wrote": paths}, {}
 
 
 def draw(folder):
-    """The five pictures of NAMES, in a folder; returns their paths."""
-    paths = [os.path.join(folder, name) for name in NAMES]
+    """Draw the five pictures in a folder. Returns their paths."""
+    names = ("acceptance.png", "curve.png", "decoding.gif", "throughput.png", "bugs.png")
+    paths = [os.path.join(folder, name) for name in names]
     acceptance_path, curve_path, decoding_path, throughput_path, bugs_path = paths
-    report = read_report(ACCEPTANCE)
+    report = read_report("acceptance_nano.json")
     pictures.acceptance(acceptance_path, report)
     animation.decoding(decoding_path, report)
-    curves = {label: read_report(path)["rows"] for label, path in CURVES.items()}
-    pictures.curve(curve_path, curves)
-    throughputs = {label: read_report(path)["rows"] for label, path in THROUGHPUTS.items()}
+    throughputs = {label: read_report(name)["rows"] for label, name in THROUGHPUTS.items()}
+    pictures.curve(curve_path, throughputs)
     pictures.throughput(throughput_path, throughputs)
-    pictures.bugs(bugs_path, bugs_page.summaries(read_report(BUGS)))
+    pictures.bugs(bugs_path, bugs_page.summaries(read_report("bugs_nano.json")))
     return paths
 
 
-def read_report(path):
-    with open(path) as f:
+def read_report(name):
+    with open(os.path.join(RESULTS, name)) as f:
         return json.load(f)

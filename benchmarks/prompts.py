@@ -1,33 +1,32 @@
 """
-The prompts that are measured: held-out texts of the nano task, three public data sets, a file of
-JSON lines, or random token ids. And whether an answer is right.
+The prompts of the benchmarks: held-out texts of the nano task, three public data sets, a file of
+JSON lines, or random token ids. Also whether an answer is right.
 """
 import itertools
-import json
 import os
 import random
 import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from tokenizer import chat_prompt
 from data.nano.problems import boxed, problems
 from data.nano.refusals import REFUSAL, REFUSED_EXAMPLES
 from data.questions import SUFFIX
 from data.samples import read_source
+from tokenizer import chat_prompt
 
 
 @dataclass
 class Prompt:
     """The token ids that a decoder continues, the question as text, and the known answer."""
     ids: list
-    answer: str | None = None     # None: nobody knows it
+    answer: str | None = None     # None: not known
     question: str | None = None   # None: random ids have no text
 
 
 def load_prompts(config, count, target, tokenizer):
-    """Prompts of config.prompts as token ids. A target without a tokenizer, as those with random
-    weights are, can only continue random ids."""
+    """Prompts of config.prompts as token ids. A target with random weights has no tokenizer, so it
+    needs random ids."""
     if config.prompts.startswith("random:") and count > 0:
         return random_prompts(config.prompts, count, target.config.vocab_size)
     questions = load_questions(config.prompts, count)
@@ -42,7 +41,8 @@ def load_prompts(config, count, target, tokenizer):
 
 
 def random_prompts(name, count, vocab_size):
-    """Prompts of random ids whose lengths grow by equal factors, for "random:SHORTEST:LONGEST"."""
+    """Prompts of random ids for "random:SHORTEST:LONGEST". Their lengths form a geometric
+    sequence."""
     try:
         shortest, longest = map(int, name.split(":")[1:])
     except ValueError:
@@ -60,9 +60,8 @@ def random_prompts(name, count, vocab_size):
 # ------------------------------------------------------------------------------------------------
 # questions by name
 
-# the nano task, by name of the prompts: word problems, arithmetic and equations
-NANO = {"nano": "words", "plain": "plain"}
-PUBLIC = {  # name: (hub id, its configuration)
+NANO = {"nano": "words", "plain": "plain"}  # name of the prompts: task of data/nano
+PUBLIC = {  # name of the prompts: (hub id, configuration)
     "math500": ("HuggingFaceH4/MATH-500", None),
     "gsm8k": ("openai/gsm8k", "main"),
     "humaneval": ("openai/openai_humaneval", None),
@@ -70,10 +69,12 @@ PUBLIC = {  # name: (hub id, its configuration)
 
 
 def load_questions(name, count):
-    """[(question, known answer or None)]: "nano" and "plain" are the test split of these two parts
-    of the nano task, and "refusals" the hand-written texts to be refused, at most all of them;
-    math500, gsm8k and humaneval come from the hub, or with ":PATH" from a copy of their files; all
-    else is a file of JSON lines. ValueError names what cannot be read."""
+    """The first `count` questions of a source: [(question, known answer or None)].
+
+    "nano" and "plain" are test splits of the nano task. "refusals" are the hand-written texts that
+    nano must refuse. math500, gsm8k and humaneval come from the hub, or with ":PATH" from a copy of
+    their files. Any other name is a file of JSON lines.
+    """
     if count < 1:
         raise ValueError(f"limit = {count}: measure at least one prompt")
     if name in NANO:
@@ -81,62 +82,45 @@ def load_questions(name, count):
         return [(question, answer) for question, _, answer in rows]
     if name == "refusals":
         return [(text, REFUSAL) for text in REFUSED_EXAMPLES[:count]]
+    data_set, _, path = name.partition(":")
+    configuration = None
     if os.path.isfile(name):
-        return read_questions(name, count)
-    return public_questions(name, count)
-
-
-def public_questions(name, count):
-    """The first questions of a public data set: "math500", or "math500:PATH" of a copy."""
-    data_set, _, copy = name.partition(":")
-    if data_set not in PUBLIC:
-        raise ValueError(f"prompts = {name!r} is none of nano, plain, refusals, "
-                         f"{', '.join(PUBLIC)}, nor a file of JSON lines nor random:64:256")
-    if copy and not os.path.exists(copy):
-        raise ValueError(f"prompts = {name!r}: there is no file or folder {copy!r}")
-    hub_id, configuration = PUBLIC[data_set]
-    source = copy or hub_id
+        data_set = "a row with a question"
+        source = name
+    elif data_set not in PUBLIC:
+        raise ValueError(f"prompts = {name!r} must be one of nano, plain, refusals, "
+                         f"{', '.join(PUBLIC)}, a file of JSON lines, or random:64:256")
+    elif path and not os.path.exists(path):
+        raise ValueError(f"prompts = {name!r}: there is no file or folder {path!r}")
+    else:
+        hub_id, configuration = PUBLIC[data_set]
+        source = path or hub_id
     questions = []
-    try:
-        rows = read_source(source, "test", configuration)
-        for row in itertools.islice(rows, count):
-            questions.append(public_question(data_set, row))
-    except (LookupError, TypeError, AttributeError) as error:
-        number = len(questions) + 1
-        raise ValueError(f"{source}, row {number} is none of {data_set}: {error!r}") from None
+    rows = read_source(source, "test", configuration)
+    for number, row in enumerate(itertools.islice(rows, count), 1):
+        try:
+            questions.append(question_of(data_set, row))
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{source}, row {number} does not look like {data_set}: {error!r}") from None
+    if not questions:
+        raise ValueError(f"{source} contains no prompts")
     return questions
 
 
-def public_question(data_set, row):
-    """(question, known answer or None) of a data set's row, asked as published figures were."""
+def question_of(data_set, row):
+    """(question, known answer or None) of a data set's row, in the wording of published figures."""
     if data_set == "math500":
         return row["problem"] + SUFFIX, row["answer"]
     if data_set == "gsm8k":
         result = row["answer"].split("####")[1]
         return row["question"] + SUFFIX, result.strip().replace(",", "")
-    question = ("Write a solution to the following problem and make sure that it passes the tests:"
-                f"\n```python\n{row['prompt']}\n```")
-    return question, None
-
-
-def read_questions(path, count):
-    """Questions from a file of JSON lines with "question" and, if known, "answer". ValueError names
-    the line that has none."""
-    questions = []
-    with open(path) as f:
-        for number, line in enumerate(f, 1):
-            if not line.strip() or len(questions) == count:
-                continue
-            try:
-                row = json.loads(line)
-                question = row.get("question") or row.get("problem") or row["prompt"]
-                questions.append((question, row.get("answer")))
-            except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
-                raise ValueError(f"{path}, line {number}: no JSON object with a "
-                                 f'"question" ({error!r})') from None
-    if not questions:
-        raise ValueError(f"{path} holds no prompts")
-    return questions
+    if data_set == "humaneval":
+        question = ("Write a solution to the following problem and make sure that it passes the "
+                    f"tests:\n```python\n{row['prompt']}\n```")
+        return question, None
+    question = row.get("question") or row.get("problem") or row["prompt"]
+    return question, row.get("answer")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -145,9 +129,9 @@ def read_questions(path, count):
 
 def is_correct(text, answer):
     """Whether the boxed result of a text is the known answer, as text, as a number or as
-    mathematics. None: only math-verify can tell, and it is not installed.
+    mathematics. None: only the package math-verify can tell, and it is not installed.
 
-    A text to be refused is answered rightly by the refusal alone, word for word.
+    A text that must be refused is answered correctly only by the exact refusal.
     """
     if answer == REFUSAL:
         return text.strip() == REFUSAL
@@ -162,7 +146,7 @@ def is_correct(text, answer):
         return False  # two numbers and a word, which were compared as text
     if is_number(result) and is_number(answer):
         return Fraction(result) == Fraction(answer)
-    try:  # imported here, as it costs a second that most runs need not pay
+    try:  # imported here, because it takes a second that most runs do not need
         from math_verify import parse, verify
     except ImportError:
         return None
@@ -170,5 +154,5 @@ def is_correct(text, answer):
 
 
 def is_number(text):
-    """Whether a text is a whole number or a fraction of two, as "-7" and "16/3"."""
+    """Whether a text is a whole number or a fraction of two, such as "-7" or "16/3"."""
     return re.fullmatch(r"[+-]?[0-9]+(/0*[1-9][0-9]*)?", text) is not None

@@ -1,58 +1,78 @@
 """
-Steps, rounds, the time to the first token, the delta rule and training steps, in milliseconds; each
-in interleaved repeats beside transformers on the same weights, the delta rule also beside
-flash-linear-attention where that is installed. Each stands beside the floor that this machine's own
-rates set for it: bytes of weights over the copy bandwidth, or operations over the rate of a large
-product. Both rates are read in the same run. The column after it is the rate that was reached.
+The time of a 1-token forward, a 16-token forward, a round, the first token of a prompt (TTFT), the
+delta rule, and a training step.
+
+Times are medians of repeats in alternating order, next to transformers with the same weights; the
+delta rule also next to flash-linear-attention, if that is installed. Each row also has the
+roofline, which is the time at the best rate of this machine: bytes of weights at the copy
+bandwidth, or operations at the rate of a large product. Both rates are measured in the same run.
+`rate` is the rate that the row reached. On a GPU `kernels` is the time that its kernels take; the
+rest of the time is the CPU's.
 """
 import copy
-import functools
-import textwrap
+from collections.abc import Callable
+from statistics import median
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+import train
 from benchmarks.common import load, setup_of
 from benchmarks.machine import bytes_read, copy_bandwidth, device_name, product_rate
-from benchmarks.peer import delta_rule_peers, transformers_name, transformers_peer
-from benchmarks.speed_table import Work, print_table, report_row
-from benchmarks.speed_training import training_rows
-from benchmarks.timing import kernel_time, race, seconds_of
-from draft_decode import Decoder, round_up_to_power_of_two
-from training.flops import delta_rule_operations, prefill_operations
-from sampling import Sampling
+from benchmarks.reference import (delta_rule_references, transformers_name,
+                                  transformers_reference)
+from benchmarks.scaling_worker import WARM_UP_STEPS, make_samples, measure_run
+from benchmarks.timing import kernel_time, seconds_of, time_interleaved
 from delta_rule import chunk_length, gated_delta_rule
+from draft_decode import Decoder, round_up_to_power_of_two
+from sampling import Sampling
+from training.flops import delta_rule_operations, prefill_operations
 
 PARTS = ("decoding", "prefill", "kernel", "training")
+CONTEXT = 256  # tokens before each decoded one
+
+
+class RooflineCost(NamedTuple):
+    """The work of a row, and the best rate of this machine for it."""
+    amount: float
+    unit: str           # "bytes" or "operations"
+    best_rate: float    # bytes or operations per second
+
+
+class Case(NamedTuple):
+    """A row of the table before it is measured. Functions return their seconds per call."""
+    name: str
+    cost: RooflineCost
+    ours: Callable
+    calls: int = 1                      # that ours() makes
+    reference: Callable | None = None
+    reference_name: str | None = None
 
 
 def run(config):
     for part in config.parts:
         if part not in PARTS:
-            raise ValueError(f"parts = {config.parts}: {part!r} is none of {', '.join(PARTS)}")
-    if config.assumed_tau < 1:
-        raise ValueError(f"assumed_tau = {config.assumed_tau}: a round returns at least one token")
+            raise ValueError(f"parts = {config.parts}: {part!r} is not one of {', '.join(PARTS)}")
     workload = load(config, default_count=1)
-    target = workload.target
     bandwidth = copy_bandwidth(config.device)
     rate = product_rate(config.device, config.dtype)
     print(f"{config.dtype} on {device_name(config.device)}, torch {torch.__version__}: "
           f"copies {bandwidth / 1e9:,.0f} GB/s, products {rate / 1e12:.2f} TFLOP/s\n")
-    peer = None
+    reference = None
     if "decoding" in config.parts or "prefill" in config.parts:
-        peer = transformers_peer(target)
+        reference = transformers_reference(workload.target)
     rows = []
     for part in config.parts:
         if part == "decoding":
-            rows_of_part = decoding_rows(config, workload, peer, bandwidth)
+            rows_of_part = decoding_rows(config, workload, reference, bandwidth)
         elif part == "prefill":
-            rows_of_part = prefill_rows(config, workload, peer, rate)
+            rows_of_part = prefill_rows(config, workload.target, reference, rate)
         elif part == "kernel":
             rows_of_part = kernel_rows(config, rate)
         else:
-            rows_of_part = training_rows(config, target, rate)
-        print_table(rows_of_part)  # at once, as a part may take minutes
-        print(flush=True)
+            rows_of_part = training_rows(config, rate)
+        print_table(rows_of_part)  # now, because a part can take minutes
         rows += rows_of_part
     report = {
         "command": "speed", "target": config.target, "compile": config.compile,
@@ -61,222 +81,219 @@ def run(config):
     return report, setup_of(config, workload.prompts, workload.stops)
 
 
-# ------------------------------------------------------------------------------------------------
-# decoding
-
-CONTEXT = 256  # tokens that all decoding rows begin after
+# --------------------------------------------------------------------------------------------------
+# the table
 
 
-@torch.inference_mode()
-def decoding_rows(config, workload, peer, bandwidth):
-    """A step of the target alone, a step of a block's rows with all their logits, and a round of
-    drafter and target; beside transformers' forwards of as many tokens with its cache. A round
-    makes several tokens, so the time of one of them, at a tau that the key names, is what is
-    compared with a token of transformers' generate."""
-    target = workload.target
-    drafter = workload.drafter
-    block_size = drafter.block_size
-    weight = target.embed_tokens.weight
-    slow = weight.device.type == "cpu" and weight.numel() > 1e8
-    count = 4 if slow else 32  # calls in a repeat
-    tokens = torch.arange(CONTEXT + block_size, device=weight.device)[None] % 100
-
-    ours = our_arms(target, drafter, tokens, count)
-    seconds = race(ours | peer_arms(peer, tokens, block_size, count))
-
-    size = bytes_read(target, drafter)
-    step = Work(size["step"], "bytes", bandwidth)
-    whole_round = Work(size["round"], "bytes", bandwidth)
-    tau = config.assumed_tau
-    token = Work(size["round"] / tau, "bytes", bandwidth)
-    seconds_a_token = [elapsed / tau for elapsed in seconds["round"]]
-    name = transformers_name()
-    rows = [
-        report_row("target step, one row", seconds["one row"], step,
-                   f"{name}, forward of one token", seconds["peer, one token"]),
-        report_row(f"target step, {block_size} rows", seconds["block"], step,
-                   f"{name}, forward of {block_size} tokens", seconds["peer, a block"]),
-        report_row("round of draft and verify", seconds["round"], whole_round),
-        report_row(f"a token of such rounds, at tau {tau:g}", seconds_a_token, token,
-                   f"{name}, a token of generate", seconds["peer, generate"])]
-    if config.device.startswith("cuda"):
-        for row, arm in zip(rows, ("one row", "block", "round")):  # the last row is no forward
-            decoder = ours[arm].args[0]
-            row |= kernel_figures(decoder)
+def measure(cases, device):
+    """Time all cases and their references in alternating order. Returns a row for each case."""
+    functions = {}
+    for number, case in enumerate(cases):
+        functions["ours", number] = case.ours
+        if case.reference is not None:
+            functions["reference", number] = case.reference
+    seconds = time_interleaved(functions)
+    rows = []
+    for number, case in enumerate(cases):
+        ours = seconds["ours", number]
+        row = new_row(case.name, case.cost, ours)
+        if case.reference is not None:
+            reference = seconds["reference", number]
+            row["reference"] = case.reference_name
+            row["reference_seconds"] = median(reference)
+            row["ratio"] = median([theirs / own for own, theirs in zip(ours, reference)])
+        if device.startswith("cuda"):
+            row |= kernel_time(case.ours, case.calls)
+        rows.append(row)
     return rows
 
 
-def kernel_figures(decoder):
-    """{"kernel_seconds", "kernels"} of a round of a Decoder, which replays its graph. Empty if the
-    profiler sees no kernel."""
-    decoder.state.position.fill_(CONTEXT)
-    measured = kernel_time(decoder.run_round, 16)
-    if measured is None:
-        return {}
-    seconds, kernels = measured
-    return {"kernel_seconds": seconds, "kernels": kernels}
+def new_row(name, cost, seconds):
+    """seconds: those of each repeat."""
+    return {"name": name, "seconds": median(seconds),
+            "roofline_seconds": cost.amount / cost.best_rate,
+            f"{cost.unit}_per_s": cost.amount / median(seconds)}
 
 
-def our_arms(target, drafter, tokens, count, slots=1):
-    """Functions that time `count` forwards of ours, each of so many sequences."""
-    block_size = drafter.block_size
-    decoders = {
-        "one row": Decoder(target, None, 1024, 1, Sampling(), slots),
-        "block": Decoder(target, None, 1024, block_size, Sampling(), slots),
-        "round": Decoder(target, drafter, 1024, block_size, Sampling(), slots)}
-
-    def decode(decoder):
-        decoder.state.position.fill_(CONTEXT)  # each repeat begins where the prompt ended
-        return seconds_of(decoder.run_round, count)
-
-    arms = {}
-    for name, decoder in decoders.items():
-        for slot in range(slots):
-            decoder.start_sequence(slot, tokens[0, :CONTEXT].tolist())
-        arms[name] = functools.partial(decode, decoder)
-    return arms
+def print_table(rows):
+    print(f"{'':44} {'ms':>10} {'kernels':>17} {'x roofline':>10} {'rate':>14} {'reference':>11} "
+          f"{'ratio':>7}")
+    for row in rows:
+        times_roofline = row["seconds"] / row["roofline_seconds"]
+        kernels = "-"
+        if "kernel_seconds" in row:
+            kernels = f"{1e3 * row['kernel_seconds']:.3f} ({row['kernels']:,})"
+        line = (f"{row['name']:44} {1e3 * row['seconds']:10.3f} {kernels:>17} "
+                f"{times_roofline:10.2f} {rate_text(row):>14}")
+        if "reference" in row:
+            milliseconds = 1e3 * row["reference_seconds"]
+            line += f" {milliseconds:11.3f} {row['ratio']:6.2f}x  {row['reference']}"
+        print(line)
+    print(flush=True)
 
 
-def peer_arms(peer, tokens, block_size, count):
-    """Functions that time `count` forwards of transformers, each repeat with a fresh cache."""
-    prompt_cache = peer(tokens[:, :CONTEXT], use_cache=True).past_key_values
-
-    def forward(length):
-        cache = copy.deepcopy(prompt_cache)
-        new_tokens = tokens[:, CONTEXT:CONTEXT + length]
-        return seconds_of(lambda: peer(new_tokens, past_key_values=cache), count)
-
-    def generate():
-        cache = copy.deepcopy(prompt_cache)
-        ids = tokens[:, :CONTEXT + 1]
-        elapsed = seconds_of(lambda: peer.generate(
-            ids, past_key_values=cache, attention_mask=torch.ones_like(ids), do_sample=False,
-            min_new_tokens=count, max_new_tokens=count, pad_token_id=0))
-        return elapsed / count
-
-    return {"peer, one token": functools.partial(forward, 1),
-            "peer, a block": functools.partial(forward, block_size),
-            "peer, generate": generate}
+def rate_text(row):
+    """The rate that a row reached, in GB or 10^12 operations per second."""
+    if "bytes_per_s" in row:
+        return f"{row['bytes_per_s'] / 1e9:,.2f} GB/s"
+    return f"{row['operations_per_s'] / 1e12:,.2f} TFLOP/s"
 
 
-# ------------------------------------------------------------------------------------------------
-# prefill
+# --------------------------------------------------------------------------------------------------
+# decoding
 
 
 @torch.inference_mode()
-def prefill_rows(config, workload, peer, rate):
-    """The time to the first token: reading a prompt and choosing the token after it, by the target
-    alone, and with the context that a drafter needs besides. The floor is the target's only."""
+def decoding_rows(config, workload, reference, bandwidth):
+    """Forwards of the target alone, next to transformers' forwards with a cache, and a round."""
     target = workload.target
     drafter = workload.drafter
-    block_size = drafter.block_size
-    lengths = (512, 1024, 4096, 16384) if config.device.startswith("cuda") else (512, 1024)
-    device = target.embed_tokens.weight.device
-    values = torch.empty(0, target.config.linear_value_head_dim, device=device)
-    chunk = chunk_length(values)
+    K = drafter.block_size
+    calls = 32 if config.device.startswith("cuda") else 8
+    size = bytes_read(target, drafter)
     name = transformers_name()
-    rows = []
+    cases = []
+    for length in (1, K):
+        cases.append(Case(
+            f"{length}-token forward", RooflineCost(size["step"], "bytes", bandwidth),
+            timed_rounds(target, None, length, calls), calls,
+            timed_reference(reference, length, calls), name))
+    cases.append(Case(
+        "round of draft and verify", RooflineCost(size["round"], "bytes", bandwidth),
+        timed_rounds(target, drafter, K, calls), calls))
+    return measure(cases, config.device)
+
+
+def timed_rounds(target, drafter, tokens_per_forward, calls, slots=1):
+    """A function that times rounds of a Decoder. All slots hold a sequence of CONTEXT tokens."""
+    decoder = Decoder(
+        target, drafter, length=1024, tokens_per_forward=tokens_per_forward, sampling=Sampling(),
+        batch=slots)
+    for slot in range(slots):
+        decoder.start_sequence(slot, example_ids(CONTEXT))
+
+    def seconds_per_round():
+        decoder.state.position.fill_(CONTEXT)  # every repeat begins at the end of the prompt
+        return seconds_of(decoder.run_round, calls)
+
+    return seconds_per_round
+
+
+def example_ids(length):
+    """Token ids that every vocabulary has."""
+    return [i % 100 for i in range(length)]
+
+
+def timed_reference(reference, length, calls):
+    """A function that times forwards of transformers, with a fresh cache in every repeat."""
+    ids = torch.tensor([example_ids(CONTEXT + length)], device=reference.device)
+    prompt_cache = reference(ids[:, :CONTEXT], use_cache=True).past_key_values
+    new_ids = ids[:, CONTEXT:]
+
+    def seconds_per_forward():
+        cache = copy.deepcopy(prompt_cache)
+        return seconds_of(lambda: reference(new_ids, past_key_values=cache), calls)
+
+    return seconds_per_forward
+
+
+# --------------------------------------------------------------------------------------------------
+# the first token
+
+
+@torch.inference_mode()
+def prefill_rows(config, target, reference, rate):
+    """TTFT of the target alone: prefill a prompt and choose the next token."""
+    lengths = (512, 4096, 16384) if config.device.startswith("cuda") else (512, 1024)
+    values = torch.empty(
+        0, target.config.linear_value_head_dim, device=target.embed_tokens.weight.device)
+    name = transformers_name()
+    cases = []
     for length in lengths:
         if length + 512 > target.config.max_position_embeddings:
             continue
-        tokens = torch.arange(length, device=device)[None] % min(1000, target.config.vocab_size)
-        prompt_ids = tokens[0].tolist()
-
-        def first_token(decoder):
-            return seconds_of(lambda: decoder.start_sequence(0, prompt_ids))
-
-        def peer_first_token():
-            return seconds_of(lambda: peer(tokens, logits_to_keep=1).logits.argmax().item())
-
-        buffer_length = round_up_to_power_of_two(length + 512)  # as for an answer of 496 tokens
-        alone = Decoder(target, None, buffer_length, block_size, Sampling())
-        with_drafter = Decoder(target, drafter, buffer_length, block_size, Sampling())
-        for decoder in (alone, with_drafter):
-            decoder.start_sequence(0, prompt_ids)  # and once more as warm-up: the second one is recorded
-        seconds = race({
-            "target": functools.partial(first_token, alone),
-            "with drafter": functools.partial(first_token, with_drafter),
-            "peer": peer_first_token})
-        work = Work(prefill_operations(target, length, chunk), "operations", rate)
-        row_name = f"time to the first token, {length:,} tokens"
-        rows.append(report_row(row_name, seconds["target"], work, name, seconds["peer"]))
-        rows.append(report_row(f"{row_name}, with drafter", seconds["with drafter"], work, name,
-                               seconds["peer"]))
-    return rows
+        operations = prefill_operations(target, length, chunk_length(values))
+        cases.append(Case(
+            f"TTFT, {length:,} tokens", RooflineCost(operations, "operations", rate),
+            timed_ttft(target, length), reference=timed_reference_ttft(reference, length),
+            reference_name=name))
+    return measure(cases, config.device)
 
 
-# ------------------------------------------------------------------------------------------------
+def timed_ttft(target, length):
+    buffer_length = round_up_to_power_of_two(length + 512)  # room for an answer of 496 tokens
+    decoder = Decoder(
+        target, None, length=buffer_length, tokens_per_forward=16, sampling=Sampling())
+    prompt_ids = example_ids(length)
+    decoder.start_sequence(0, prompt_ids)  # the second one, in the warm-up, is recorded as a graph
+    return lambda: seconds_of(lambda: decoder.start_sequence(0, prompt_ids))
+
+
+def timed_reference_ttft(reference, length):
+    ids = torch.tensor([example_ids(length)], device=reference.device)
+    return lambda: seconds_of(lambda: reference(ids, logits_to_keep=1).logits.argmax().item())
+
+
+# --------------------------------------------------------------------------------------------------
 # the delta rule
 
 HEADS = 16   # of the 0.8B, for queries, keys and values
 WIDTH = 128  # of a head
 
 
-def forward(kernel, inputs):
-    with torch.no_grad():
-        kernel(*inputs)
-
-
-def forward_and_backward(kernel, inputs):
-    output = kernel(*inputs)[0]
-    torch.autograd.grad(output.sum(), inputs)
-
-
+@torch.no_grad()
 def kernel_rows(config, rate):
-    """The chunked delta rule alone: forward, and forward with backward; a row for each peer."""
+    """The forward of the chunked delta rule alone, next to each reference."""
     lengths = (512, 2048, 4096, 16384) if config.device.startswith("cuda") else (2048,)
-    peers = delta_rule_peers(config.device)
-    rows = []
+    cases = []
     for length in lengths:
         inputs = delta_rule_inputs(length, config.device, config.dtype)
-        chunk = chunk_length(inputs[2])
-        operations = delta_rule_operations(length, HEADS, WIDTH, WIDTH, chunk)
-        name = f"delta rule, {length:,} tokens"
-        rows += mode_rows(f"{name}, forward", forward, inputs, peers,
-                          Work(operations, "operations", rate))
-        # the backward pass makes twice the operations of the forward
-        rows += mode_rows(f"{name}, forward and backward", forward_and_backward, inputs, peers,
-                          Work(3 * operations, "operations", rate))
-    return rows
+        operations = delta_rule_operations(length, HEADS, WIDTH, WIDTH, chunk_length(inputs[2]))
+        cost = RooflineCost(operations, "operations", rate)
+        for name, reference in delta_rule_references(config.device).items():
+            cases.append(Case(
+                f"delta rule, {length:,} tokens", cost, timed_kernel(gated_delta_rule, inputs),
+                reference=timed_kernel(reference, inputs), reference_name=name))
+    return measure(cases, config.device)
 
 
-def mode_rows(name, mode, inputs, peers, work):
-    """A row for each peer, of ours and all peers in turns. A peer that refuses has its reason in
-    place of its time: fla's backward does so with some versions of Triton on Hopper GPUs."""
-    def seconds_with(kernel):
-        return seconds_of(lambda: mode(kernel, inputs))
-
-    arms = {"ours": functools.partial(seconds_with, gated_delta_rule)}
-    refusals = {}
-    for peer_name, kernel in peers.items():
-        try:
-            mode(kernel, inputs)
-        except Exception as error:  # whatever other people's kernels raise
-            reason = textwrap.shorten(str(error) or type(error).__name__, 100, placeholder=" ...")
-            refusals[peer_name] = f"{peer_name}, which refuses: {reason}"
-        else:
-            arms[peer_name] = functools.partial(seconds_with, kernel)
-    seconds = race(arms)
-
-    rows = []
-    for peer_name in peers:
-        label = refusals.get(peer_name, peer_name)
-        rows.append(report_row(name, seconds["ours"], work, label, seconds.get(peer_name)))
-    return rows
+def timed_kernel(kernel, inputs):
+    return lambda: seconds_of(lambda: kernel(*inputs))
 
 
 def delta_rule_inputs(length, device, dtype):
-    """Random q, k, v, g, beta: unit queries and keys, g below 0, beta from 0 to 1. As in a model of
-    that dtype, all have it but g, which is fp32."""
+    """Random q, k, v, g, beta: unit queries and keys, g below 0, beta from 0 to 1. In a model of
+    `dtype` all have this dtype except g, which is fp32."""
     generator = torch.Generator(device).manual_seed(0)
-    vectors = []
-    for _ in range(3):
-        vectors.append(torch.randn(1, length, HEADS, WIDTH, device=device, generator=generator))
-    q, k, v = vectors
+    shape = (1, length, HEADS, WIDTH)
+    q, k, v = [torch.randn(shape, device=device, generator=generator) for _ in range(3)]
     q = F.normalize(q, dim=-1)
     k = F.normalize(k, dim=-1)
-    beta = torch.rand(1, length, HEADS, device=device, generator=generator)
-    decay = torch.rand(1, length, HEADS, device=device, generator=generator)
+    beta = torch.rand(shape[:3], device=device, generator=generator)
+    decay = torch.rand(shape[:3], device=device, generator=generator)
     dtype = getattr(torch, dtype)
-    inputs = [q.to(dtype), k.to(dtype), v.to(dtype), -decay, beta.to(dtype)]
-    return [x.requires_grad_() for x in inputs]
+    return q.to(dtype), k.to(dtype), v.to(dtype), -decay, beta.to(dtype)
+
+
+# --------------------------------------------------------------------------------------------------
+# training
+
+
+def training_rows(config, rate):
+    """Steps of a run of train.py on random samples of its max_length."""
+    flags = [config.recipe, f"--target={config.target}", f"--device={config.device}",
+             f"--dtype={config.dtype}", f"--out_dir={config.out_dir}/training-dflash",
+             f"--data={config.out_dir}/samples"]
+    if config.compile:
+        flags.append("--compile")
+    make_samples(config.target, f"{config.out_dir}/samples", flags)
+    run, result = measure_run({"flags": flags, "steps": 10, "save_at": None})
+    steps = result["steps"][WARM_UP_STEPS:]
+    operations = sum(step["operations"] for step in steps) / len(steps)
+    row = new_row("training step", RooflineCost(operations, "operations", rate),
+                  [step["seconds"] for step in steps])
+    row |= {"samples_per_s": result["samples_per_s"], "mfu": result["mfu"]}
+    print(f"{row['samples_per_s']:.2f} samples/s")
+    if config.device != "cpu":
+        row |= kernel_time(lambda: train.train_step(run))
+    return [row]

@@ -1,6 +1,5 @@
 """
-Clocks for measurements that can be compared: what is compared runs in one process, in turns,
-after a warm-up.
+Clocks for comparisons. All functions run in one process, in alternating order, after a warm-up.
 """
 import sys
 import time
@@ -12,33 +11,31 @@ from tqdm import tqdm
 
 
 def clock():
-    """Seconds, read when the device has done all of its work."""
+    """Seconds, read after the device has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def seconds_of(function, count=1):
-    """Seconds of one call of a function, on average over `count` calls."""
-    start = clock()
+    """Seconds per call of a function, the mean of `count` calls."""
+    began = clock()
     for _ in range(count):
         function()
-    return (clock() - start) / count
+    return (clock() - began) / count
 
 
-def kernel_time(function, count):
-    """Seconds that a CUDA device works on one call, and how many kernels these are: averages over
-    `count` calls. Copies and fills are kernels here. None where the profiler sees no kernel.
+def kernel_time(function, count=1):
+    """{"kernel_seconds", "kernels"} per call, if function() makes `count` calls. Empty if the
+    profiler sees no kernel.
 
-    An event of the device is one kernel that ran, also if a CUDA graph launched it. Launches and
-    waits are events of the CPU and do not count. Neither do annotations: they span kernels that
-    are counted already.
+    Copies and fills count as kernels. So do the kernels of a CUDA graph. Launches are CPU events
+    and do not count. Annotations do not count because they span kernels that count already.
     """
-    for _ in range(2):  # the first start of the tracer may miss kernels, so the second one counts
+    for _ in range(2):  # the first run of the profiler can miss kernels, so only the second counts
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-            for _ in range(count):
-                function()
-            clock()  # the device has done all of it before the tracer stops
+            function()
+            clock()  # wait for the device before the profiler stops
     microseconds = 0.0
     kernels = 0
     for event in profiler.events():
@@ -46,26 +43,26 @@ def kernel_time(function, count):
             microseconds += event.self_device_time_total
             kernels += 1
     if kernels == 0:
-        return None
-    return microseconds / 1e6 / count, round(kernels / count)
+        return {}
+    return {"kernel_seconds": microseconds / 1e6 / count, "kernels": round(kernels / count)}
 
 
-def race(arms, repeats=5):
-    """Runs timed functions in turns. arms: {name: function that returns seconds}.
+def time_interleaved(functions, repeats=5):
+    """Run functions in alternating order. functions: {name: function that returns its own seconds}.
 
-    Returns {name: [seconds of each repeat]}; a first one is the warm-up and does not count.
+    Returns {name: [seconds of each repeat]}. One more repeat before them is the warm-up.
     """
-    seconds = {name: [] for name in arms}
+    seconds = {name: [] for name in functions}
     for repeat in progress(range(repeats + 1), unit="repeat"):
-        for name in in_turn(arms, repeat):
-            elapsed = arms[name]()
+        for name in alternating_order(functions, repeat):
+            elapsed = functions[name]()
             if repeat > 0:
                 seconds[name].append(elapsed)
     return seconds
 
 
-def in_turn(names, turn):
-    """Names in their order or, every second turn, in reverse, so that none always goes first."""
+def alternating_order(names, turn):
+    """The names in their order, or reversed in every second turn, so that none is always first."""
     names = list(names)
     if turn % 2 == 0:
         names.reverse()
@@ -73,5 +70,5 @@ def in_turn(names, turn):
 
 
 def progress(items, unit="prompt"):
-    """The items, with a progress bar where a person looks on."""
+    """The items, with a progress bar if the output is a terminal."""
     return tqdm(items, unit=unit, leave=False, disable=not sys.stderr.isatty())

@@ -1,7 +1,7 @@
 # A drafter for Qwen3.5-2B: 24 layers, hidden 2048, MLP 6144, tied head. Phase 1.2's recipe and
 # depths, wider.
 #
-# Its data is what this target says, not what the 0.8B says. With a server of it running:
+# Its data is this target's own answers, not the 0.8B's. With a server of this target running:
 #   python data/regenerate.py --prompts=Moonlight556/qwen3.5-0.8b-target-matched-math-240k \
 #       --out=data/math2b/rows.jsonl --server=http://localhost:30000/v1 --model=Qwen/Qwen3.5-2B
 #   python data/conversations.py --source=data/math2b/rows.jsonl --target=Qwen/Qwen3.5-2B \

@@ -1,8 +1,8 @@
-# A drafter for Qwen3.5-4B: 32 layers, hidden 2560, MLP 9216, tied head. Layers, heads and target
-# layers are those of the published one (z-lab/Qwen3.5-4B-DFlash). Its first five layers have a
-# sliding window of 4096; here all layers see all.
+# A drafter for Qwen3.5-4B: 32 layers, hidden 2560, MLP 9216, tied head. It has the layers, heads,
+# and target layers of the published drafter (z-lab/Qwen3.5-4B-DFlash), whose first five layers have
+# a sliding window of 4096. Here all layers see everything.
 #
-# Its data is what this target says. With a server of it running:
+# Its data is this target's own answers. With a server of this target running:
 #   python data/regenerate.py --prompts=Moonlight556/qwen3.5-0.8b-target-matched-math-240k \
 #       --out=data/math4b/rows.jsonl --server=http://localhost:30000/v1 --model=Qwen/Qwen3.5-4B
 #   python data/conversations.py --source=data/math4b/rows.jsonl --target=Qwen/Qwen3.5-4B \

@@ -1,13 +1,13 @@
 """
-Rows for train.py from conversations whose answers the target wrote itself.
+Training samples for train.py from conversations whose answers the target wrote itself.
 
     python data/conversations.py --source=answers.jsonl --target=DIR --out_dir=data/mine
 
 A source is a file of JSON lines or parquet, a folder of such files, or a data set on the hub. Each
-of its rows holds a list of {"role", "content"} under "conversations" or "messages".
+row has a list of {"role", "content"} under "conversations" or "messages".
 
-A row of tokens begins exactly as chat_prompt begins decoding: a drafter trained on another template
-loses half of its acceptance.
+A sample begins with exactly the tokens that chat_prompt gives to decoding. A drafter that was
+trained with a different template loses half of its acceptance.
 """
 import collections
 import functools
@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), ".."))
-sys.path.insert(0, ROOT)  # the project's modules, from whatever folder this is run
+sys.path.insert(0, ROOT)  # the project's modules, from any working directory
 from tokenizer import chat_prompt, load_tokenizer, tokenizer_fingerprint
 from checkpoint import read_target_config
 from configurator import configure
@@ -30,11 +30,11 @@ from data.samples import read_source, split_writers
 
 source = ""             # hub id, file or folder of JSON lines or parquet
 target = ""             # whose tokenizer and chat template to use: folder or hub id
-out_dir = ""            # where the rows go
-max_length = 3072       # tokens of a row; longer ones are cut
-thinking = False        # whether the answers begin with a thought, as with thinking on
-val_rows = 512          # held-out rows, a tenth of all at most; rows of one question stay together
-num_proc = min(8, os.cpu_count() or 1)    # processes that tokenise
+out_dir = ""            # where the samples go
+max_length = 3072       # max tokens per sample; longer ones are cut
+thinking = False        # whether the answers begin with a thought
+val_rows = 512          # held-out rows, at most a tenth of all; rows of one question stay together
+num_proc = min(8, os.cpu_count() or 1)    # processes that tokenize
 
 ASSISTANT = "<|im_start|>assistant\n"
 END = "<|im_end|>"
@@ -55,12 +55,12 @@ def main(argv=None):
     for reason, count in meta["dropped"].items():
         print(f"dropped {count:,}: {reason}")
     for name, split in splits.items():
-        print(f"{name}: {split['rows']:,} rows, {split['tokens']:,} tokens, "
+        print(f"{name}: {split['rows']:,} samples, {split['tokens']:,} tokens, "
               f"{split['supervised']:,} supervised")
 
 
 def prepare(config):
-    """Write the rows of all conversations; returns the content of meta.json."""
+    """Write the samples of all conversations. Returns the content of meta.json."""
     if not config.source or not config.target or not config.out_dir:
         raise ValueError("give --source, --target and --out_dir")
     if config.num_proc < 1 or config.val_rows < 1 or config.max_length < 2:
@@ -68,8 +68,8 @@ def prepare(config):
             f"num_proc = {config.num_proc}, val_rows = {config.val_rows} and max_length = "
             f"{config.max_length} must be positive")
 
-    # A first pass counts the rows and picks those to hold out: the ones whose questions have the
-    # smallest keys. That depends neither on the order of the rows nor on chance.
+    # A first pass counts the rows and chooses the held-out ones: their questions have the smallest
+    # keys. The choice depends neither on the order of the rows nor on chance.
     keys = question_keys(config)
     largest_val_key = largest_held_out_key(keys, config.val_rows)
 
@@ -94,17 +94,18 @@ def prepare(config):
             writers[split].add(encoded.tokens, encoded.mask)
             meta["cut"] += encoded.was_cut
         meta["dropped"] = dict(sorted(dropped.items()))
-        if not writers["train"].rows or not writers["val"].rows:
+        train_count = writers["train"].samples
+        val_count = writers["val"].samples
+        if not train_count or not val_count:
             raise ValueError(
-                f"{config.source!r} gives {writers['train'].rows} rows to train on and "
-                f"{writers['val'].rows} to hold out, at least one of each is needed; "
-                f"{len(keys)} were read, dropped: {meta['dropped']}")
+                f"{config.source!r} gives {train_count} rows to train on and {val_count} to hold "
+                f"out, and needs one of each; {len(keys)} were read, dropped: {meta['dropped']}")
     return meta
 
 
 def question_keys(config):
-    """A number for each row of the source: the same for rows with the same first message, and
-    otherwise as good as random. None for a row that is dropped."""
+    """A number for each row of the source: a hash of its first message, so rows of one question
+    have the same key. None for a row that is dropped."""
     template = answer_template(config.target, config.thinking)
     keys = []
     for row in read_source(config.source):
@@ -117,7 +118,7 @@ def question_keys(config):
 
 
 def largest_held_out_key(keys, val_rows):
-    """Rows up to this key are held out: val_rows of them, a tenth of all at most."""
+    """Rows up to this key are held out: val_rows of them, but at most a tenth of all."""
     known = sorted(key for key in keys if key is not None)
     if not known:
         return -1
@@ -134,7 +135,7 @@ def encode_all(rows, config):
         yield from map(work, rows)
         return
     rows = iter(rows)
-    at_once = 1024 * config.num_proc  # so many are in memory
+    at_once = 1024 * config.num_proc  # rows in memory
     with multiprocessing.Pool(config.num_proc) as pool:
         some = list(itertools.islice(rows, at_once))
         while some:

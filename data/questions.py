@@ -1,6 +1,5 @@
 """
-What is written after a question of mathematics, so that its answer can be found in the text.
-
-The published figures of Math500 were measured with this suffix. Another one makes other figures.
+The text after a math question that asks for a boxed answer. The published Math500 figures were
+measured with this suffix.
 """
 SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."

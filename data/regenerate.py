@@ -1,19 +1,19 @@
 """
-Target-matched answers: what the target itself says to the prompts of any file. They are rows for
-data/conversations.py.
+Lets the target answer the prompts of any file. data/conversations.py makes training samples of the
+answers.
 
     python data/regenerate.py --prompts=FILE --out=FILE.jsonl \\
         --server=http://localhost:30000/v1 --model=NAME         # asks a server
     python data/regenerate.py --prompts=FILE --out=FILE.jsonl \\
         --target=DIR --drafter=DIR                              # decodes here
 
-A drafter guesses what this target says, right or wrong; answers of another model cost it
-acceptance. The first form asks an OpenAI-compatible server, SGLang's or vLLM's, many prompts at a
-time. The second decodes as many at once as it has slots; one after another above temperature 0, as
-each prompt has noise of its own then.
+A drafter guesses what this target says, right or wrong. Answers of a different model cost it
+acceptance. The first form sends many prompts at a time to an OpenAI-compatible server, for example
+SGLang or vLLM. The second form decodes as many prompts at once as it has slots. Above temperature 0
+it decodes one after another, because then each prompt has its own noise.
 
-Answers are kept in OUT.part as soon as they end. After an interruption the same command goes on
-from there.
+Each answer goes to OUT.part as soon as it ends. After an interruption the same command resumes
+there.
 """
 import collections
 import functools
@@ -32,14 +32,14 @@ import torch
 from tqdm import tqdm
 
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), ".."))
-sys.path.insert(0, ROOT)  # the project's modules, from whatever folder this is run
+sys.path.insert(0, ROOT)  # the project's modules, from any working directory
 from tokenizer import chat_prompt, load_tokenizer, stop_ids
+import fast
 from checkpoint import load_drafter, load_target
 from configurator import configure
 from data.conversations import UnusableRow, read_conversation
 from data.samples import read_source
-from draft_decode import Request
-from draft_decode import generate_many
+from draft_decode import Request, generate_many
 from sampling import Sampling
 
 prompts = ""                    # hub id, file or folder: question, problem, prompt or messages
@@ -47,16 +47,16 @@ out = ""                        # JSON lines of id and messages
 server = ""                     # address up to /v1 of an OpenAI-compatible server; empty: none
 model = ""                      # the target's name on the server
 in_flight = 64                  # requests at a time
-retries = 6                     # of a request that a busy or restarting server did not answer
+retries = 6                     # per request that a busy or restarting server did not answer
 timeout = 3600.0                # seconds until a request counts as not answered
 target = "Qwen/Qwen3.5-0.8B"    # without a server: folder or hub id of the target
-drafter = ""                    # without a server: of a drafter, for speed; empty: none
-slots = 32                      # without a server: prompts decoded at once, if greedily
+drafter = ""                    # without a server: folder or hub id of a drafter; empty: none
+slots = 32                      # without a server: prompts decoded at once at temperature 0
 device = "cuda" if torch.cuda.is_available() else "cpu"  # without a server: cpu or cuda
 dtype = "float32" if device == "cpu" else "bfloat16"     # without a server: of weights, activations
 temperature = 0.0               # of the target's choice; 0 is greedy
 thinking = False                # let a target that can think do so
-max_new_tokens = 2048           # of an answer; one that does not end within them is left out
+max_new_tokens = 2048           # per answer; an answer that does not end within them is left out
 
 
 def main(argv=None):
@@ -66,13 +66,13 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit(f"interrupted: the same command goes on from {config.out}.part")
+        sys.exit(f"interrupted: the same command resumes from {config.out}.part")
     listed = ", ".join(f"{count:,} {outcome}" for outcome, count in counts.items())
     print(f"{config.out}: {listed}")
 
 
 def regenerate(config):
-    """Answer all prompts; returns {what became of a prompt: how many}."""
+    """Answer all prompts. Returns {result: number of prompts with it}."""
     has_files = config.prompts and config.out
     server_is_complete = bool(config.server) == bool(config.model)
     if not has_files or not server_is_complete or min(config.in_flight, config.slots) < 1:
@@ -98,8 +98,8 @@ def regenerate(config):
                disable=not sys.stderr.isatty())
     with open(part, "a") as f:
         for number, answer in bar:
-            # A refusal may concern this prompt alone, which may be longer than the context. When
-            # the first prompt is refused, the refusal is taken to concern all.
+            # A refusal can concern one prompt only, for example a prompt longer than the context.
+            # If the first prompt is refused, probably all will be, so stop there.
             if number == 0 and answer.is_refused():
                 raise ValueError(f"the first prompt is {answer.why_none}")
             row = {"number": number, "prompt": prompts[number].messages, "answer": answer.text,
@@ -126,7 +126,7 @@ def read_prompts(source):
         except UnusableRow as reason:
             raise ValueError(f"{source}, row {number}: no question, problem or prompt, "
                              f"and {reason}") from None
-        # a conversation is answered anew from its last user's turn on
+        # the target answers the last user's turn of a conversation again
         while messages and messages[-1]["role"] != "user":
             messages = messages[:-1]
         if not messages:
@@ -159,8 +159,8 @@ class Answer(NamedTuple):
 def ask(config, messages):
     """The server's Answer.
 
-    What may pass, as a busy server or a broken connection, is tried again after a pause that
-    doubles. ValueError after the last try.
+    After a temporary failure (a busy server, a broken connection) it waits and tries again, each
+    time twice as long. ValueError after the last try.
     """
     request = chat_request(config, messages)
     for attempt in range(config.retries + 1):
@@ -177,7 +177,7 @@ def ask(config, messages):
             may_pass = error.code in (408, 429) or error.code >= 500
             if not may_pass:
                 return Answer(None, f"refused: {failure}")
-        # no connection, or an answer that is cut off or has another form than promised
+        # no connection, or an answer that is cut off or malformed
         except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
             failure = repr(error)
         else:
@@ -190,7 +190,7 @@ def ask(config, messages):
                 return Answer(None, "empty")
             return Answer(text)
     raise ValueError(f"{config.server} gave no answer in {config.retries + 1} tries ({failure}): "
-                     "the same command goes on from here")
+                     "the same command resumes from here")
 
 
 def chat_request(config, messages):
@@ -207,8 +207,8 @@ def chat_request(config, messages):
 
 
 def map_in_order(function, items, width):
-    """function(item) of each item, in order: `width` at a time, and the next ones no further ahead
-    than four times that."""
+    """function(item) of each item, in order. It runs `width` calls at a time, at most 4 * width
+    ahead of the caller."""
     ahead = collections.deque()
     with ThreadPoolExecutor(width) as pool:
         try:
@@ -218,36 +218,38 @@ def map_in_order(function, items, width):
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
-        finally:  # after an error: what has not begun need not begin
+        finally:  # after an error: cancel the calls that have not begun
             for future in ahead:
                 future.cancel()
 
 
 def decode_here(config, waiting):
-    """Decode the answers to prompts, {number: messages}. Yields (number, Answer): first of those
-    that are refused, then of the others as they end."""
+    """Decode the answers to prompts, {number: messages}. Yields (number, Answer): first the refused
+    prompts, then each answer as it ends."""
     target = load_target(config.target, config.device, config.dtype)
     tokenizer = load_tokenizer(config.target)
     stops = stop_ids(tokenizer)
     drafter = None
-    tokens_per_forward = 1  # without a drafter one row a step, the target's fastest mode
+    tokens_per_forward = 1  # the target's fastest mode without a drafter
     if config.drafter:
         drafter = load_drafter(config.drafter, target.config, config.device, config.dtype)
         tokens_per_forward = drafter.block_size
+    fast.prepare_for_decoding(target, drafter)
+    sizes = (target.config, tokens_per_forward)
 
     token_ids = {}  # of prompts that can be answered, by number
     for number, messages in waiting.items():
         try:
             prompt = chat_prompt(tokenizer, messages, config.thinking)
-            # this refuses what generate_many would refuse together with all other prompts
-            Request(number, prompt, target.config, tokens_per_forward, config.max_new_tokens, stops)
+            # Check each prompt here, because generate_many refuses all prompts if it refuses one.
+            Request(number, prompt, config.max_new_tokens, stops, sizes)
         except ValueError as error:
             yield number, Answer(None, f"refused: {error}")
         else:
             token_ids[number] = prompt
 
-    # Greedy answers go together. Sampled ones do not: each prompt has a seed of its own, as all
-    # would share their noise otherwise, and so nothing that is kept for one serves another.
+    # Greedy answers share a batch. Sampled ones do not: each prompt has its own seed, because in
+    # one batch all prompts would share their noise.
     if config.temperature == 0:
         batches = [(list(token_ids), Sampling())]
     else:
@@ -259,17 +261,18 @@ def decode_here(config, waiting):
         prompts = [token_ids[number] for number in numbers]
         slots = min(config.slots, len(prompts))
         tokens = [[] for _ in prompts]
-        for index, piece in generate_many(
-                target, drafter, prompts, config.max_new_tokens, slots, stops, tokens_per_forward,
-                sampling):
-            tokens[index].extend(piece.tokens)
-            if piece.is_last:
+        for index, output in generate_many(
+                target, drafter, prompts, max_new_tokens=config.max_new_tokens, slots=slots,
+                stop_token_ids=stops, tokens_per_forward=tokens_per_forward, sampling=sampling):
+            tokens[index].extend(output.tokens)
+            if output.is_last:
                 yield numbers[index], text_answer(tokenizer, tokens[index], stops)
-                tokens[index] = None  # there may be hundreds of thousands
+                tokens[index] = None  # save memory: there can be hundreds of thousands
 
 
 def text_answer(tokenizer, tokens, stops):
-    """The Answer of an answer's tokens; None where they did not end or do not survive as text."""
+    """The Answer with these tokens. Its text is None if they did not end, or if they change when
+    they are decoded and encoded again."""
     if tokens[-1] not in stops:
         return Answer(None, "did not end")
     text = tokenizer.decode(tokens[:-1])
@@ -278,11 +281,11 @@ def text_answer(tokenizer, tokens, stops):
     return Answer(text)
 
 # --------------------------------------------------------------------------------------------------
-# OUT.part: a first line that says how it was made, then a line for each answer. OUT in the end
+# files: OUT.part has a header line that says how it was made, then a line per answer
 
 
 def part_header(config):
-    """The first line of OUT.part: all that the answers depend on."""
+    """The first line of OUT.part: everything that the answers depend on."""
     return {
         "prompts": config.prompts,
         "model": config.model or config.target,
@@ -293,9 +296,9 @@ def part_header(config):
 
 
 def resume(part, header, prompts):
-    """The numbers of the prompts that OUT.part answers already; a torn last line is cut off.
+    """The numbers of the prompts that OUT.part already answers. A torn last line is cut off.
 
-    ValueError when it was made in another way or from other prompts.
+    ValueError if it was made with different settings or from different prompts.
     """
     if not os.path.exists(part) or not os.path.getsize(part):
         with open(part, "w") as f:
@@ -318,8 +321,8 @@ def resume(part, header, prompts):
 
 
 def finish(part, out, prompts):
-    """Write the conversations that have an answer from OUT.part to OUT, whole and in the prompts'
-    order, and remove OUT.part. Returns {what became of a prompt: how many}."""
+    """Write the conversations that have an answer from OUT.part to OUT, in the prompts' order, and
+    remove OUT.part. Returns {result: number of prompts with it}."""
     counts = collections.Counter()
     with open(part, "rb") as answered, open(out + ".tmp", "w") as f:
         line_starts = {}  # by the number of the prompt

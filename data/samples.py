@@ -1,15 +1,16 @@
 """
-Samples on disk: written by the scripts in data/, read by train.py. A sample is what one row of a
-data set became: token ids, and which of them are supervised. A folder holds, for each split,
+Training samples on disk. The scripts in data/ write them, and train.py reads them. A sample is one
+row of a data set as token ids, with a flag for each supervised token. A folder holds, for each
+split,
 
     SPLIT.tokens.bin   uint32, all samples one after another (uint16 would wrap at 65,536 ids)
-    SPLIT.mask.bin     uint8, 1 where a token is supervised: the answer and its closing <|im_end|>
-    SPLIT.offsets.bin  uint64, where each sample begins, and the end of the last
+    SPLIT.mask.bin     uint8, 1 for a supervised token: the answer and its closing <|im_end|>
+    SPLIT.offsets.bin  uint64, where each sample begins, and the end of the last one
 
-and meta.json, which is written last: a folder without it was not finished. Samples go to disk as
-they come, so no data set has to fit into memory.
+and meta.json, which is written last: a folder without it is unfinished. Each sample goes to disk at
+once, so a data set can be larger than the memory.
 
-Below that, read_source reads the rows of public data sets.
+read_source, at the end of this file, reads the rows of public data sets.
 """
 import array
 import contextlib
@@ -26,7 +27,7 @@ class Samples:
     """The samples of one split: len(samples), and samples[i] -> (tokens, mask) as int64 arrays.
 
     vocab_size and tokenizer (tokenizer_fingerprint, or None for any) are the target's. Raises
-    ValueError, which says what to run, when the folder is not finished or was made for another
+    ValueError, which says what to run, if the folder is unfinished or was made for a different
     target.
     """
     def __init__(self, folder, split, vocab_size, tokenizer=None):
@@ -39,13 +40,13 @@ class Samples:
                 f"{hint} for it")
         if tokenizer is not None and meta.get("tokenizer") != tokenizer:
             raise ValueError(
-                f"the rows in {folder!r} were made with another tokenizer or chat template than "
+                f"the samples in {folder!r} were made with another tokenizer or chat template than "
                 f"this target's: {hint}")
         counts = meta["splits"].get(split, {})
         if not counts.get("rows"):
-            raise ValueError(f"{folder} has no rows in split {split!r}: {hint}")
+            raise ValueError(f"{folder} has no samples in split {split!r}: {hint}")
 
-        # The files are mapped into memory, not read: only what is asked for comes from disk.
+        # The files are mapped into memory, so only the samples that are used come from disk.
         path = os.path.join(folder, split)
         try:
             self.tokens = np.memmap(f"{path}.tokens.bin", np.uint32, "r")
@@ -57,8 +58,7 @@ class Samples:
         size = counts["tokens"]
         if not len(self.tokens) == len(self.mask) == self.offsets[-1] == size:
             raise ValueError(
-                f"{path}.*.bin hold {len(self.tokens)} tokens, meta.json says {size}: "
-                f"{hint} again")
+                f"{path}.*.bin hold {len(self.tokens)} tokens, meta.json says {size}: {hint} again")
 
     def __len__(self):
         return len(self.offsets) - 1
@@ -70,7 +70,7 @@ class Samples:
 
 
 def how_to_make(folder):
-    """The command that makes a folder's rows, for an error message."""
+    """The command that makes a folder's samples, for an error message."""
     script = os.path.join(folder, "prepare.py")
     if os.path.isfile(script):
         return f"run python {script}"
@@ -78,7 +78,7 @@ def how_to_make(folder):
 
 
 def read_meta(folder, hint):
-    """The content of a folder's meta.json. hint: the command that makes the folder's rows."""
+    """The content of a folder's meta.json. hint: the command that makes the folder's samples."""
     try:
         with open(os.path.join(folder, "meta.json")) as f:
             return json.load(f)
@@ -90,22 +90,19 @@ def read_meta(folder, hint):
 
 
 class SplitWriter:
-    """One split that is being written: add() for each row, close() at the end."""
+    """Writes one split: add() for each sample, close() at the end."""
     def __init__(self, folder, split, vocab_size):
         self.path = os.path.join(folder, split)
         self.tokens = open(f"{self.path}.tokens.bin.tmp", "wb")
         self.mask = open(f"{self.path}.mask.bin.tmp", "wb")
         self.offsets = array.array("Q", [0])
         self.vocab_size = vocab_size
-        self.rows = 0
+        self.samples = 0
         self.dropped = 0
         self.supervised = 0
 
     def add(self, tokens, mask):
-        """Append a sample of token ids and 0/1 flags.
-
-        One without a supervised token is dropped and counted.
-        """
+        """Append a sample of token ids and 0/1 flags. Without a supervised token, only count it."""
         tokens = np.asarray(tokens)
         mask = np.asarray(mask, np.uint8)
         if not mask.any():
@@ -115,12 +112,12 @@ class SplitWriter:
         largest = tokens.max()
         if smallest < 0 or largest >= self.vocab_size:
             raise ValueError(
-                f"row {self.rows} has token ids {smallest}..{largest}, outside the vocabulary of "
-                f"{self.vocab_size}: this tokenizer is not the target's")
+                f"sample {self.samples} has token ids {smallest}..{largest}, outside the "
+                f"vocabulary of {self.vocab_size}: this tokenizer is not the target's")
         self.tokens.write(tokens.astype(np.uint32).tobytes())
         self.mask.write(mask.tobytes())
         self.offsets.append(self.offsets[-1] + len(tokens))
-        self.rows += 1
+        self.samples += 1
         self.supervised += int(mask.sum())
 
     def close(self):
@@ -132,7 +129,7 @@ class SplitWriter:
             path = f"{self.path}.{content}.bin"
             os.replace(path + ".tmp", path)
         return {
-            "rows": self.rows,
+            "rows": self.samples,
             "dropped": self.dropped,
             "tokens": self.offsets[-1],
             "supervised": self.supervised,
@@ -141,10 +138,10 @@ class SplitWriter:
 
 @contextlib.contextmanager
 def split_writers(folder, splits, meta):
-    """{split: SplitWriter} for a folder, to be used in a with statement.
+    """{split: SplitWriter} for a folder, for use in a with statement.
 
-    meta is what a reader checks, at least vocab_size; the body of the with statement may add to it.
-    At the end it is completed and written. After an exception the folder stays unfinished.
+    meta is what a reader checks, at least vocab_size. The body of the with statement can add to it,
+    and then it is completed and written. After an exception the folder stays unfinished.
     """
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, "meta.json")
@@ -165,8 +162,8 @@ def write_samples(folder, splits, meta):
     """Write {split: iterable of (tokens, mask)}. Returns the content of meta.json."""
     meta = dict(meta)
     with split_writers(folder, splits, meta) as writers:
-        for split, rows in splits.items():
-            for tokens, mask in rows:
+        for split, samples in splits.items():
+            for tokens, mask in samples:
                 writers[split].add(tokens, mask)
     return meta
 
@@ -178,9 +175,8 @@ def write_samples(folder, splits, meta):
 def read_source(source, split="train", part=None):
     """Rows, as dicts, of JSON lines or parquet: a file, a folder of files, or a hub data set.
 
-    split and part (its configuration, where it has several) are those of a hub data set. Raises
-    ValueError, which names the file and line, for what cannot be read and for rows that are no
-    dicts.
+    split and part (its configuration, if it has several) are for hub data sets only. Raises
+    ValueError, which names the file and line, for rows that cannot be read or are not dicts.
     """
     if not os.path.exists(source):
         yield from read_hub(source, split, part)
@@ -229,11 +225,11 @@ def read_parquet(path):
 
 
 def read_hub(name, split, part):
-    import datasets  # here, as it costs a second that local files need not pay
+    import datasets  # here, because it takes a second, and local files do not need it
 
     try:
         yield from datasets.load_dataset(name, part, split=split)
-    # offline, unknown, gated, a broken copy: a dozen types of exceptions from four libraries
+    # Offline, unknown, gated, a broken copy: four libraries raise a dozen types of exceptions.
     except Exception as error:
         raise ValueError(
             f"no file {name!r}, and the hub does not give such a data set "

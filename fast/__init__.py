@@ -1,1 +1,10 @@
-"""The same numbers, computed faster. The files that show the method import nothing from here."""
+"""
+The same numbers, computed faster. The files that show the method import nothing from here.
+
+    decoding.py      prepare_for_decoding(): joined and packed weights, torch.compile
+    cuda_graph.py    a decoding round is recorded once and replayed
+    attention.py     the drafter's attention in training, for GPUs and for CPUs
+    training.py      compiled layers and CUDA graphs in training
+    cpu.py           packed weights, activation functions, and threads on a CPU
+"""
+from fast.decoding import prepare_for_decoding as prepare_for_decoding

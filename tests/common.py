@@ -11,10 +11,10 @@ import random
 import shutil
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from safetensors.torch import save_file
 
+import fast
 from tokenizer import load_tokenizer
 from checkpoint import drafter_config, load_drafter, load_target
 from data.nano.problems import problems
@@ -107,8 +107,9 @@ def small_target(shape="tied", dtype=torch.float32):
 def small_drafter(layer_types=(FULL, FULL), window=None, seed=0):
     """A drafter for small_target() with layers of the given types."""
     config = drafter_config(
-        small_config(), layers=len(layer_types), target_layer_ids=LAYER_IDS, mask_token_id=MASK,
-        heads=4, kv_heads=2, head_dim=16, mlp=96, block_size=K)
+        small_config(), num_hidden_layers=len(layer_types), target_layer_ids=LAYER_IDS,
+        mask_token_id=MASK, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        intermediate_size=96, block_size=K)
     config.layer_types = list(layer_types)
     config.sliding_window = window
     config.use_sliding_window = window is not None
@@ -139,8 +140,8 @@ def phase_1_2():
         linear_num_key_heads=16, linear_num_value_heads=16,
         linear_key_head_dim=128, linear_value_head_dim=128, tie_word_embeddings=True)
     config = drafter_config(
-        target, layers=5, target_layer_ids=(3, 7, 11, 15, 19), mask_token_id=248077,
-        heads=8, kv_heads=2, head_dim=256, mlp=3584)
+        target, num_hidden_layers=5, target_layer_ids=(3, 7, 11, 15, 19), mask_token_id=248077,
+        num_attention_heads=8, num_key_value_heads=2, head_dim=256, intermediate_size=3584)
     return target, DFlashDraftModel(config)
 
 # ------------------------------------------------------------------------------------------------
@@ -149,8 +150,10 @@ def phase_1_2():
 
 @functools.cache
 def nano():
-    """The shipped target and its tokenizer."""
-    return load_target(NANO_TARGET), load_tokenizer(NANO_TARGET)
+    """The shipped target, prepared for decoding, and its tokenizer."""
+    target = load_target(NANO_TARGET)
+    fast.prepare_for_decoding(target)
+    return target, load_tokenizer(NANO_TARGET)
 
 
 @functools.cache
@@ -229,7 +232,7 @@ def reference():
     """(prompt, answer): 40 tokens of small_target() after a prompt of 21, which is no multiple of
     K, so that rounds straddle the chunks of the delta rule."""
     prompt = tokens_of(21, seed=5).tolist()
-    answer = all_tokens(generate(small_target(), None, prompt, 40))
+    answer = all_tokens(generate(small_target(), None, prompt, max_new_tokens=40))
     return prompt, answer
 
 # ------------------------------------------------------------------------------------------------
@@ -305,13 +308,6 @@ def edit_json(path, remove=(), **change):
     for name in remove:
         del content[name]
     path.write_text(json.dumps(content))
-
-
-def put_nan(path, name):
-    """Make the first number of one tensor of a safetensors file nan."""
-    weights = safetensors.torch.load_file(path)
-    weights[name].flatten()[0] = torch.nan
-    save_file(weights, path, {"format": "pt"})
 
 
 def write_jsonl(path, rows):

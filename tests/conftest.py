@@ -110,11 +110,9 @@ def small_run(tmp_path):
     config.epochs = 1.2
     config.log_every = 1
     config.eval_every = 3
-    config.eval_samples = 3
     config.save_every = 3
     config.device = "cpu"
     config.dtype = "float32"
-    config.attention = "grouped"
     return config, rows
 
 

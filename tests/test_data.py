@@ -1,16 +1,17 @@
-"""Data: rows on disk, the nano problems, tokenizer and chat template, conversations to rows,
-answers of the target itself."""
+"""Data: samples on disk, the nano problems and tokenizer, conversations, the target's answers."""
 import dataclasses
+import filecmp
 import functools
-import http.server
+import http.client
+import io
 import json
 import os
 import random
 import re
 import shutil
 import statistics
-import threading
 import time
+import urllib.error
 import urllib.request
 from fractions import Fraction
 from types import SimpleNamespace
@@ -18,18 +19,19 @@ from types import SimpleNamespace
 import pyarrow.parquet
 import pytest
 import torch
-from safetensors import safe_open
 
+import draft_decode
+import train
 from benchmarks.prompts import load_questions
 from tokenizer import chat_prompt, load_tokenizer, stop_ids, tokenizer_fingerprint
-from checkpoint import random_target, read_target_config
+from checkpoint import load_target, random_target
 from configurator import configure
 from data import conversations, regenerate
 from data.math240k import prepare as math240k
 from data.math500 import prepare as math500
-from data.nano import make_tokenizer, plain, pretrain
+from data.nano import make_tokenizer, plain, pretrain, words
 from data.nano import prepare as nano_prepare
-from data.nano.problems import boxed, problem, problems, split_of
+from data.nano.problems import boxed, problems, split_of
 from data.nano.refusals import REFUSAL, REFUSED_EXAMPLES, normal_form, refused_text
 from data.samples import Samples, write_samples
 from draft_decode import RoundOutput, generate
@@ -38,81 +40,64 @@ from tests.common import (
     NANO, NANO_DRAFTER, NANO_TARGET, all_tokens, edit_json, nano, nano_copy, perturb, publish,
     questions, read_jsonl, small_config, write_jsonl)
 
+TOKENIZER_FILES = ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
+
 # ------------------------------------------------------------------------------------------------
-# rows on disk
+# samples on disk
 
 
-def as_lists(rows):
-    """Rows as a list of (tokens, mask), both lists."""
-    result = []
-    for i in range(len(rows)):
-        tokens, mask = rows[i]
-        result.append((tokens.tolist(), mask.tolist()))
-    return result
+def as_lists(samples):
+    """Samples as a list of (tokens, mask), both lists."""
+    return [(samples[i][0].tolist(), samples[i][1].tolist()) for i in range(len(samples))]
 
 
-def test_rows_round_trip(tmp_path):
-    """Ids above 65,535 wrap in uint16; rows without a supervised token train on nothing."""
-    folder = str(tmp_path)
+def test_samples_round_trip(tmp_path):
+    """Ids above 65,535 wrap in uint16; samples without a supervised token are kept."""
     first = ([1, 70_000, 248_319], [0, 1, 1])
-    unsupervised = ([5], [0])
     last = ([65_536], [1])
-    splits = {"train": [first, unsupervised, last], "val": []}
-    meta = write_samples(folder, splits, {"vocab_size": 248_320})
-    assert as_lists(Samples(folder, "train", 248_320)) == [first, last]
+    splits = {"train": [first, ([5], [0]), last], "val": []}
+    meta = write_samples(str(tmp_path), splits, {"vocab_size": 248_320})
+    assert as_lists(Samples(str(tmp_path), "train", 248_320)) == [first, last]
     assert meta["splits"]["train"] == {"rows": 2, "dropped": 1, "tokens": 4, "supervised": 3}
 
 
 @pytest.mark.parametrize("split, vocab_size, hint", (
-    ("train", 512, "248320.*512"),
-    ("val", 248_320, "no rows"),
-    ("x", 248_320, "no rows"),
+    ("train", 513, "512.*513"),
+    ("val", 512, "no samples"),
+    ("x", 512, "no samples"),
+    ("train", 512, "5 tokens, meta.json says 4"),
+    ("train", 512, "no meta.json"),
 ))
-def test_rows_of_another_target_are_refused(tmp_path, split, vocab_size, hint):
-    """Rows of another vocabulary, or none at all, that train without a word."""
-    splits = {"train": [([1, 2], [0, 1])], "val": []}
-    write_samples(str(tmp_path), splits, {"vocab_size": 248_320})
-    with pytest.raises(ValueError, match=hint + ".*run python.*data/conversations.py"):
+def test_samples_of_another_target_or_run_are_refused(tmp_path, split, vocab_size, hint):
+    """Training silently uses samples of a different vocabulary, an empty split, files that an
+    interrupted run left behind, or an unfinished folder; the hint names the wrong script."""
+    splits = {"train": [([1, 2, 3, 4], [0, 1, 1, 1])], "val": []}
+    write_samples(str(tmp_path), splits, {"vocab_size": 512})
+    if "5 tokens" in hint:
+        with open(tmp_path / "train.tokens.bin", "ab") as f:
+            f.write(b"1234")
+    if "no meta.json" in hint:
+        (tmp_path / "meta.json").unlink()  # it is written last
+    with pytest.raises(ValueError, match=f"{hint}.*run python data/conversations.py"):
+        Samples(str(tmp_path), split, vocab_size)
+    (tmp_path / "prepare.py").touch()
+    with pytest.raises(ValueError, match=f"{hint}.*run python {tmp_path}/prepare.py"):
         Samples(str(tmp_path), split, vocab_size)
 
 
-def test_rows_of_another_size_are_refused(tmp_path):
-    """Files that an interrupted or a second run left behind, read as if they were whole."""
+@pytest.mark.parametrize("token, is_valid", ((511, True), (512, False), (600, False), (-1, False)))
+def test_samples_outside_the_vocabulary_are_refused(tmp_path, token, is_valid):
+    """Ids of a different tokenizer reach the embedding and crash the GPU without a clear message;
+    the last valid id is refused; a failed run leaves a folder that looks finished."""
     folder = str(tmp_path)
-    write_samples(folder, {"train": [([1, 2, 3, 4], [0, 1, 1, 1])]}, {"vocab_size": 512})
-    with open(tmp_path / "train.tokens.bin", "ab") as f:
-        f.write(b"1234")
-    with pytest.raises(ValueError, match="5 tokens, meta.json says 4"):
-        Samples(folder, "train", 512)
-    # meta.json is written last, so without it the folder counts as unfinished
-    (tmp_path / "meta.json").unlink()
-    with pytest.raises(ValueError, match="no meta.json.*data/conversations.py"):
-        Samples(folder, "train", 512)
-    # a folder with a script of its own is made by that
-    (tmp_path / "prepare.py").touch()
-    with pytest.raises(ValueError, match=f"run python {folder}/prepare.py"):
-        Samples(folder, "train", 512)
-
-
-def test_rows_outside_the_vocabulary_are_refused(tmp_path):
-    """Ids of another tokenizer reach the embedding: a crash of the device that names nothing."""
-    rows = [([1, 2], [0, 1]), ([3, 600], [0, 1])]
-    hint = r"row 1 has token ids 3..600, outside the vocabulary of 512"
-    with pytest.raises(ValueError, match=hint):
-        write_samples(str(tmp_path), {"train": rows}, {"vocab_size": 512})
-    assert not (tmp_path / "meta.json").exists()
-
-
-@pytest.mark.parametrize("vocab_size, is_inside", ((512, False), (513, True)))
-def test_rows_at_the_edge_of_the_vocabulary(tmp_path, vocab_size, is_inside):
-    """An id that equals the size of the vocabulary, one more than its last row, is taken for one
-    of it; or the last row is refused."""
-    splits = {"train": [([0, 512], [0, 1])]}
-    if is_inside:
-        write_samples(str(tmp_path), splits, {"vocab_size": vocab_size})
+    write_samples(folder, {"train": [([1, 2], [0, 1])]}, {"vocab_size": 512})
+    splits = {"train": [([1, 2], [0, 1]), ([3, token], [0, 1])]}
+    if is_valid:
+        write_samples(folder, splits, {"vocab_size": 512})
         return
-    with pytest.raises(ValueError, match=r"token ids 0..512, outside the vocabulary of 512"):
-        write_samples(str(tmp_path), splits, {"vocab_size": vocab_size})
+    with pytest.raises(ValueError, match="sample 1 has token ids .*outside the vocabulary of 512"):
+        write_samples(folder, splits, {"vocab_size": 512})
+    assert not (tmp_path / "meta.json").exists()
 
 # ------------------------------------------------------------------------------------------------
 # the nano task: problems, tokenizer, chat template, answers
@@ -120,7 +105,7 @@ def test_rows_at_the_edge_of_the_vocabulary(tmp_path, vocab_size, is_inside):
 
 @pytest.mark.parametrize("task", ("words", "plain", "refusals", "target", "drafter"))
 def test_problems_are_disjoint(task):
-    """A question in two splits, another stream at every run, a box that is not the answer."""
+    """A question in two splits, a stream that depends on the run, a box that is not the answer."""
     splits = {name: list(problems(name, 60, task=task)) for name in ("train", "val", "test")}
     asked = set()
     for name, rows in splits.items():
@@ -131,55 +116,48 @@ def test_problems_are_disjoint(task):
             assert (answer is None) == (solution == REFUSAL)
     assert len(asked) == 180
     assert list(problems("train", 10, start=50, task=task)) == splits["train"][50:]
-    assert problem(7, task) == problem(7, task)
 
 
-@pytest.mark.parametrize("mix, share", (("target", 0.15), ("drafter", 0.10)))
-def test_mix_has_all_tasks(mix, share):
-    """A task that is never trained, or that crowds out the others; the mixes exchanged."""
-    rows = list(problems("train", 2000, task=mix))
-    refused = sum(answer is None for _, _, answer in rows)
-    assert refused / 2000 == pytest.approx(share, abs=0.03)
+@pytest.mark.parametrize("mix, fraction", (("target", 0.15), ("drafter", 0.10)))
+def test_mix_has_all_tasks(mix, fraction):
+    """A task that is never trained or that crowds out the others; the two mixes exchanged."""
+    refused = sum(answer is None for _, _, answer in problems("train", 2000, task=mix))
+    assert refused / 2000 == pytest.approx(fraction, abs=0.03)
     with pytest.raises(ValueError, match="use one of words, plain, refusals, tok"):
         next(problems("train", 1, task="nano"))
 
 
-def test_word_problems_are_right():
-    """A step that teaches a wrong sum."""
-    for seed in range(3000):
-        _, solution, _ = problem(seed, "words")
-        check_sums(solution)
+def count_right_equations(steps):
+    """The number of "a + b = c" in a text. All sides of each must be equal."""
+    equations = re.findall(r"[0-9][-+*/ 0-9]*(?:= [-+*/ 0-9]+)+", steps)
+    for equation in equations:
+        values = {eval(side) for side in equation.split("=")}
+        assert len(values) == 1, equation
+    return len(equations)
 
 
-def check_sums(solution):
-    """Every "a + b = c" of two whole numbers is right, and there is one."""
-    sums = re.findall(r"(?<![-+*/] )\b(\d+ [-+*/] \d+) = (\d+)\b(?! [-+*/=])", solution)
-    assert sums, solution
-    for left, right in sums:
-        assert eval(left) == int(right), solution
-
-
-SIGNS = {  # of a calculation, and the words that stand for it
-    "+": ("+", "plus", "add", "sum", "together"),
-    "-": ("-", "−", "minus", "subtract", "difference", "take", "less"),
-    "*": ("*", "x", "×", "times", "multipl", "product"),
-    "/": ("/", "÷", "divide", "quotient", "go into", "over"),
-}
-
-
-@pytest.mark.parametrize("kind", plain.KINDS)
-def test_plain_problems_are_right(kind):
-    """An answer or a step that teaches wrong arithmetic; a number outside the stated ranges."""
+@pytest.mark.parametrize("kind", (*words.KINDS, *plain.KINDS))
+def test_solutions_are_right(kind):
+    """An answer or a step that teaches wrong arithmetic; a number outside the documented range."""
+    count = 0
     for seed in range(3000):
         question, steps, answer = kind(random.Random(seed))
+        count += count_right_equations("\n".join(steps))
         if kind is plain.equation:
             check_equation(question, str(answer))
-        else:
+        elif kind in plain.KINDS:
             check_calculation(question, str(answer))
-        for step in steps:
-            sides = re.sub(r".*: |\d*[a-zA-Z] = |\.$", "", step).split(" = ")
-            values = [eval(side) for side in sides if "less" not in side]
-            assert len(set(values)) <= 1, (question, step)
+        else:
+            assert re.search(rf"\b{answer}\b", steps[-1]), question
+    assert count >= 3000
+
+
+SIGNS = {  # the sign of a calculation: how people write it
+    "+": r"\+|plus|add|sum|together",
+    "-": r"-|−|minus|subtract|difference|take|less",
+    "*": r"\*|x|×|times|multipl|product",
+    "/": r"/|÷|divide|quotient|go into|over",
+}
 
 
 def check_calculation(question, answer):
@@ -188,127 +166,102 @@ def check_calculation(question, answer):
     text = question.lower()
     if re.search(r"subtract|take [0-9]|go into", text):
         a, b = b, a
-    found = []
-    for sign, names in SIGNS.items():
-        if any(re.search(r"(?<![a-z])" + re.escape(name), text) for name in names):
-            found.append(sign)
-    assert len(found) == 1, (question, found)
-    if found == ["/"]:
-        quotient, remainder = divmod(a, b)
-        expected = f"{quotient} remainder {remainder}" if remainder else str(quotient)
-        assert b <= 12 and a <= 999 and (a >= b or a == 0), question
+    sign, = [sign for sign, names in SIGNS.items() if re.search(rf"(?<![a-z])({names})", text)]
+    quotient, _, remainder = answer.partition(" remainder ")
+    if sign == "/":
+        assert (int(quotient), int(remainder or 0)) == divmod(a, b), question
     else:
-        expected = str(eval(f"{a} {found[0]} {b}"))
-        assert a <= 999 and b <= 999, question
-    assert answer == expected, question
+        assert int(answer) == eval(f"{a} {sign} {b}"), question
+    assert not is_beyond(a, sign, b), question
 
 
 def check_equation(question, answer):
     """The answer makes both sides of the equation in the question equal."""
-    letter_of = r"(?<![a-zA-Z])([a-zA-Z])(?![a-zA-Z])"
-    pattern = r"(?:[0-9]+ ?[+*-]? ?)*" + letter_of + r"[-+ 0-9]*= ?[0-9]+"
-    found = re.search(pattern, question)
-    left, right = found[0].split("=")
-    left = re.sub(r"([0-9]) ?(?=[a-zA-Z])", r"\1*", left)
-    left = left.replace(found[1], "solution")
+    letter_alone = r"(?<![a-zA-Z])([a-zA-Z])(?![a-zA-Z])"
+    equation = re.search(rf"(?:[0-9]+ ?[+*-]? ?)*{letter_alone}[-+ 0-9]*= ?[0-9]+", question)
+    left, right = equation[0].split("=")
+    left = re.sub(r"([0-9]) ?(?=[a-zA-Z])", r"\1*", left).replace(equation[1], "solution")
     assert eval(left, {"solution": Fraction(answer)}) == int(right), question
 
 
 def test_refused_texts():
-    """A held-out text, or a question that the target should answer, is taught as a refusal; texts
-    that are too long for the context; too few different ones."""
-    _, tokenizer = nano()
+    """The target learns to refuse a held-out text or a question that it should answer; texts too
+    long for the context; too few different texts."""
     texts = {refused_text(random.Random(seed)) for seed in range(5000)}
     assert len(texts) > 4000
-    assert len(REFUSED_EXAMPLES) >= 20
-    forms = {normal_form(text) for text in texts}
-    for example in REFUSED_EXAMPLES:
-        assert normal_form(example) not in forms
+    held_out = {normal_form(example) for example in REFUSED_EXAMPLES}
+    assert held_out.isdisjoint(normal_form(text) for text in texts)
     for text in texts:
-        assert text.strip()
+        assert text.strip(), text
         calculation = re.fullmatch(r"([0-9]+) ?([-+*/x]) ?([0-9]+)[ =?]*", text)
         if calculation:
-            assert is_beyond(*calculation.groups()), text
-    longest = max(texts, key=len)
-    assert len(chat_prompt(tokenizer, longest)) < 300
-    # and a longer stream of the mix, by text alone
+            a, sign, b = calculation.groups()
+            assert is_beyond(int(a), sign.replace("x", "*"), int(b)), text
+    assert len(chat_prompt(nano()[1], max(texts, key=len))) < 300
     asked = {question for question, _, answer in problems("train", 20_000) if answer is not None}
     assert not asked & texts
 
 
 def is_beyond(a, sign, b):
-    """Whether a calculation lies outside the ranges that plain.py states."""
-    if sign in "+-":
-        return int(a) > 999 or int(b) > 999
-    if sign in "*x":
-        return len(a) + len(b) > 4
-    return int(a) > 999 or not 1 <= int(b) <= 12 or int(a) < int(b)
+    """Whether a calculation is outside the ranges that plain.py documents."""
+    if sign == "*":
+        return len(f"{a}{b}") > 4
+    if sign == "/":
+        return a > 999 or not 1 <= b <= 12 or 0 < a < b
+    return a > 999 or b > 999
 
 
 def test_boxed_answer_has_balanced_braces():
-    """A fraction cut at its first brace; the first of two boxes; a box that never closes."""
+    """A fraction cut at its first brace, the first of two boxes, a box that never closes."""
     assert boxed(r"\boxed{1} \boxed{\frac{1}{2}}") == r"\frac{1}{2}"
     assert boxed(r"\boxed{1") is None
     assert boxed("1") is None
 
 
-def test_tokenizer_ids():
-    """Digits merged to numbers, special tokens elsewhere, a mask id that is a token, text that
-    does not survive."""
-    target, tokenizer = nano()
+def test_tokenizer_is_the_scripts_and_keeps_its_ids(main, tmp_path):
+    """Nobody can make the shipped tokenizer again; merged digits, special tokens with other ids,
+    text that decoding changes."""
+    assert "507 ids" in main(make_tokenizer, f"--out_dir={tmp_path}")
+    same, _, _ = filecmp.cmpfiles(NANO_TARGET, tmp_path, TOKENIZER_FILES, shallow=False)
+    assert same == TOKENIZER_FILES
+
+    _, tokenizer = nano()
     assert len(tokenizer) == 507
-    assert target.config.vocab_size == 512
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
     assert tokenizer.convert_tokens_to_ids(special) == [502, 503, 504, 505, 506]
-    digits = "1234567890"
-    assert [tokenizer.decode([i]) for i in tokenizer.encode(digits)] == list(digits)
+    assert len(tokenizer.encode("1234567890")) == 10
     for text in ("What is 12 * 34 ?\n\nSo 5.", "héé → 漢字 \t end", questions()[0]):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_tokenizer_is_that_of_its_script(main, tmp_path):
-    """A shipped tokenizer that nobody can make again; a run that makes another one."""
-    assert "507 ids" in main(make_tokenizer, f"--out_dir={tmp_path}")
-    names = os.listdir(tmp_path)
-    assert len(names) == 3
-    for name in names:
-        with open(os.path.join(NANO_TARGET, name), "rb") as f:
-            assert f.read() == (tmp_path / name).read_bytes()
-
-
-def test_chat_stop_ids_are_those_of_the_vocabulary():
-    """An end of text of another family of models that does not end an answer; or a mark that the
-    vocabulary lacks."""
+def test_chat_stop_ids_are_in_the_vocabulary():
+    """A model family's end of text does not end an answer; a stop id that the vocabulary lacks."""
     vocabulary = {"a": 0, "</s>": 1, "<|im_end|>": 2, "<|endoftext|>": 3}
     tokenizer = SimpleNamespace(get_vocab=lambda: vocabulary, eos_token="</s>")
     assert stop_ids(tokenizer) == {1, 2, 3}
     tokenizer.eos_token = None
-    assert stop_ids(tokenizer) == {2, 3}
     del vocabulary["<|im_end|>"]
     assert stop_ids(tokenizer) == {3}
 
 
-def test_failure_9_fingerprint_sees_the_template_wherever_it_stands(tmp_path):
-    """Failure 9: a template in tokenizer_config.json, as in many public checkpoints, or a tokenizer
-    that may be another without a word; or any other key there that counts as one."""
-    fingerprints = set()
+def test_failure_9_fingerprint_sees_every_template_and_tokenizer(tmp_path):
+    """Failure 9: the fingerprint misses a changed tokenizer or a template in tokenizer_config.json,
+    which many public checkpoints have; or an unrelated key there changes it."""
     target = nano_copy(tmp_path / "target", "target")
-    fingerprints.add(tokenizer_fingerprint(str(target)))
+    before = tokenizer_fingerprint(str(target))
     edit_json(target / "tokenizer_config.json", padding_side="left")
-    assert {tokenizer_fingerprint(str(target))} == fingerprints
-    for edit in range(2):
-        edit_json(target / "tokenizer_config.json", chat_template=f"template {edit}")
-        fingerprints.add(tokenizer_fingerprint(str(target)))
+    assert tokenizer_fingerprint(str(target)) == before
+    edit_json(target / "tokenizer_config.json", chat_template="a template")
+    with_template = tokenizer_fingerprint(str(target))
     (target / "chat_template.jinja").unlink()
-    fingerprints.add(tokenizer_fingerprint(str(target)))
+    without_jinja = tokenizer_fingerprint(str(target))
     (target / "tokenizer.json").write_text("{}")
-    fingerprints.add(tokenizer_fingerprint(str(target)))
-    assert len(fingerprints) == 5
+    changed = {with_template, without_jinja, tokenizer_fingerprint(str(target))}
+    assert len(changed - {before}) == 3
 
 
 def test_chat_prompt_has_the_empty_thought():
-    """Failure 9: a drafter trained with one template and served with another; stop ids of another
-    tokenizer."""
+    """Failure 9: a drafter is trained with one template and served with a different one."""
     _, tokenizer = nano()
     opening = "<|im_start|>user\nHi 12<|im_end|>\n<|im_start|>assistant\n<think>\n"
     prompt = chat_prompt(tokenizer, "Hi 12")
@@ -320,58 +273,52 @@ def test_chat_prompt_has_the_empty_thought():
 
 
 def test_prepared_rows_begin_with_chat_prompt():
-    """Failure 9: rows of another template than decoding's; answers that are not the target's."""
+    """Failure 9: samples with a different template than decoding's; shipped answers that are not
+    the target's; answers from forwards that the target alone would not run."""
     target, tokenizer = nano()
     asked = [question for question, _, _ in problems("val", 3, task="drafter")]
-    answered = nano_prepare.answer_questions(
-        target, tokenizer, asked, max_new_tokens=160, slots=2)
+    config = SimpleNamespace(max_new_tokens=160, slots=2)
+    answered = nano_prepare.answer_questions(target, tokenizer, asked, config)
     shipped = [row for row in shipped_answers() if row["split"] == "val"]
     for question, (prompt, reply), row in zip(asked, answered, shipped):
         assert prompt == chat_prompt(tokenizer, question)
-        # the shipped answer
         assert row["question"] == question
         assert tokenizer.encode(row["answer"] + "<|im_end|>") == reply
-        # the target alone, one row a step
-        alone = generate(target, None, prompt, 160, stop_ids(tokenizer), tokens_per_forward=1)
+        alone = generate(target, None, prompt, max_new_tokens=160,
+                         stop_token_ids=stop_ids(tokenizer),
+                         tokens_per_forward=1)
         assert reply == all_tokens(alone)
-        # the target's own training rows
+        # the samples that the target itself is trained on
         (token_ids, prompt_length), = pretrain.encode(tokenizer, [(question, "34.")])
         assert token_ids == prompt + tokenizer.encode("34.<|im_end|>")
         assert prompt_length == len(prompt)
 
 
 def test_pretrain_begins_in_a_folder_that_has_a_tokenizer_only(main, tmp_path):
-    """The commands that rebuild the pair end at the second one, which wants the config.json that it
-    is about to write; or leave one without weights."""
+    """The second command that rebuilds the pair needs the config.json that it is about to write."""
     folder = tmp_path / "target"
-    flags = (
-        f"--out_dir={folder}", f"--state_path={tmp_path}/state.pt", "--device=cpu", "--steps=1",
-        "--batch_size=2", "--num_layers=4", "--hidden_size=32", "--intermediate_size=32")
+    flags = (f"--out_dir={folder}", "--device=cpu", "--steps=1", "--batch_size=2")
     assert "make_tokenizer.py" in main(pretrain, *flags)
     assert not folder.exists()
     folder.mkdir()
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+    for name in TOKENIZER_FILES:
         shutil.copy(os.path.join(NANO_TARGET, name), folder)
     main(pretrain, *flags)
-    config, _ = read_target_config(str(folder))
-    assert config.num_hidden_layers == 4
+    assert load_target(str(folder)).config == nano()[0].config
 
 
 def shipped_answers():
-    """What the nano target answered, as rows {"split", "question", "answer"}."""
+    """The nano target's answers, as rows {"split", "question", "answer"}."""
     return nano_prepare.read_answers(os.path.join(NANO, "answers.jsonl.gz"))
 
 # ------------------------------------------------------------------------------------------------
-# conversations to rows
+# from conversations to samples
 
 
 def turns(*texts):
     """A conversation that a user begins."""
-    messages = []
-    for i, text in enumerate(texts):
-        role = "assistant" if i % 2 else "user"
-        messages.append({"role": role, "content": text})
-    return messages
+    roles = ("user", "assistant") * len(texts)
+    return [{"role": role, "content": text} for role, text in zip(roles, texts)]
 
 
 @functools.cache
@@ -380,15 +327,15 @@ def answered():
     return [(row["question"], row["answer"]) for row in shipped_answers()[:40]]
 
 
-BAD_ROWS = [
-    {"text": "no conversation"},
-    {"messages": turns("only a question")},
-    {"messages": turns("q", " ")},
-    {"messages": [{"from": "human", "value": "q"}]},
-    {"messages": turns("q", "a<|im_end|>b")},
-    {"messages": turns("p", "<think>\nhm\n</think>\n\na")},
-    {"messages": turns("why " * 200, "late")},
-]
+BAD_ROWS = {  # why a row is dropped: the row
+    "no conversation": {"text": "no conversation"},
+    "no assistant's answer": {"messages": turns("only a question")},
+    "an empty answer": {"messages": turns("q", " ")},
+    "a message without role and content": {"messages": [{"from": "human", "value": "q"}]},
+    "<|im_start|> or <|im_end|> in the text": {"messages": turns("q", "a<|im_end|>b")},
+    "a thought, with thinking off": {"messages": turns("p", "<think>\nhm\n</think>\n\na")},
+    "no answer within 160 tokens": {"messages": turns("why " * 200, "late")},
+}
 SPECIAL_ROWS = [
     {"messages": turns("q", "<think>\n\n</think>\n\nempty thought, written out")},
     {"conversations": turns("What is 1 + 1?", "2", "And 2 + 2?", "It is 4.", "thanks")},
@@ -396,37 +343,33 @@ SPECIAL_ROWS = [
 
 
 def public_rows():
-    """49 rows of the public form: good ones under both keys, with ids and extras of changing
-    types; one of each bad kind; and two of an unusual kind."""
+    """49 rows in the public form: good ones under both keys with extras of changing types, one of
+    each bad kind, and two special ones."""
     rows = []
     for i, pair in enumerate(answered()):
         key = "messages" if i % 2 else "conversations"
-        row_id = i if i % 3 else str(i)
-        extra = (None, 1, "x")[i % 3]
-        rows.append({"id": row_id, "extra": extra, key: turns(*pair)})
-    return rows[:20] + BAD_ROWS + SPECIAL_ROWS + rows[20:]
+        rows.append({"extra": (None, 1, "x")[i % 3], key: turns(*pair)})
+    return rows[:20] + list(BAD_ROWS.values()) + SPECIAL_ROWS + rows[20:]
 
 
 @pytest.fixture
-def make_rows(main, tmp_path):
-    """make_rows(rows, *flags) runs data/conversations.py over rows written as JSON lines. It
-    returns what was printed, and the folder."""
-    def call(rows, *flags, folder="rows"):
+def make_samples(main, tmp_path):
+    """make_samples(rows, *flags) runs a script, data/conversations.py by default, over rows that it
+    writes as JSON lines. It returns what was printed, and the folder."""
+    def call(rows, *flags, folder="samples", script=conversations):
         source = write_jsonl(tmp_path / "source.jsonl", rows)
         printed = main(
-            conversations, f"--source={source}", f"--target={NANO_TARGET}",
+            script, f"--source={source}", f"--target={NANO_TARGET}",
             f"--out_dir={tmp_path / folder}", "--num_proc=1", "--max_length=160", *flags)
         return printed, tmp_path / folder
     return call
 
 
-def read_split(folder, split):
-    fingerprint = tokenizer_fingerprint(NANO_TARGET)
-    return as_lists(Samples(str(folder), split, 512, fingerprint))
-
-
 def read_both(folder):
-    return read_split(folder, "train") + read_split(folder, "val")
+    """The samples of both splits, the held-out ones first."""
+    fingerprint = tokenizer_fingerprint(NANO_TARGET)
+    splits = [Samples(str(folder), split, 512, fingerprint) for split in ("val", "train")]
+    return as_lists(splits[0]) + as_lists(splits[1])
 
 
 def masked_text(tokens, mask):
@@ -436,151 +379,88 @@ def masked_text(tokens, mask):
     return tokenizer.decode(supervised)
 
 
-def test_failure_9_prepared_rows_begin_with_chat_prompt(make_rows):
-    """Failure 9: acceptance falls from 60 to 25 %, as rows have another template than decoding;
-    the header or the empty thought is supervised, or the closing <|im_end|> is not; an earlier
+def test_failure_9_samples_begin_with_chat_prompt(make_samples):
+    """Failure 9: acceptance falls from 60 to 25 % because samples have a different template than
+    decoding; the header or the empty thought is supervised; the closing <|im_end|> or an earlier
     answer is not supervised."""
-    _, folder = make_rows(public_rows())
+    _, folder = make_samples(public_rows())
     _, tokenizer = nano()
     mask_of = {tuple(tokens): mask for tokens, mask in read_both(folder)}
-
-    # one question and its answer
-    for question, answer in answered():
+    # an empty thought in an answer is the template's own
+    for question, answer in answered() + [("q", "empty thought, written out")]:
         prompt = chat_prompt(tokenizer, question)
         reply = tokenizer.encode(answer + "<|im_end|>")
-        mask = mask_of.pop(tuple(prompt + reply))
-        assert mask == [0] * len(prompt) + [1] * len(reply)
-    assert len(mask_of) == 2
+        assert mask_of.pop(tuple(prompt + reply)) == [0] * len(prompt) + [1] * len(reply)
 
-    # several turns: what follows the last answer is left out, and both answers are supervised
+    # several turns: text after the last answer is dropped, and both answers are supervised
     prompt = chat_prompt(tokenizer, turns("What is 1 + 1?", "2", "And 2 + 2?"))
     tokens = prompt + tokenizer.encode("It is 4.<|im_end|>")
-    mask = mask_of.pop(tuple(tokens))
-    assert masked_text(tokens, mask) == "2<|im_end|>It is 4.<|im_end|>"
-
-    # an empty thought in the answer is the template's own
-    prompt = chat_prompt(tokenizer, "q")
-    reply = tokenizer.encode("empty thought, written out<|im_end|>")
-    mask = mask_of.pop(tuple(prompt + reply))
-    assert mask == [0] * len(prompt) + [1] * len(reply)
+    assert masked_text(tokens, mask_of.pop(tuple(tokens))) == "2<|im_end|>It is 4.<|im_end|>"
+    assert not mask_of
 
 
-def test_prepare_counts_what_it_keeps_cuts_and_drops(make_rows):
-    """Rows lost without a word."""
-    printed, folder = make_rows(public_rows())
+@pytest.mark.parametrize("val_rows, held_out", ((1, 1), (3, 3), (512, 4)))
+def test_prepare_counts_what_it_keeps_cuts_and_drops(make_samples, val_rows, held_out):
+    """Rows are lost silently; val_rows is ignored, or more than a tenth of all rows is held out."""
+    printed, folder = make_samples(public_rows(), f"--val_rows={val_rows}")
     meta = json.loads((folder / "meta.json").read_text())
-    assert meta["dropped"] == {
-        "<|im_start|> or <|im_end|> in the text": 1,
-        "a message without role and content": 1,
-        "a thought, with thinking off": 1,
-        "an empty answer": 1,
-        "no conversation": 1,
-        "no answer within 160 tokens": 1,
-        "no assistant's answer": 1,
-    }
+    assert meta["dropped"] == dict.fromkeys(sorted(BAD_ROWS), 1)
     assert meta["read"] == 49
-    assert meta["splits"]["val"]["rows"] == 4
-    assert meta["splits"]["train"]["rows"] == 38
-    assert "49 rows read, 42 kept" in printed
-    assert "7 dropped" in printed
-    cut = [tokens for tokens, _ in read_both(folder) if len(tokens) == 160]
-    assert meta["cut"] == len(cut)
+    assert meta["splits"]["val"]["rows"] == held_out
+    assert meta["splits"]["train"]["rows"] == 42 - held_out
+    assert "49 rows read, 42 kept" in printed and "7 dropped" in printed
+    assert meta["cut"] == sum(len(tokens) == 160 for tokens, _ in read_both(folder))
 
 
-def test_prepare_counts_a_row_as_cut_if_it_lost_a_token():
-    """A row exactly as long as max_length counted as cut; one that has no answer left kept."""
+def test_prepare_cuts_at_max_length():
+    """A row of exactly max_length tokens counts as cut; a row without an answer token is kept."""
     row = {"messages": turns("q", "ab")}
     whole = conversations.encode(row, NANO_TARGET, False, max_length=3072)
     length = len(whole.tokens)
-    supervised = int(whole.mask.sum())
-    assert not whole.was_cut
-    for max_length, is_cut in ((length + 1, False), (length, False), (length - 1, True)):
-        encoded = conversations.encode(row, NANO_TARGET, False, max_length)
-        assert encoded.was_cut == is_cut
-        assert len(encoded.tokens) == len(encoded.mask) == min(length, max_length)
-    prompt_length = length - supervised
+    assert not conversations.encode(row, NANO_TARGET, False, length).was_cut
+    prompt_length = length - int(whole.mask.sum())
     encoded = conversations.encode(row, NANO_TARGET, False, prompt_length + 1)
+    assert encoded.was_cut
     assert encoded.mask.tolist() == [0] * prompt_length + [1]
     with pytest.raises(conversations.UnusableRow, match="no answer within"):
         conversations.encode(row, NANO_TARGET, False, prompt_length)
 
 
-@pytest.mark.parametrize("count, val_rows, held_out", (
-    (100, 3, 3), (100, 10, 10), (100, 512, 10), (19, 512, 1), (5, 512, 1), (1, 1, 1)))
-def test_prepare_holds_out_as_many_as_asked(count, val_rows, held_out):
-    """val_rows that does not arrive, or more than a tenth of all rows held out."""
-    keys = [7 * i % 101 for i in range(count)] + [None]
-    largest = conversations.largest_held_out_key(keys, val_rows)
-    assert sum(key is not None and key <= largest for key in keys) == held_out
-    assert conversations.largest_held_out_key([None], val_rows) == -1
+def test_prepare_is_the_same_at_every_run(make_samples, tmp_path):
+    """A run depends on the number of processes or on the form or order of its source."""
+    _, folder = make_samples(public_rows())
+    make_samples(public_rows(), "--num_proc=2", folder="processes")
+    for path in folder.iterdir():
+        assert path.read_bytes() == (tmp_path / "processes" / path.name).read_bytes(), path.name
+    _, reversed_folder = make_samples(public_rows()[::-1], folder="reversed")
+    assert sorted(read_both(reversed_folder)[:4]) == sorted(read_both(folder)[:4])
 
-
-def test_prepare_is_the_same_at_every_run(make_rows, tmp_path):
-    """A run that differs from the last one, or with the number of processes; held-out rows that
-    depend on the order of the source."""
-    _, folder = make_rows(public_rows())
-    make_rows(public_rows(), folder="again")
-    make_rows(public_rows(), "--num_proc=2", folder="processes")
-    for name in os.listdir(folder):
-        for other in ("again", "processes"):
-            same = (tmp_path / other / name).read_bytes() == (folder / name).read_bytes()
-            assert same, (other, name)
-    _, reversed_folder = make_rows(public_rows()[::-1], folder="reversed")
-    assert sorted(read_split(reversed_folder, "val")) == sorted(read_split(folder, "val"))
-
-
-def test_prepare_with_thinking(make_rows):
-    """Thoughts dropped though thinking is on, or rows without a thought kept."""
-    _, tokenizer = nano()
-    _, folder = make_rows(public_rows(), "--thinking")
-    answers = set()
-    for tokens, _ in read_both(folder):
-        answers.add(tokenizer.decode(tokens).partition("assistant\n")[2])
-    assert len(answers) == 2
-    assert "<think>\nhm\n</think>\n\na<|im_end|>" in answers
-
-
-def test_prepare_that_is_interrupted_leaves_nothing_finished(make_rows, monkeypatch):
-    """A folder that looks finished, with files of two runs in it."""
-    _, folder = make_rows(public_rows())
-    monkeypatch.setattr(conversations, "encode", lambda *args, **kwargs: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        make_rows(public_rows())
-    with pytest.raises(ValueError, match="no finished data"):
-        read_split(folder, "train")
-
-
-def test_prepare_reads_parquet_and_folders(make_rows, main, tmp_path):
-    """Rows that depend on the file they came in."""
-    _, folder = make_rows(public_rows())
-    plain = []
-    for row in public_rows():
-        plain.append({"messages": row.get("messages") or row.get("conversations")})
     many = tmp_path / "many"
     many.mkdir()
-    table = pyarrow.Table.from_pylist(plain[:30])
-    pyarrow.parquet.write_table(table, many / "a.parquet")
-    lines = [json.dumps(row) + "\n\n" for row in plain[30:]]
-    (many / "b.jsonl").write_text("".join(lines))
+    first_rows = [{"messages": turns(*pair)} for pair in answered()[:20]]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(first_rows), many / "a.parquet")
+    write_jsonl(many / "b.jsonl", public_rows()[20:] + [""])
     (many / "dataset_infos.json").write_text("{}")
-    main(
-        conversations, f"--source={many}", f"--target={NANO_TARGET}",
-        f"--out_dir={tmp_path}/mixed", "--max_length=160", "--num_proc=1")
-    for split in ("train", "val"):
-        assert read_split(tmp_path / "mixed", split) == read_split(folder, split)
+    _, mixed = make_samples([], f"--source={many}", folder="mixed")
+    assert read_both(mixed) == read_both(folder)
 
 
-def test_prepare_math240k_is_conversations_with_its_settings(make_rows, main, tmp_path):
-    """The command that train.py runs when the rows are missing: other flags than it was given,
-    or a default that wins over them."""
-    _, folder = make_rows(public_rows())
-    printed = main(
-        math240k, f"--source={tmp_path}/source.jsonl", f"--target={NANO_TARGET}",
-        f"--out_dir={tmp_path}/math240k", "--max_length=160", "--num_proc=1")
+def test_prepare_with_thinking(make_samples):
+    """With thinking on, thoughts are dropped or rows without a thought are kept."""
+    _, folder = make_samples(public_rows(), "--thinking")
+    answers = {masked_text(*sample) for sample in read_both(folder)}
+    assert len(answers) == 2
+    assert "hm\n</think>\n\na<|im_end|>" in answers
+
+
+def test_prepare_math240k_is_conversations_with_its_settings(make_samples):
+    """The command that train.py runs has different settings, or its settings win over the flags."""
+    _, folder = make_samples(public_rows())
+    printed, math_folder = make_samples(public_rows(), folder="math240k", script=math240k)
     assert "source = 'Moonlight556/qwen3.5-0.8b-target-matched-math-240k'" in printed
     assert "target = 'Qwen/Qwen3.5-0.8B'" in printed
     assert f"out_dir = '{os.path.dirname(math240k.__file__)}'" in printed
-    assert read_both(tmp_path / "math240k") == read_both(folder)
+    assert read_both(math_folder) == read_both(folder)
 
 
 PUBLIC_TEMPLATE = r"""
@@ -592,74 +472,50 @@ PUBLIC_TEMPLATE = r"""
 {%- if not enable_thinking | default(true) %}{{- '\n</think>\n\n' }}{% endif %}{% endif %}"""
 
 
-def test_prepare_with_a_template_like_the_real_one(make_rows, tmp_path):
-    """Failure 9: the public template trims text, writes thoughts into the last turn only and
-    refuses some talk; rows of its rendering of whole conversations begin otherwise than
-    decoding."""
+def test_prepare_with_a_template_like_the_real_one(tmp_path):
+    """Failure 9: the public template trims text, writes a thought into the last turn only, and
+    refuses some conversations. Rendered whole, a sample does not begin like decoding."""
     target = nano_copy(tmp_path / "target", "target")
     (target / "chat_template.jinja").write_text(PUBLIC_TEMPLATE)
-    rows = [
-        turns(" 1 ", " 2 ", "3", " 4"),
-        turns("a", "b"),
-        turns("c", "d"),
-        turns("e", "f")[::-1] * 2,  # begins with an assistant
-    ]
-    printed, folder = make_rows([{"messages": row} for row in rows], f"--target={target}")
-    assert "dropped 1: refused by the chat template" in printed
-
-    tokenizer = load_tokenizer(str(target))
-    written = {}
-    for split in ("train", "val"):
-        for tokens, mask in as_lists(Samples(str(folder), split, 512)):
-            written[tokenizer.decode(tokens)] = masked_text(tokens, mask)
-    whole = (
+    row = {"messages": turns(" 1 ", " 2 ", "3", " 4")}
+    encoded = conversations.encode(row, str(target), False, 160)
+    assert load_tokenizer(str(target)).decode(encoded.tokens) == (
         "<|im_start|>user\n1<|im_end|>\n<|im_start|>assistant\n2<|im_end|>\n"
         "<|im_start|>user\n3<|im_end|>\n"
         "<|im_start|>assistant\n<think>\n\n</think>\n\n 4<|im_end|>")
-    assert written[whole] == "2<|im_end|> 4<|im_end|>"
+    assert masked_text(encoded.tokens, encoded.mask) == "2<|im_end|> 4<|im_end|>"
+    row = {"messages": turns("e", "f")[::-1] * 2}  # begins with an assistant
+    with pytest.raises(conversations.UnusableRow, match="refused by the chat template"):
+        conversations.encode(row, str(target), False, 160)
 
-# ------------------------------------------------------------------------------------------------
-# the whole way of Phase 1.2, and its benchmark's prompts
 
-
-def test_phase_1_2_end_to_end_on_small_stand_ins(make_rows, main, tmp_path):
-    """The recipe of the real run, on a target of 24 layers in the public layout and rows in the
-    public form, small in width only: a key, a shape or a file name that first fails on the real
-    machine. Loss falls, the result decodes."""
-    import draft_decode
-    import train
-
+def test_phase_1_2_end_to_end_on_small_stand_ins(make_samples, main, monkeypatch, tmp_path):
+    """A key, a shape, or a file name that fails only on the real machine. The recipe of the real
+    run trains a narrow target of 24 layers, with all files in the public form."""
     target = tmp_path / "Qwen3.5-0.8B"
     config = dataclasses.replace(
         small_config(), vocab_size=512, num_hidden_layers=24, layer_types=(), eos_token_id=504)
     publish(target, perturb(random_target(config, "cpu", torch.float32), scale=5.0))
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+    for name in TOKENIZER_FILES:
         shutil.copy(os.path.join(NANO_TARGET, name), target)
-    _, data = make_rows(public_rows())
+    _, data = make_samples(public_rows())
     run = tmp_path / "run-dflash"
 
+    monkeypatch.setattr(train, "DECODE_TOKENS", 8)
     printed = main(
         train, "config/phase1_2.py", f"--target={target}", f"--data={data}", f"--out_dir={run}",
         "--device=cpu", "--dtype=float32", "--num_anchors=16", "--num_heads=2", "--head_dim=32",
         "--intermediate_size=96", "--lr=5e-3", "--epochs=1.5", "--log_every=1",
-        "--decode_prompts=1", "--decode_tokens=8")
+        "--decode_prompts=1")
     assert "held-out tau from real decoding" in printed
     log = read_jsonl(run / "log.jsonl")
     losses = [entry["loss"] for entry in log if entry["kind"] == "train"]
     assert statistics.mean(losses[-5:]) < losses[0] - 0.5, printed
 
-    checkpoint, = run.glob("step-*")
-    with safe_open(checkpoint / "model.safetensors", "pt") as f:
-        assert len(f.keys()) == 58
-        assert f.get_tensor("fc.weight").shape == (64, 5 * 64)
-    written = json.loads((checkpoint / "config.json").read_text())
+    config_file, = run.glob("step-*/config.json")
+    written = json.loads(config_file.read_text())
     assert written["dflash_config"] == {
-        "block_size": 16,
-        "mask_token_id": 507,
-        "target_layer_ids": [3, 7, 11, 15, 19],
-    }
-    assert written["num_target_layers"] == 24
-    assert written["rope_theta"] == 1e7
+        "block_size": 16, "mask_token_id": 507, "target_layer_ids": [3, 7, 11, 15, 19]}
 
     printed = main(
         draft_decode, f"--target={target}", f"--drafter={run}", "--prompt=What",
@@ -668,77 +524,49 @@ def test_phase_1_2_end_to_end_on_small_stand_ins(make_rows, main, tmp_path):
 
 
 def test_math500_prompts(main, tmp_path):
-    """Another suffix than the published figures were measured with."""
-    problem = {"problem": "What is $1+1$?", "answer": "2", "level": 1}
-    source = write_jsonl(tmp_path / "test.jsonl", [problem])
+    """A different suffix than the published figures were measured with."""
+    row = {"problem": "What is $1+1$?", "answer": "2", "level": 1}
+    source = write_jsonl(tmp_path / "test.jsonl", [row])
     out = tmp_path / "new" / "prompts.jsonl"
     assert "1 prompts" in main(math500, f"--source={source}", f"--out={out}")
     suffix = "\nPlease reason step by step, and put your final answer within \\boxed{}."
-    # as bench.py reads them
     assert load_questions(str(out), 5) == [("What is $1+1$?" + suffix, "2")]
 
 # ------------------------------------------------------------------------------------------------
 # answers of the target itself
 
 
-class Flaky(http.server.BaseHTTPRequestHandler):
-    """Passes a request on to self.upstream, but first fails each prompt once: the connection
-    breaks, or the server is busy. requests: the bodies of all requests; failed: of those."""
-    upstream = ""
-    requests = []
-    failed = []
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        request = json.loads(body)
-        self.requests.append(request)
-        if request in self.failed:
-            self.pass_on(body)
-            return
-        self.failed.append(request)
-        if len(self.failed) % 2:
-            self.close_connection = True
-        else:
-            self.send_error(503)
-
-    def pass_on(self, body):
-        address = self.upstream + self.path.removeprefix("/v1")
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(address, body, headers)
-        with urllib.request.urlopen(request) as answer:
-            content = answer.read()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *args):
-        pass
-
-
 @pytest.fixture
-def flaky(served, monkeypatch):
-    """Address of a server that fails every prompt once, in front of the real one. Nobody waits."""
-    monkeypatch.setattr(Flaky, "upstream", served)
-    monkeypatch.setattr(Flaky, "requests", [])
-    monkeypatch.setattr(Flaky, "failed", [])
+def flaky(monkeypatch):
+    """The requests so far to a server that fails each one once: it breaks the connection or says
+    that it is busy. Then it gives the shipped answer."""
+    requests = []
+
+    def urlopen(request, timeout):
+        body = json.loads(request.data)
+        is_new = body not in requests
+        requests.append(body)
+        if is_new and len(requests) % 2:
+            raise http.client.RemoteDisconnected("gone")
+        if is_new:
+            raise urllib.error.HTTPError(request.full_url, 503, "", {}, io.BytesIO(b"busy"))
+        answer = dict(answered())[body["messages"][-1]["content"]]
+        choice = {"message": {"content": answer}, "finish_reason": "stop"}
+        return io.BytesIO(json.dumps({"choices": [choice]}).encode())
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Flaky) as proxy:
-        threading.Thread(target=proxy.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{proxy.server_port}/v1"
-        proxy.shutdown()
+    return requests
 
 
 @pytest.fixture
 def ask(main, tmp_path):
-    """ask(server, *flags, out=name) lets data/regenerate.py ask a server three questions. It
-    returns what was printed, and the path of the answers."""
-    rows = []
-    for i, (question, _) in enumerate(answered()[:3]):
-        if i == 0:
-            rows.append({"question": question})
-        else:
-            rows.append({"id": "x", "conversations": turns(question, "other")})
+    """ask(server, *flags, out=name) runs data/regenerate.py on three questions. It returns what was
+    printed, and the path of the answers."""
+    (first, _), (second, _), (third, _) = answered()[:3]
+    rows = [{"question": first},
+            {"id": "x", "conversations": turns(second, "other")},
+            {"id": "y", "conversations": turns(third, "other")}]
     source = write_jsonl(tmp_path / "prompts.jsonl", rows)
 
     def call(server, *flags, out="all.jsonl"):
@@ -749,105 +577,81 @@ def ask(main, tmp_path):
     return call
 
 
-def target_matched_rows():
-    """The target's own answers to these questions, as shipped."""
-    rows = []
-    for row_id, pair in zip(("0", "x", "x"), answered()):
-        rows.append({"id": row_id, "messages": turns(*pair)})
-    return rows
-
-
-def test_regenerate_against_a_server(flaky, ask):
-    """Answers of another template, out of order, or lost with a broken connection. A real server,
-    behind one that fails every prompt once."""
-    printed, out = ask(flaky)
-    assert "3 answered" in printed
-    assert len(Flaky.requests) == 6
-    for request in Flaky.requests:
-        assert request["chat_template_kwargs"] == {"enable_thinking": False}
-    assert read_jsonl(out) == target_matched_rows()
-    printed, _ = ask(flaky)
-    assert "is there already" in printed
-
-
-def test_regenerate_resumes(flaky, ask, tmp_path):
-    """A prompt that is asked for again after a stop, or lost; answers made in another way."""
-    header = {
-        "prompts": str(tmp_path / "prompts.jsonl"),
-        "model": NANO_TARGET,
-        "temperature": 0.0,
-        "thinking": False,
-        "max_new_tokens": 160,
-    }
-    lines = [json.dumps(header)]
-    for number in (2, 0, 1):  # as they ended
-        question, answer = answered()[number]
-        row = {"number": number, "prompt": turns(question), "answer": answer, "why": None}
-        lines.append(json.dumps(row))
-    # an interrupted run: two answers and half of a third; only that prompt is asked for again
-    part = tmp_path / "some.jsonl.part"
-    part.write_text("\n".join(lines)[:-9])
-    _, out = ask(flaky, out="some.jsonl")
-    assert len(Flaky.requests) == 2  # the first of them failed
-    assert read_jsonl(out) == target_matched_rows()
-    assert not part.exists()
-
-    other = {"number": 1, "prompt": turns("another"), "answer": "x", "why": None}
-    without_number = {"prompt": turns(answered()[0][0]), "answer": "x", "why": None}
-    for rows in ([header, other], [header, without_number], [header | {"temperature": 1.0}]):
-        write_jsonl(tmp_path / "more.jsonl.part", rows)
-        printed, _ = ask(flaky, out="more.jsonl")
-        assert "in another way" in printed
-
-
-def test_regenerate_counts_what_has_no_answer(served, ask, monkeypatch):
-    """An answer that ran into the limit trained as if it had ended; a run of hours over a server
-    that refuses, or that is not there."""
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    printed, _ = ask(served, "--max_new_tokens=9", out="short.jsonl")
-    assert "3 did not end" in printed
-    printed, _ = ask(served, "--model=other", out="other.jsonl")
-    assert "refused: 400" in printed
-    printed, _ = ask("http://127.0.0.1:9/v1", "--retries=2", out="none.jsonl")
-    assert "gave no answer in 3 tries" in printed
+def shipped_rows():
+    """What ask() has to write: the target's own answers."""
+    return [{"id": id, "messages": turns(*pair)} for id, pair in zip("0xy", answered())]
 
 
 def regenerate_config(**values):
-    """The keys of data/regenerate.py for the nano target, and other values of some."""
+    """The keys of data/regenerate.py for the nano target, with some values replaced."""
     keys = {"target": NANO_TARGET, "device": "cpu", "dtype": "float32"} | values
     return SimpleNamespace(**vars(configure(vars(regenerate), [])) | keys)
 
 
-def test_regenerate_asks_by_its_keys():
-    """A key of the answers that does not arrive at the server."""
-    config = regenerate_config(
-        server="http://x/v1/", model="m", temperature=0.7, thinking=True, max_new_tokens=9)
-    request = regenerate.chat_request(config, turns("q"))
-    assert request.full_url == "http://x/v1/chat/completions"
-    assert json.loads(request.data) == {
-        "model": "m", "messages": turns("q"), "temperature": 0.7, "max_tokens": 9,
-        "chat_template_kwargs": {"enable_thinking": True}}
+def test_regenerate_from_a_server_resumes(flaky, ask, tmp_path):
+    """A broken connection or an interruption loses a prompt, reorders the answers, or asks for one
+    again; a key does not reach the server; answers of different prompts or settings are kept."""
+    header = regenerate.part_header(regenerate_config(
+        prompts=f"{tmp_path}/prompts.jsonl", model="m", temperature=0.7, thinking=True,
+        max_new_tokens=160))
+    flags = ("--model=m", "--temperature=0.7", "--thinking")
+    rows = []
+    for number, (question, answer) in enumerate(answered()[:3]):
+        rows.append({"number": number, "prompt": turns(question), "answer": answer, "why": None})
+    # one answer and half of the next, out of order
+    part = tmp_path / "all.jsonl.part"
+    write_jsonl(part, [header, rows[2], rows[0]])
+    os.truncate(part, part.stat().st_size - 9)
+    _, out = ask("http://x", *flags)
+    assert len(flaky) == 4  # two failed and were sent again
+    assert flaky[0] in [
+        {"model": "m", "messages": row["prompt"], "temperature": 0.7, "max_tokens": 160,
+         "chat_template_kwargs": {"enable_thinking": True}} for row in rows[:2]]
+    assert read_jsonl(out) == shipped_rows()
+    assert not part.exists()
+
+    other_prompt = rows[1] | {"prompt": turns("another")}
+    no_number = {"prompt": rows[0]["prompt"], "answer": "x", "why": None}
+    other_header = header | {"temperature": 1.0}
+    for content in ([header, other_prompt], [header, no_number], [other_header]):
+        write_jsonl(tmp_path / "more.jsonl.part", content)
+        printed, _ = ask("http://x", *flags, out="more.jsonl")
+        assert "in another way" in printed
 
 
-@pytest.mark.parametrize("drafter, tokens_per_forward", (("", 1), (NANO_DRAFTER, 16)))
-@pytest.mark.parametrize("temperature", (0.0, 0.7))
-def test_regenerate_decodes_by_its_keys(monkeypatch, temperature, drafter, tokens_per_forward):
-    """A key of the answers that does not arrive at the decoder, prompts that share their noise, an
-    answer without an end that is kept, or one that is another prompt's."""
-    requests = []
+@pytest.mark.parametrize("server, flag, hint", (
+    ("", "--retries=2", "3 answered"),
+    ("", "--max_new_tokens=9", "3 did not end"),
+    ("", "--model=other", "refused: 400"),
+    ("http://127.0.0.1:9/v1", "--retries=2", "gave no answer in 3 tries"),
+))
+def test_regenerate_against_a_server(served, ask, monkeypatch, server, flag, hint):
+    """Answers with a different template, or one that reached the limit counts as finished; a run
+    waits for hours on a server that refuses or is not there; a finished file is overwritten."""
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    printed, out = ask(server or served, flag)
+    assert hint in printed
+    if hint == "3 answered":
+        assert read_jsonl(out) == shipped_rows()
+        assert "is there already" in ask(served, flag)[0]
 
-    def keep(target, drafter, prompts, max_new_tokens, slots, stops, rows, sampling):
-        requests.append((slots, sampling))
-        assert (max_new_tokens, stops, rows) == (9, {502, 504}, tokens_per_forward)
-        assert target.embed_tokens.weight.dtype == torch.bfloat16
-        assert drafter is None or drafter.fc.weight.dtype == torch.bfloat16
+
+@pytest.mark.parametrize("temperature, drafter, tokens_per_forward", (
+    (0.0, "", 1), (0.0, NANO_DRAFTER, 16), (0.7, NANO_DRAFTER, 16)))
+def test_regenerate_decodes_with_its_keys(monkeypatch, temperature, drafter, tokens_per_forward):
+    """A key does not reach the decoder; prompts share their noise; an answer without an end is
+    kept, or an answer goes to a different prompt."""
+    calls = []
+
+    def fake_generate_many(target, drafter, prompts, **keys):
+        calls.append(keys | {"dtype": target.embed_tokens.weight.dtype})
         # the last prompt ends first; the answer to p has no end
         for index, prompt in reversed(list(enumerate(prompts))):
             yield index, RoundOutput([65], 0)
             is_p = prompt == chat_prompt(tokenizer, turns("p"), thinking=True)
             yield index, RoundOutput([66 if is_p else 504], 0, is_last=True)
 
-    monkeypatch.setattr(regenerate, "generate_many", keep)
+    monkeypatch.setattr(regenerate, "generate_many", fake_generate_many)
     config = regenerate_config(drafter=drafter, temperature=temperature, thinking=True, slots=2,
                                max_new_tokens=9, dtype="bfloat16")
     _, tokenizer = nano()
@@ -855,48 +659,28 @@ def test_regenerate_decodes_by_its_keys(monkeypatch, temperature, drafter, token
     (refused, reason), *answers = regenerate.decode_here(config, waiting)
     assert refused == 7 and reason.is_refused()
     whole = regenerate.Answer(tokenizer.decode([65]))
-    without_end = regenerate.Answer(None, "did not end")
+    expected = {4: whole, 6: regenerate.Answer(None, "did not end"), 9: whole}
+    assert dict(answers) == expected
+    keys = {"max_new_tokens": 9, "stop_token_ids": {502, 504},
+            "tokens_per_forward": tokens_per_forward,
+            "dtype": torch.bfloat16}
     if temperature == 0:
-        assert answers == [(9, whole), (6, without_end), (4, whole)]
-        assert requests == [(2, Sampling())]
+        assert calls == [keys | {"slots": 2, "sampling": Sampling()}]
         return
-    assert answers == [(4, whole), (6, without_end), (9, whole)]
-    seeds = []
-    for slots, sampling in requests:
-        assert slots == 1
-        assert sampling == Sampling(0.7, seed=sampling.seed)
-        seeds.append(sampling.seed)
+    seeds = [call["sampling"].seed for call in calls]
+    assert calls == [keys | {"slots": 1, "sampling": Sampling(0.7, seed=seed)} for seed in seeds]
     assert seeds[0] == seeds[2] != seeds[1]
 
 
-def test_regenerate_goes_on_after_a_later_refusal(main, monkeypatch, tmp_path):
-    """One prompt that is too long for the context ends a run of hours; answers that end in another
-    order than the prompts' are written in that order."""
-    answers = {"a": regenerate.Answer("A"), "b": regenerate.Answer(None, "refused: too long"),
-               "c": regenerate.Answer("C")}
-
-    def decode_here(config, waiting):
-        for number, messages in reversed(waiting.items()):
-            yield number, answers[messages[0]["content"]]
-
-    monkeypatch.setattr(regenerate, "decode_here", decode_here)
-    for order, hint in (("abc", "2 answered, 1 refused"), ("bac", "the first prompt is refused")):
-        prompts = write_jsonl(tmp_path / f"{order}.jsonl", [{"question": name} for name in order])
-        printed = main(regenerate, f"--prompts={prompts}", f"--out={tmp_path}/{order}.out")
-        assert hint in printed
-    rows = read_jsonl(tmp_path / "abc.out")
-    assert [row["messages"][1]["content"] for row in rows] == ["A", "C"]
-
-
-def test_regenerate_here_goes_on_where_it_stopped(main, monkeypatch, tmp_path):
-    """With slots: an answer that is lost or decoded again after an interruption, or other answers
-    than those of a run that was not interrupted."""
-    prompts = write_jsonl(
-        tmp_path / "prompts.jsonl", [{"question": question} for question, _ in answered()[:6]])
+def test_regenerate_here_resumes_and_prepares(main, make_samples, monkeypatch, tmp_path):
+    """Without a server: an answer is lost, decoded again, changed, or moved by an interruption; one
+    prompt that is too long ends the run; a sample is not the target's own answer."""
+    rows = [{"problem": question} for question, _ in answered()[:6]]
+    rows.append({"prompt": "9 " * 1100})  # longer than the context
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", rows)
+    out = tmp_path / "answers.jsonl"
     args = (f"--prompts={prompts}", f"--target={NANO_TARGET}", f"--drafter={NANO_DRAFTER}",
-            "--device=cpu", "--dtype=float32", "--max_new_tokens=160", "--slots=3")
-    main(regenerate, *args, f"--out={tmp_path}/whole.jsonl")
-
+            "--device=cpu", "--dtype=float32", "--max_new_tokens=160", "--slots=3", f"--out={out}")
     decode = regenerate.decode_here
     asked = []
 
@@ -908,28 +692,12 @@ def test_regenerate_here_goes_on_where_it_stopped(main, monkeypatch, tmp_path):
             yield answer
 
     monkeypatch.setattr(regenerate, "decode_here", until_four)
-    assert "interrupted" in main(regenerate, *args, f"--out={tmp_path}/parts.jsonl")
-    done = {row["number"] for row in read_jsonl(tmp_path / "parts.jsonl.part")[1:]}
+    assert "interrupted" in main(regenerate, *args)
+    done = {row["number"] for row in read_jsonl(f"{out}.part")[1:]}
     assert len(done) == 4
-    main(regenerate, *args, f"--out={tmp_path}/parts.jsonl")
-    assert asked[1] == set(range(6)) - done
-    assert read_jsonl(tmp_path / "parts.jsonl") == read_jsonl(tmp_path / "whole.jsonl")
-
-
-def test_regenerate_here_and_prepare(main, tmp_path):
-    """The whole way to target-matched rows without a server; its rows are those that a server's
-    answers give."""
-    pairs = answered()[:3]
-    rows = [{"problem": question} for question, _ in pairs]
-    rows.append({"prompt": "9 " * 1100})  # longer than the context
-    prompts = write_jsonl(tmp_path / "prompts.jsonl", rows)
-    printed = main(
-        regenerate, f"--prompts={prompts}", f"--out={tmp_path}/answers.jsonl",
-        f"--target={NANO_TARGET}", f"--drafter={NANO_DRAFTER}", "--device=cpu", "--dtype=float32",
-        "--max_new_tokens=160")
-    assert "3 answered, 1 refused" in printed
-    main(
-        conversations, f"--source={tmp_path}/answers.jsonl", f"--target={NANO_TARGET}",
-        f"--out_dir={tmp_path}/rows")
-    supervised = {masked_text(*row) for row in read_both(tmp_path / "rows")}
-    assert supervised == {answer + "<|im_end|>" for _, answer in pairs}
+    assert "6 answered, 1 refused" in main(regenerate, *args)
+    assert asked[1] == set(range(7)) - done
+    assert [row["messages"] for row in read_jsonl(out)] == [turns(*pair) for pair in answered()[:6]]
+    _, folder = make_samples(read_jsonl(out))
+    supervised = {masked_text(*sample) for sample in read_both(folder)}
+    assert supervised == {answer + "<|im_end|>" for _, answer in answered()[:6]}

@@ -1,21 +1,14 @@
 """
 Decoding: a token's logits do not depend on how the sequence was cut into blocks, to the bit.
 """
-import copy
 import random
 
 import pytest
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
-from fast import cpu
-from checkpoint import drafter_config
-from model import DFlashDraftModel
-from fast.projections import groups_of, join_projections
 from decode_state import DecodeState, prefill
-from tests.common import (K, LAYER_IDS, V, apart, nano, random_normal, small_target, tiny_target,
-                          tokens_of)
+from tests.common import (K, LAYER_IDS, V, apart, nano, small_target, tokens_of)
 
 
 @torch.no_grad()
@@ -182,7 +175,7 @@ def test_cuts_rejected_block(accepted):
 def test_state_of_a_bf16_target_is_kept_in_fp32():
     """The recurrent state or the tail of its inputs in bf16: rounded again with every block."""
     state = DecodeState(small_target("untied", torch.bfloat16), 1, 64)
-    for name in ("S", "S_chunk_end", "window", "cos", "sin"):
+    for name in ("S", "S_chunk_end", "delta_inputs", "cos", "sin"):
         assert getattr(state, name).dtype == torch.float32, name
     for name in ("keys", "values", "conv"):
         assert getattr(state, name).dtype == torch.bfloat16, name
@@ -193,103 +186,3 @@ def test_state_of_one_row_has_one_S():
     state = DecodeState(small_target(), 3, 64, tokens_per_forward=1)
     assert state.S.numel() > 0
     assert state.S_chunk_end.numel() == 0
-
-# ------------------------------------------------------------------------------------------------
-# what makes it so on a CPU
-
-
-def test_cuts_at_a_width_that_threads_split():
-    """Failure 5: an elementwise operation that threads split inside a row rounds differently
-    there."""
-    torch.set_num_threads(3)
-    x = random_normal()(2 * K, 9728)
-    first = cpu.rowwise(F.silu, x[None, :K])[0]
-    for i in range(K):
-        block = cpu.rowwise(F.silu, x[None, i:i + K])[0]
-        plain = F.silu(x[i:i + K].contiguous())
-        assert torch.allclose(block, plain, rtol=1e-6, atol=1e-7)
-        # rows that both blocks hold
-        assert torch.equal(block[:K - i], first[i:])
-
-
-@pytest.mark.parametrize("dtype, tolerance", ((torch.float32, 2e-4), (torch.bfloat16, 0.5)))
-def test_rows_of_packed_products_depend_on_nothing_else(dtype, tolerance):
-    """Failure 5: in oneDNN's blocked order, that of large weights on a CPU, a row's bits depend on
-    other rows or on its place among them."""
-    draw = random_normal()
-    weight = draw(1031, 517).to(dtype)
-    x = draw(K, 517).to(dtype)
-    others = draw(K, 517).to(dtype)
-    product = cpu.pack_weight(weight)
-    y = product(x[None])[0]
-    expected = F.linear(x, weight)
-    assert torch.allclose(y.float(), expected.float(), rtol=0, atol=tolerance)
-    for place in range(K):
-        moved = others.clone()
-        moved[place] = x[3]
-        assert torch.equal(product(moved[None])[0, place], y[3]), place
-
-
-def drafter_of_tiny_target():
-    """Five layers of the tiny target's widths."""
-    c = tiny_target().config
-    config = drafter_config(
-        c, layers=5, target_layer_ids=[0], mask_token_id=7, heads=2, kv_heads=1, head_dim=16,
-        mlp=32)
-    torch.manual_seed(0)
-    return DFlashDraftModel(config).requires_grad_(False).eval()
-
-
-def packed_products(target, drafter):
-    """The packed product of every projection of both models, None for those that have none."""
-    products = [target.packed_head]
-    inside = []  # linear layers that are computed as part of a joined product
-    for layers in groups_of(target):
-        products.append(getattr(layers[0], "packed_product", None))
-        inside += layers
-    for module in (*target.modules(), *drafter.modules()):
-        if isinstance(module, nn.Linear) and not any(module is part for part in inside):
-            products.append(vars(module).get("forward"))
-    return products
-
-
-@torch.no_grad()
-def test_packed_and_plain_models_agree(monkeypatch):
-    """A projection that is left out when products are joined and packed, or that takes another's
-    weights: then the results differ from those of the plain models by more than rounding."""
-    target = copy.deepcopy(tiny_target())  # as others use it as it is
-    drafter = drafter_of_tiny_target()
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, target.config.vocab_size, (1, 40), generator=generator)
-    blocks = drafter.embed_block(tokens[:, 20:22], target.embed_tokens.weight)
-    anchors = torch.tensor([[20, 21]])
-
-    def results():
-        features, hidden = target(tokens, target_layer_ids=drafter.target_layer_ids)
-        guesses = drafter(features, blocks, anchors, cpu.attention_by_anchor_groups)
-        return features, target.logits(hidden), guesses
-
-    plain = results()
-    assert all(product is None for product in packed_products(target, drafter))
-
-    join_projections(target)
-    joined = results()
-
-    monkeypatch.setattr(cpu, "MIN_PACKED", 0)
-    cpu.pack_target(target)
-    cpu.pack_linears(drafter)
-    packed = results()
-    assert all(product is not None for product in packed_products(target, drafter))
-
-    for i in range(3):
-        assert torch.allclose(joined[i], plain[i], rtol=1e-4, atol=1e-5)
-        assert torch.allclose(packed[i], plain[i], rtol=1e-4, atol=1e-5)
-
-
-def test_small_weights_are_not_packed(monkeypatch):
-    """Packing where it costs more than it gains, or a copy of every weight."""
-    weight = torch.zeros(16, 16)
-    monkeypatch.setattr(cpu, "MIN_PACKED", 257)
-    assert cpu.pack_weight(weight) is None
-    monkeypatch.setattr(cpu, "MIN_PACKED", 256)
-    assert cpu.pack_weight(weight) is not None

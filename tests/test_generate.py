@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import fast
 from tokenizer import chat_prompt, stop_ids
-from draft_decode import Decoder, count_accepted, first_difference, generate, timed_generate
-from fast.projections import join_projections
+from draft_decode import Decoder, count_accepted, first_difference, generate, collect
+from fast.decoding import join_projections
 from sampling import Sampling
 from tests.common import (HalfRightOracle, K, Oracle, V, all_tokens, apart, nano, questions,
                           reference, shipped, small_drafter, small_target, tokens_of, untrained)
@@ -47,7 +48,8 @@ def decode_by_all(question_number):
     takes as many rounds as the target alone, so it is there for one prompt of four."""
     target, tokenizer = nano()
     prompt = chat_prompt(tokenizer, questions()[question_number])
-    rounds = {"alone": list(generate(target, None, prompt, NEW_TOKENS, tokens_per_forward=K))}
+    rounds = {"alone": list(generate(
+        target, None, prompt, max_new_tokens=NEW_TOKENS, tokens_per_forward=K))}
     answer = all_tokens(rounds["alone"])
     drafters = {
         "shipped": shipped(),
@@ -57,7 +59,7 @@ def decode_by_all(question_number):
     if question_number % 4 == 0:
         drafters["random"] = untrained()
     for name, drafter in drafters.items():
-        rounds[name] = list(generate(target, drafter, prompt, NEW_TOKENS))
+        rounds[name] = list(generate(target, drafter, prompt, max_new_tokens=NEW_TOKENS))
     return rounds
 
 
@@ -86,7 +88,8 @@ def test_generate_is_identical_for_every_drafter(first):
 
 def sampled(drafter, prompt, sampling):
     target, _ = nano()
-    return all_tokens(generate(target, drafter, prompt, 24, tokens_per_forward=K, sampling=sampling))
+    return all_tokens(generate(
+        target, drafter, prompt, max_new_tokens=24, tokens_per_forward=K, sampling=sampling))
 
 
 @pytest.mark.parametrize("temperature", (0.7, 1.0, 3.0))
@@ -119,7 +122,8 @@ def test_training_form_predicts_decoded_rounds():
     drafter = shipped()
     for question in questions()[:4]:
         prompt = chat_prompt(tokenizer, question)
-        rounds = list(generate(target, drafter, prompt, 64, stop_ids(tokenizer)))
+        rounds = list(generate(
+            target, drafter, prompt, max_new_tokens=64, stop_token_ids=stop_ids(tokenizer)))
         tokens = torch.tensor([prompt + all_tokens(rounds)])
         T = tokens.shape[1]
         features, _ = target(tokens, target_layer_ids=drafter.target_layer_ids)
@@ -147,9 +151,10 @@ def test_generate_begins_anew_with_each_prompt():
     for drafter in (None, small_drafter()):
         for sampling in (Sampling(), Sampling(1.0)):
             for prompt in prompts:
-                request = (small_target(), drafter, prompt, 12)
-                kept = generate(*request, sampling=sampling, decoders=decoders)
-                fresh = generate(*request, sampling=sampling)
+                request = (small_target(), drafter, prompt)
+                kept = generate(
+                    *request, max_new_tokens=12, sampling=sampling, decoders=decoders)
+                fresh = generate(*request, max_new_tokens=12, sampling=sampling)
                 assert list(kept) == list(fresh)
     # for each drafter and way of sampling one for prompts up to 200 tokens, one for longer ones
     assert len(decoders) == 2 * 2 * 2
@@ -166,7 +171,8 @@ def decode_reference(limit, stops=()):
         drafters.append(Oracle(len(prompt), answer, right))
     results = []
     for drafter in drafters:
-        rounds = generate(small_target(), drafter, prompt, limit, stops)
+        rounds = generate(
+            small_target(), drafter, prompt, max_new_tokens=limit, stop_token_ids=stops)
         results.append(list(rounds))
     return results
 
@@ -195,7 +201,8 @@ def test_generate_ends_at_a_stop(place):
             assert len(r.tokens) > 0
     # tau counts what is returned, and the prompt's own token is in no round
     oracle = Oracle(len(prompt), answer, right=15)
-    result = timed_generate(small_target(), oracle, prompt, 40, {stop})
+    result = collect(generate(
+        small_target(), oracle, prompt, max_new_tokens=40, stop_token_ids=stop))
     assert result.tokens == expected
     assert 1 + len(all_tokens(result.rounds)) == len(expected)
 
@@ -210,17 +217,18 @@ def test_generate_ends_at_the_context(monkeypatch):
     for rounds in decode_reference(40):
         assert all_tokens(rounds) == answer[:room]
     # forwards of one row end at the same token
-    one_row = all_tokens(generate(target, None, prompt, 40, tokens_per_forward=1))
+    one_row = all_tokens(generate(
+        target, None, prompt, max_new_tokens=40, tokens_per_forward=1))
     assert len(one_row) == room
 
     with pytest.raises(ValueError, match="empty"):
-        next(generate(target, None, [], 5))
-    with pytest.raises(ValueError, match="40 tokens.*context of 50"):
-        next(generate(target, None, [1] * 40, 5))
+        next(generate(target, None, []))
+    with pytest.raises(ValueError, match="prompt too long: 40 tokens.*context of 50"):
+        next(generate(target, None, [1] * 40))
     with pytest.raises(ValueError, match="vocabulary of 300"):
-        next(generate(target, None, [V], 5))
+        next(generate(target, None, [V]))
     with pytest.raises(ValueError, match="at least one token"):
-        next(generate(target, None, [1], 0))
+        next(generate(target, None, [1], max_new_tokens=0))
 
 
 @pytest.fixture
@@ -243,15 +251,14 @@ def test_compiled_rounds_equal_plain_ones(rows, traced_only):
     prompt = tokens_of(20).tolist()
     results = []
     for is_compiled in (False, True):
-        target = copy.copy(small_target())  # as others use it as it is
+        target = copy.deepcopy(small_target())
         drafter = None
         if rows == K:
-            drafter = join_projections(small_drafter())  # as on a GPU
-        if is_compiled:
-            target.compile_decoding()
-        if is_compiled and drafter is not None:
-            drafter.compile_decoding()
-        decoder = Decoder(target, drafter, 64, rows, Sampling(), batch=2)
+            drafter = small_drafter()
+            join_projections(drafter)  # as on a GPU
+        fast.prepare_for_decoding(target, drafter, compile=is_compiled)
+        decoder = Decoder(
+            target, drafter, length=64, tokens_per_forward=rows, sampling=Sampling(), batch=2)
         decoder.reader.pads_segments = True  # so that segments are compiled too
         decoder.reader.segment_length = 32
         answer = [decoder.start_sequence(1, prompt)]

@@ -39,7 +39,7 @@ def rest(inputs, n):
     return [x[:, n:] for x in inputs]
 
 
-def definition(q, k, v, g, beta, S):
+def definition(q, k, v, g, beta, *, S):
     """basic.py's rule, token by token, for each sequence of a batch. Returns o and the last S."""
     repeats = v.shape[2] // q.shape[2]
     q = q.repeat_interleave(repeats, 2)
@@ -48,14 +48,14 @@ def definition(q, k, v, g, beta, S):
     o = torch.empty_like(v)
     for b, t in itertools.product(range(v.shape[0]), range(v.shape[1])):
         token = (x[b, t] for x in (q, k, v, g, beta))
-        o[b, t], last_S[b] = basic.delta_rule(*token, last_S[b])
+        o[b, t], last_S[b] = basic.delta_rule(*token, S=last_S[b])
     return o, last_S
 
 
 def check_against_definition(results, inputs, S, tolerance=1e-12):
     """results: the o and S that some form of the rule made of the inputs and the first S."""
     o, last_S = results
-    o_true, S_true = definition(*inputs, S)
+    o_true, S_true = definition(*inputs, S=S)
     assert apart(o, o_true) < tolerance
     assert apart(last_S, S_true) < tolerance
 
@@ -66,7 +66,7 @@ def test_kernel_equals_recurrence(T, chunk):
     """Failure 8: the chunked form sums, decays or pads other than the definition does, or overflows
     on strong decay."""
     inputs, S = kernel_inputs(T)
-    results = gated_delta_rule(*inputs, S, chunk=chunk)
+    results = gated_delta_rule(*inputs, S=S, chunk=chunk)
     check_against_definition(results, inputs, S)
     # without a state it begins with zeros
     results = gated_delta_rule(*inputs, chunk=chunk)
@@ -78,8 +78,8 @@ def test_kernel_any_split_in_two_calls(T):
     """Failure 8: a state handed from one call to the next lacks the last, unfinished chunk."""
     inputs, S = kernel_inputs(T)
     for cut in range(1, T):
-        head, middle = gated_delta_rule(*first(inputs, cut), S, chunk=16)
-        tail, end = gated_delta_rule(*rest(inputs, cut), middle, chunk=16)
+        head, middle = gated_delta_rule(*first(inputs, cut), S=S, chunk=16)
+        tail, end = gated_delta_rule(*rest(inputs, cut), S=middle, chunk=16)
         o = torch.cat((head, tail), 1)
         check_against_definition((o, end), inputs, S)
 
@@ -89,9 +89,9 @@ def test_kernel_of_a_window_equals_recurrence(chunk):
     """Failure 8: the rule of a window returns the state after both chunks, not after the first; or
     the second chunk begins with another state, or reads the first one's keys."""
     inputs, S = kernel_inputs(2 * chunk)
-    o, state = delta_rule_of_window(*inputs, S)
-    o_true, _ = definition(*inputs, S)
-    _, S_true = definition(*first(inputs, chunk), S)
+    o, state = delta_rule_of_window(*inputs, S=S)
+    o_true, _ = definition(*inputs, S=S)
+    _, S_true = definition(*first(inputs, chunk), S=S)
     assert apart(o, o_true) < 1e-12
     assert apart(state, S_true) < 1e-12
 
@@ -100,12 +100,12 @@ def test_kernel_of_a_window_does_not_read_what_comes_after():
     """Failure 6: rejected guesses after a row change its bits, or the state of the first chunk.
     Their values are so large here that any factor but an exact 0 would show."""
     inputs, S = kernel_inputs(32)
-    o, state = delta_rule_of_window(*inputs, S)
+    o, state = delta_rule_of_window(*inputs, S=S)
     for T in (1, 15, 16, 17, 31):
         disturbed = [torch.cat((x[:, :T], x[:, T:].flip(1)), 1) for x in inputs]
         disturbed_v = disturbed[2]
         disturbed_v[:, T:] *= 1e100
-        disturbed_o, disturbed_state = delta_rule_of_window(*disturbed, S)
+        disturbed_o, disturbed_state = delta_rule_of_window(*disturbed, S=S)
         assert torch.equal(disturbed_o[:, :T], o[:, :T])
         assert torch.equal(disturbed_state, state) == (T >= 16)
 
@@ -117,8 +117,8 @@ def test_kernel_padding_leaves_the_state_as_it_is():
     for x in inputs:
         zeros = torch.zeros_like(x[:, :16])
         padded.append(torch.cat((x, zeros), 1))
-    _, state = gated_delta_rule(*inputs, S, chunk=16)
-    _, state_padded = gated_delta_rule(*padded, S, chunk=16)
+    _, state = gated_delta_rule(*inputs, S=S, chunk=16)
+    _, state_padded = gated_delta_rule(*padded, S=S, chunk=16)
     assert torch.equal(state_padded, state)
 
 
@@ -130,7 +130,7 @@ def test_kernel_step_equals_recurrence():
     outputs = []
     for t in range(20):
         token = rest(first(inputs, t + 1), t)
-        o, state = delta_step(*token, state)
+        o, state = delta_step(*token, S=state)
         outputs.append(o)
     o = torch.cat(outputs, 1)
     check_against_definition((o, state), inputs, S)
@@ -156,7 +156,7 @@ def test_kernel_is_finite_in_fp32():
     every_third = torch.arange(130)[None, :, None] % 3 == 0
     g = torch.where(every_third, 0.0, -50.0).expand(2, 130, 4)
     inputs = [x.float() for x in (q, k, v, g, beta)]
-    o, state = gated_delta_rule(*inputs, S.float())
+    o, state = gated_delta_rule(*inputs, S=S.float())
     assert o.isfinite().all()
     assert state.isfinite().all()
     doubles = [x.double() for x in inputs]
@@ -181,14 +181,14 @@ def test_kernel_in_bf16_fades_in_fp32():
     inputs, S = kernel_inputs(130)
     inputs = [x.bfloat16() for x in inputs]
     exact = [x.double() for x in inputs]
-    o_true, S_true = definition(*exact, S)
-    o, last_S = gated_delta_rule(*inputs, S.float())
+    o_true, S_true = definition(*exact, S=S)
+    o, last_S = gated_delta_rule(*inputs, S=S.float())
     assert o.dtype == torch.bfloat16
     assert apart(o, o_true) < 5e-3
     assert apart(last_S, S_true) < 5e-3
 
     q, k, v, g, beta = inputs
-    o, last_S = gated_delta_rule(q, k, v.float(), g, beta, S.float())
+    o, last_S = gated_delta_rule(q, k, v.float(), g, beta, S=S.float())
     assert o.dtype == torch.float32
     assert apart(o, o_true) < 1e-5
     assert apart(last_S, S_true) < 1e-5
@@ -201,8 +201,8 @@ def test_kernel_in_bf16_keeps_S_in_fp32():
     no_fading = torch.zeros_like(g)
     inputs = [x.bfloat16() for x in (q, k, v, no_fading, 0.02 * beta)]
     exact = [x.double() for x in inputs]
-    _, S_true = definition(*exact, S)
-    _, last_S = gated_delta_rule(*inputs, S.float())
+    _, S_true = definition(*exact, S=S)
+    _, last_S = gated_delta_rule(*inputs, S=S.float())
     assert last_S.dtype == torch.float32
     assert apart(last_S, S_true) < 1e-3  # 9e-3 if it is rounded
 
@@ -212,8 +212,8 @@ def test_step_in_bf16_is_computed_in_fp32():
     inputs, S = kernel_inputs(1)
     inputs = [x.bfloat16() for x in inputs]
     exact = [x.double() for x in inputs]
-    o_true, S_true = definition(*exact, S)
-    o, last_S = delta_step(*inputs, S.float())
+    o_true, S_true = definition(*exact, S=S)
+    o, last_S = delta_step(*inputs, S=S.float())
     assert last_S.dtype == torch.float32
     assert apart(o, o_true) < 2e-3
     assert apart(last_S, S_true) < 1e-5
@@ -235,7 +235,7 @@ def test_state_after_blocks_equals_recurrence(cuts):
     shape = {"B": 1, "H": 4, "Hv": 8, "D": 16, "Dv": 16}
     inputs, S = kernel_inputs(sum(cuts), **shape)
     S = torch.zeros_like(S)
-    o_true, _ = definition(*inputs, S)
+    o_true, _ = definition(*inputs, S=S)
     state = DecodeState(target, 1, 128, K)
     position = 0
     for n in cuts:
@@ -253,5 +253,5 @@ def test_state_after_blocks_equals_recurrence(cuts):
         # the state kept is that of the last whole chunk
         b = position // K * K
         if b > 0:
-            _, S_true = definition(*first(inputs, b), S)
+            _, S_true = definition(*first(inputs, b), S=S)
             assert apart(state.S[0], S_true) < 1e-12, position

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loss import block_labels, block_loss, chunk_loss, dpace_weights, sample_anchors
+from loss import Targets, block_labels, block_loss, chunk_loss, dpace_weights, sample_anchors
 from tests.common import K, V, apart, random_normal, tokens_of
 
 # ------------------------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ def test_padding_anchors_and_texts_end_without_weight():
     supervised = torch.ones(1, 40, dtype=torch.bool)
     is_real = torch.tensor([[True, True, False]])
     anchors = torch.tensor([[10, 38, 0]])
-    labels, weights = block_labels(tokens, supervised, anchors, is_real, K, gamma=7.0)
+    labels, weights = block_labels(tokens, supervised, anchors, is_real, K=K, gamma=7.0)
     assert torch.equal(labels[0, 0], tokens[0, 11:10 + K])
     assert labels[0, 1, 0] == tokens[0, 39]
     counted = (weights > 0).sum(-1)
@@ -128,7 +128,7 @@ def loss_inputs(dtype=torch.float64):
     hidden = draw(2, 6, K, 12).to(dtype).requires_grad_()
     head = draw(V, 12).to(dtype)
     labels = tokens_of(2, 6, K - 1)
-    return hidden, head, labels, weights
+    return hidden, head, Targets(labels, weights)
 
 
 def prefix_of(weights):
@@ -141,10 +141,11 @@ def with_smoothing(smoothing):
     return functools.partial(chunk_loss, dpace_smoothing=smoothing)
 
 
-def loss_and_gradient(*inputs):
-    hidden = inputs[0]
+def loss_and_gradient(hidden, head, targets, loss_chunk_size, smoothing=None):
     hidden.grad = None
-    loss, nll, correct, used = block_loss(*inputs)
+    loss, nll, correct, used = block_loss(
+        hidden, head, targets, loss_chunk_size=loss_chunk_size,
+        chunk_loss_function=with_smoothing(smoothing))
     (3 * loss).backward()
     return loss.detach(), hidden.grad, nll, correct, used
 
@@ -152,33 +153,35 @@ def loss_and_gradient(*inputs):
 @pytest.mark.parametrize("smoothing", (None, 0.5))
 @pytest.mark.parametrize("loss_chunk_size", (1, 40))
 def test_loss_does_not_depend_on_the_chunks(loss_chunk_size, smoothing):
-    """A chunk that is weighed or scaled by others, or left out. (test_basic has the definition.)"""
-    hidden, head, labels, weights = loss_inputs()
+    """A chunk that is weighted or scaled by others, or left out. (test_basic has the
+    definition.)"""
+    hidden, head, targets = loss_inputs()
     if smoothing is not None:
-        weights = prefix_of(weights)
-    inputs = (hidden, head, labels, weights)
-    whole = loss_and_gradient(*inputs, 1000, with_smoothing(smoothing))
-    chunks = loss_and_gradient(*inputs, loss_chunk_size, with_smoothing(smoothing))
+        targets = Targets(targets.labels, prefix_of(targets.weights))
+    whole = loss_and_gradient(hidden, head, targets, 1000, smoothing)
+    chunks = loss_and_gradient(hidden, head, targets, loss_chunk_size, smoothing)
     for a, b in zip(chunks, whole, strict=True):
         assert apart(a, b) < 1e-12
-    gradient = chunks[1]
-    assert not gradient[:, :, 0].any()  # position 0, the anchor, has no loss
+    assert not chunks[1][:, :, 0].any()  # position 0, the anchor, has no gradient
     with torch.no_grad():
-        alone, *_ = block_loss(*inputs, loss_chunk_size, with_smoothing(smoothing))
+        alone, *_ = block_loss(
+            hidden, head, targets, loss_chunk_size=loss_chunk_size,
+            chunk_loss_function=with_smoothing(smoothing))
     assert torch.equal(alone, chunks[0])
 
 
 def test_dpace_is_the_loss_with_its_weights_as_constants():
     """D-PACE's weights come from guesses of another block, or are differentiated."""
-    hidden, head, labels, weights = loss_inputs()
+    hidden, head, (labels, weights) = loss_inputs()
     weights = prefix_of(weights)
     loss, gradient, nll, correct, used = loss_and_gradient(
-        hidden, head, labels, weights, 40, with_smoothing(0.5))
+        hidden, head, Targets(labels, weights), 40, 0.5)
     for block in itertools.product(range(2), range(6)):
         probabilities = (-nll[block]).exp()
         expected = dpace_weights(probabilities, weights[block], 0.5)
         assert torch.allclose(used[block], expected, rtol=1e-12, atol=0)
-    expected_loss, expected_gradient, *_ = loss_and_gradient(hidden, head, labels, used, 40)
+    expected_loss, expected_gradient, *_ = loss_and_gradient(
+        hidden, head, Targets(labels, used), 40)
     assert apart(loss, expected_loss) < 1e-12
     assert apart(gradient, expected_gradient) < 1e-12
     logits = hidden.detach()[:, :, 1:] @ head.T
@@ -187,14 +190,16 @@ def test_dpace_is_the_loss_with_its_weights_as_constants():
 
 def test_loss_in_bf16_is_summed_in_fp32():
     """A softmax or a sum of thousands of losses in bf16, which has three digits."""
-    hidden, head, labels, weights = loss_inputs(torch.bfloat16)
-    loss, nll, _, _ = block_loss(hidden, head, labels, weights.float(), 7)
+    hidden, head, (labels, weights) = loss_inputs(torch.bfloat16)
+    loss, nll, _, _ = block_loss(
+        hidden, head, Targets(labels, weights.float()), loss_chunk_size=7)
     loss.backward()
     loss = loss.detach()
     assert loss.dtype == torch.float32
     assert hidden.grad.dtype == torch.bfloat16
     hidden = hidden.detach()
-    exact, *_ = block_loss(hidden.double(), head.double(), labels, weights, 7)
+    exact, *_ = block_loss(
+        hidden.double(), head.double(), Targets(labels, weights), loss_chunk_size=7)
     assert apart(loss, exact) < 5e-3
     # the products are bf16's, but nothing after them
     logits = F.linear(hidden[:, :, 1:], head).double()
@@ -221,13 +226,15 @@ class LargestTensor(TorchDispatchMode):
 def test_loss_never_holds_all_logits(smoothing):
     """Failure 7: out of memory, as logits of anchors x slots x vocabulary exist at once, forward or
     backward."""
-    inputs = loss_inputs()
+    hidden, head, targets = loss_inputs()
     with LargestTensor() as largest:
-        loss, *_ = block_loss(*inputs, 40, with_smoothing(smoothing))
+        loss, *_ = block_loss(
+            hidden, head, targets, loss_chunk_size=40,
+            chunk_loss_function=with_smoothing(smoothing))
         loss.backward()
     two_blocks = 2 * (K - 1) * V  # 40 rows, rounded down to whole blocks
     assert two_blocks <= largest.size
-    all_inputs = [x.numel() for x in inputs]
+    all_inputs = [x.numel() for x in (hidden, head, *targets)]
     assert largest.size <= max(two_blocks, *all_inputs)
     all_logits = 2 * 6 * (K - 1) * V
     assert largest.size < all_logits / 4

@@ -1,5 +1,5 @@
-"""One GPU against two: arms that are not the same work, times that count twice, rows and targets
-that train.py does not take, a lost process that nobody names."""
+"""Training with several processes: modes that do different work, samples and targets that train.py
+does not take, a lost process that nobody names."""
 import os
 import socket
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 import checkpoint
 import train
-from benchmarks import scaling, training_arms
+from benchmarks import scaling, scaling_worker
 from configurator import configure
 from data.samples import Samples
 from data.synthetic import prepare
@@ -29,46 +29,41 @@ def tiny_target(monkeypatch):
     return "random:tiny"
 
 
-# ------------------------------------------------------------------------------------------------
-# arms
+# --------------------------------------------------------------------------------------------------
+# modes
 
 
-def test_scaling_arms_do_the_same_work(config):
-    """Failure 15: two GPUs that see other samples than one, or make smaller steps."""
-    shape = configure(vars(train), [config.recipe])
-    arms = scaling.all_arms(config, shape)
-    samples = {}
-    batches = {}
-    for arm in arms:
-        settings = configure(vars(train), arm.flags)
-        assert (settings.parallel == "fsdp") == arm.way.endswith("fsdp")
-        batch = settings.batch_size * settings.grad_accum_steps * arm.processes
-        batches.setdefault(arm.group, set()).add(batch)
-        samples.setdefault(arm.group, set()).add(batch * arm.steps)
-    assert {*samples, "kill"} == set(scaling.GROUPS)
-    for group in samples:
-        assert len(samples[group]) == 1, group
-    assert batches["float32"] == batches["bfloat16"] == batches["resume"] == {4}
-    assert batches["full-eager"] == {4, 8}
+def test_scaling_modes_have_the_same_samples(config):
+    """Failure 15: two processes that see other samples than one, or resume from the wrong run."""
+    config.processes = (1, 2, 4)
+    train_config = configure(vars(train), list(config.train_args))
+    modes = scaling.all_modes(config)
+    assert [mode.name for mode in modes] == ["one", "ddp2", "fsdp2", "ddp4", "fsdp4"]
+    for mode in modes:
+        run = scaling.run_of(config, train_config, mode, source=modes[1])
+        settings = configure(vars(train), run["flags"])
+        batch = settings.batch_size * settings.grad_accum_steps * mode.processes
+        assert batch == 4 * train_config.batch_size * train_config.grad_accum_steps
+        assert settings.parallel == mode.parallel
+        source = scaling.run_of(config, train_config, modes[1])
+        source_dir = configure(vars(train), source["flags"]).out_dir
+        assert settings.resume_from == f"{source_dir}/step-{source['save_at']:06d}"
+        assert settings.out_dir != source_dir
 
 
-def test_scaling_resumed_arms_come_after_their_sources(config):
-    """A run that resumes from a checkpoint which is not there yet."""
-    shape = configure(vars(train), [config.recipe])
-    arms = scaling.all_arms(config, shape)
-    turns = {}
-    for place, arm in enumerate(arms):
-        turns[arm.name] = (arm.turn, arm.processes, place)
-    resumed = [arm for arm in arms if arm.resume_from is not None]
-    assert len(resumed) == 5
-    for arm in resumed:
-        source = f"bfloat16-{arm.way.split('-then-')[0]}"
-        assert scaling.run_dir(config, source) == os.path.dirname(arm.resume_from)
-        assert turns[source] < turns[arm.name]
+def test_scaling_refuses_numbers_of_processes_without_the_same_samples(config):
+    """3 and 4 processes compared, although no step can have the same samples; too few steps."""
+    for processes in ((3, 4), (0, 2), (1,)):
+        config.processes = processes
+        with pytest.raises(ValueError, match="must divide the largest"):
+            scaling.all_modes(config)
+    config.steps = 4
+    with pytest.raises(ValueError, match="steps = 4"):
+        scaling.all_modes(config)
 
 
 def test_scaling_measures_the_run_of_train_py(small_run, tmp_path):
-    """Failure 15: steps that are timed but are not those that train.py makes."""
+    """Failure 15: timed steps that differ from those of train.py."""
     settings, _ = small_run
     config_file = write_config(tmp_path / "small.py", settings)
     run, held_out, _ = train.setup(settings)
@@ -76,75 +71,54 @@ def test_scaling_measures_the_run_of_train_py(small_run, tmp_path):
     log = read_jsonl(tmp_path / "run-dflash" / "log.jsonl")
     expected = [entry["loss"] for entry in log if entry["kind"] == "train"]
 
-    flags = [str(config_file), f"--out_dir={tmp_path}/arm-dflash"]
-    arm = {"name": "arm", "flags": flags, "steps": run.total_steps, "warm_up_steps": 2,
-           "save_at": [3], "resume_from": None}
-    _, result = training_arms.measure(arm)
+    flags = [str(config_file), f"--out_dir={tmp_path}/other-dflash"]
+    _, result = scaling_worker.measure_run({"flags": flags, "steps": run.total_steps, "save_at": 3})
     assert [step["loss"] for step in result["steps"]] == expected
-    assert os.listdir(tmp_path / "arm-dflash") == ["step-000003"]
+    assert os.listdir(tmp_path / "other-dflash") == ["step-000003"]
     seconds = sum(step["seconds"] for step in result["steps"][2:])
     assert result["samples_per_s"] == pytest.approx(4 * (run.total_steps - 2) / seconds)
 
 
-# ------------------------------------------------------------------------------------------------
-# figures
+def result_by_hand(samples_per_s, losses):
+    steps = [{"loss": loss, "grad_norm": 1.0} for loss in losses]
+    return {"samples_per_s": samples_per_s, "tokens_per_s": 1.0, "mfu": None, "peak_gb": None,
+            "steps": steps}
 
 
-def test_scaling_time_of_a_step_is_split():
-    """Failure 15: an exchange that runs beside products is called waiting, or the annotation of a
-    kernel counts as a kernel."""
-    def event(name, begin, end, category="kernel"):
-        return {"name": name, "cat": category, "ts": begin, "dur": end - begin}
-
-    seconds = training_arms.split_time([
-        event("product", 0, 4e6),
-        event("product", 3e6, 5e6),                 # on another stream, one second together
-        event("ncclDevKernel_AllReduce", 4e6, 7e6),     # two seconds alone
-        event("nccl:all_reduce", 0, 9e6, "gpu_user_annotation"),
-        event("Memset", 8e6, 10e6, "gpu_memset"),   # after one idle second
-        {"name": "process_name", "ph": "M"}])
-    assert seconds == {"step": 10, "compute": 7, "exchange": 3, "exposed": 2, "idle": 1}
-
-
-def test_scaling_is_relative_to_twice_one_gpu(config):
-    """Failure 15: a share of another group's speed, or of one GPU's."""
-    shape = configure(vars(train), [config.recipe])
-    arms = scaling.speed_arms(config, shape, "full", "eager")
-    results = {}
-    for arm, speed in zip(arms, (10, 19, 16), strict=True):
-        results[arm.name] = {"samples_per_s": speed, "tokens_per_s": 1.0, "step_s": 0.5,
-                             "mfu": None, "peak_gb": None, "setup_peak_gb": None, "warm_up_s": 1}
-    rows = scaling.speed_rows(arms, results)
-    assert [row["scaling"] for row in rows] == [None, 0.95, 0.8]
-
-
-def test_scaling_losses_apart():
-    """Differences that cancel, or of other steps."""
-    own = [{"loss": 2.0}, {"loss": 5.0}, {"loss": 3.0}]
-    other = [{"loss": 2.0}, {"loss": 4.0}, {"loss": 4.0}]
-    assert scaling.largest_difference(own, other, "loss") == 0.25
+def test_scaling_tables_by_hand(config):
+    """Failure 15: a speed compared with the wrong run, or losses that are compared with other
+    steps."""
+    results = {
+        "one": result_by_hand(10, [2.0, 4.0, 5.0]),
+        "ddp2": result_by_hand(19, [2.0, 4.0, 4.0]),
+        "fsdp2": result_by_hand(16, [1.0, 4.0, 5.0]),
+        "one-then-ddp2": result_by_hand(1, [4.0, 5.0]),
+        "ddp2-then-one": result_by_hand(1, [4.0, 5.0]),
+        "one-then-fsdp2": result_by_hand(1, [4.0, 4.0]),
+        "fsdp2-then-one": result_by_hand(1, [4.0, 5.0])}
+    modes = scaling.all_modes(config)
+    rows = scaling.mode_rows(modes, results)
+    assert [row["scaling"] for row in rows] == [1.0, 0.95, 0.8]
+    assert [row["loss difference"] for row in rows] == [0, 0.2, 0.5]
+    rows = scaling.resumed_rows(modes, results)
+    assert [(row["resumed"], row["loss difference"]) for row in rows] == [
+        ("one-then-ddp2", 0), ("ddp2-then-one", 0.25), ("one-then-fsdp2", 0.2),
+        ("fsdp2-then-one", 0)]
     with pytest.raises(ValueError):
-        scaling.largest_difference(own[:2], other, "loss")
+        scaling.largest_difference([{"loss": 1.0}], results["one"]["steps"], "loss")
 
 
-# ------------------------------------------------------------------------------------------------
+def test_scaling_names_the_log_of_a_failed_process(config, tmp_path):
+    """A failed run whose empty result is compared with the others."""
+    config.out_dir = str(tmp_path)
+    config.device = "cpu"
+    run = {"name": "one", "flags": ["--data=no_such_folder"], "steps": 1, "save_at": None}
+    with pytest.raises(ValueError, match="one failed: its output is in .*one.log"):
+        scaling.launch(config, scaling.ONE, [run])
+
+
+# --------------------------------------------------------------------------------------------------
 # processes
-
-
-def test_scaling_kills_the_process_that_it_means():
-    """The launcher or process 0 killed instead of process 1."""
-    sleepers = []
-    for number in (0, 1):
-        environment = os.environ | {"RANK": str(number)}
-        sleepers.append(subprocess.Popen(["sleep", "60"], env=environment))
-    try:
-        assert scaling.child_of_rank(os.getpid(), 1) == sleepers[1].pid
-        with pytest.raises(ValueError, match="no child of rank 2"):
-            scaling.child_of_rank(os.getpid(), 2)
-    finally:
-        for sleeper in sleepers:
-            sleeper.kill()
-            sleeper.wait()
 
 
 LOST = """
@@ -164,8 +138,7 @@ sys.exit("the dead process was not missed")
 
 
 def test_lost_process_is_recognised():
-    """A page of torch's traceback for a process whose only trouble is that another one died; or a
-    wait without end."""
+    """torch's long traceback in a process because a different one died, or an endless wait."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -183,13 +156,13 @@ def test_lost_process_is_recognised():
     assert processes[1].returncode == -9
 
 
-# ------------------------------------------------------------------------------------------------
-# synthetic rows, and targets with random weights
+# --------------------------------------------------------------------------------------------------
+# synthetic samples, and targets with random weights
 
 
 @pytest.mark.parametrize("length", (0, 150))
 def test_synthetic_rows(main, tiny_target, tmp_path, length):
-    """Rows that are not of the length asked for, or hold the id of the mask."""
+    """Samples with a wrong length, or with the id of the mask."""
     main(prepare, f"--target={tiny_target}", f"--out_dir={tmp_path}", f"--length={length}",
          "--max_length=1500")
     rows = Samples(str(tmp_path), "train", small_config().vocab_size, tokenizer=0)
@@ -205,12 +178,12 @@ def test_synthetic_rows(main, tiny_target, tmp_path, length):
         assert min(lengths) >= 200 and max(lengths) == 1500 and len(lengths) > 100
 
 
-def test_train_py_takes_a_random_target(main, small_run, tiny_target, tmp_path):
-    """A target without a tokenizer that is refused, although nothing is read as text."""
+def test_train_py_takes_a_random_target(main, monkeypatch, small_run, tiny_target, tmp_path):
+    """A target without a tokenizer that is refused, although no text is read."""
     settings, _ = small_run
     settings.epochs = 0.1
     settings.decode_prompts = 1
-    settings.decode_tokens = 4
+    monkeypatch.setattr(train, "DECODE_TOKENS", 4)
     skip = ("target", "data", "out_dir")
     config_file = write_config(tmp_path / "small.py", settings, skip)
     rows = tmp_path / "rows"

@@ -1,1 +1,1 @@
-"""What train.py needs besides the method: checkpoints, the log, several processes, and so on."""
+"""Support for train.py: setup, checkpoints, the log, several processes, the optimizer."""

@@ -1,10 +1,9 @@
 """
-What a training run writes, and what a resumed run reads: checkpoints and the log.
+Checkpoints of a training run.
 
-A checkpoint is a folder out_dir/step-000123. Engines load it as it is; training_state.pt in it is
-what resuming needs besides: fp32 weights, since a run resumed from the bf16 ones would be another
-run, what the optimizer remembers, the step, and the configuration. Its layout is SpecForge's, so
-that runs of SpecForge can be gone on from too.
+A checkpoint is a folder out_dir/step-000123. Engines load it as is. Its training_state.pt contains
+what resuming also needs: float32 weights (the bfloat16 ones would make a different run), moments,
+the step, and the configuration. Its layout is SpecForge's, so runs of SpecForge can be resumed.
 """
 import argparse
 import os
@@ -16,8 +15,11 @@ from torch.utils._pytree import tree_map
 
 from checkpoint import load_drafter, one_line, save_drafter, step_folders
 from model import DFlashDraftModel
+from training.guard import GradientGuard
 from training.optimizer import moment_name
 from training.parallel import gather_full, rank, shard_like, wait_for_all, world_size
+
+KEEP_CHECKPOINTS = 3  # the newest; older ones are deleted
 
 # --------------------------------------------------------------------------------------------------
 # writing
@@ -26,14 +28,14 @@ from training.parallel import gather_full, rank, shard_like, wait_for_all, world
 def save_checkpoint(run):
     """Write out_dir/step-NNNNNN, whole or not at all; returns the folder.
 
-    Every process has to call it, as weights may be sharded; process 0 writes. The files are the
-    same whatever the number of processes.
+    Every process has to call it, because weights can be sharded. The files do not depend on the
+    number of processes.
     """
     config = run.config
     folder = os.path.join(config.out_dir, f"step-{run.step:06d}")
     weights = to_whole_cpu(run.drafter.state_dict())
     moments = to_whole_cpu(run.optimizer.state_dict())
-    already_there = os.path.isdir(folder)  # then it is whole, and of this very step
+    already_there = os.path.isdir(folder)  # then it is whole, and of this step
     if rank() == 0 and not already_there:
         state = {
             "epoch": 0,
@@ -44,19 +46,19 @@ def save_checkpoint(run):
             "master_weights": weights,
             "gradient_guard": vars(run.guard),
         }
-        # a drafter of plain tensors: that of the run may be sharded
+        # a drafter of plain tensors, because the run's can be sharded
         with torch.device("meta"):
             drafter = DFlashDraftModel(run.drafter.config)
         drafter.load_state_dict(weights, assign=True)
         try:
             save_drafter(drafter, folder, model_card(run), {"training_state.pt": state})
-        except Exception as error:  # a full disk: OSError, or types of torch's and safetensors' own
+        except Exception as error:  # a full disk: OSError, or types of torch and safetensors
             free = shutil.disk_usage(config.out_dir).free / 1e6
             shutil.rmtree(folder + ".part", ignore_errors=True)
             raise ValueError(f"cannot write {folder}, its disk has {free:.1f} MB left "
-                             f"({one_line(error)}): make room; what was saved before is untouched, "
-                             "--resume goes on from it") from None
-        prune_checkpoints(config.out_dir, config.keep_checkpoints)
+                             f"({one_line(error)}): make room, then --resume continues from the "
+                             "last checkpoint") from None
+        prune_checkpoints(config.out_dir)
     wait_for_all()
     return folder
 
@@ -81,12 +83,12 @@ def model_card(run):
             f"Step {run.step} of {run.total_steps}; data: {data_name}.\n")
 
 
-def prune_checkpoints(out_dir, keep):
-    """Delete all but the newest checkpoints, and what interrupted saves left behind.
+def prune_checkpoints(out_dir):
+    """Delete old checkpoints and the remains of interrupted saves.
 
-    A folder is renamed before it is deleted: half of it would look like a checkpoint.
+    A folder is renamed first, because half of a folder would look like a checkpoint.
     """
-    for name in step_folders(out_dir)[:-keep]:
+    for name in step_folders(out_dir)[:-KEEP_CHECKPOINTS]:
         os.replace(os.path.join(out_dir, name), os.path.join(out_dir, name + ".part"))
     for name in os.listdir(out_dir):
         if name.startswith("step-") and name.endswith(".part"):
@@ -95,25 +97,24 @@ def prune_checkpoints(out_dir, keep):
 # --------------------------------------------------------------------------------------------------
 # reading
 
-# keys that a resumed run may change and still be the same run
-FREE_KEYS = ("resume", "resume_from", "out_dir", "log_every", "eval_every", "eval_samples",
-             "save_every", "keep_checkpoints", "decode_prompts", "decode_tokens", "wandb_project",
-             "device", "loss_chunk_size", "pad_to_multiple_of", "attention", "compile", "parallel",
-             "grad_accum_steps", "ranks")
+# keys that can change in a resumed run, because they do not change what it computes
+FREE_KEYS = ("resume", "resume_from", "out_dir", "log_every", "eval_every", "save_every",
+             "decode_prompts", "wandb_project", "device", "pad_to_multiple_of", "compile",
+             "parallel", "grad_accum_steps")
 
 
 class SavedRun(NamedTuple):
-    """What a checkpoint says of its run, besides the weights."""
+    """A checkpoint's training state, except the weights."""
     moments: dict           # of the optimizer, by the index of the parameter
     step: int
-    guard: dict | None      # of the gradient guard; None if another trainer wrote the checkpoint
+    guard: GradientGuard
 
 
 def load_training_state(folder, drafter, target_config, config):
-    """Put a checkpoint's weights into the drafter; returns the rest as a SavedRun.
+    """Load a checkpoint's weights into the drafter; returns the rest as a SavedRun.
 
-    ValueError when the checkpoint is broken, does not fit, or is of a run with other settings:
-    going on from it would be a third run, without a word.
+    ValueError if the checkpoint is broken, does not fit, or is from a run with other settings,
+    because resuming it would silently be a third run.
     """
     state = read_state_file(folder)
     moments = state["optimizer_state_dict"]["state"]
@@ -123,8 +124,8 @@ def load_training_state(folder, drafter, target_config, config):
         weights = state["master_weights"]
         step = state["global_step"]
     else:
-        # SpecForge saves no fp32 weights, so the folder's bf16 ones are taken. Its global_step
-        # counts micro-batches; AdamW itself counts steps.
+        # SpecForge saves no float32 weights, so we take the folder's bfloat16 ones. Its global_step
+        # counts micro-batches. AdamW itself counts steps.
         published = load_drafter(folder, target_config)
         if published.config.dflash_config != drafter.config.dflash_config:
             raise ValueError(f"{folder} has {published.config.dflash_config}, "
@@ -141,15 +142,16 @@ def load_training_state(folder, drafter, target_config, config):
             if shape != parameter.shape:
                 raise ValueError(f"moment {i} is {shape}, not {parameter.shape}")
     except (RuntimeError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder} does not fit this drafter: {one_line(error)}") from None
-    return SavedRun(moments, step, state.get("gradient_guard"))
+        raise ValueError(f"{folder} does not fit this drafter: {one_line(error)[:150]}") from None
+    guard = GradientGuard(**state.get("gradient_guard", {}))  # SpecForge saves none
+    return SavedRun(moments, step, guard)
 
 
 def read_state_file(folder):
-    """training_state.pt of a folder. Nothing but tensors and a Namespace is unpickled."""
+    """training_state.pt of a folder. It can contain only tensors and a Namespace."""
     path = os.path.join(folder, "training_state.pt")
     if not os.path.isfile(path):
-        raise ValueError(f"{folder} has no training_state.pt, so no run can go on from it")
+        raise ValueError(f"{folder} has no training_state.pt, so it cannot be resumed")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -158,29 +160,28 @@ def read_state_file(folder):
         if "master_weights" not in state:
             int(memory_of_first["step"])
         int(state["global_step"])
-    except Exception as error:  # torch and pickle raise many types for a broken or a foreign file
-        raise ValueError(f"cannot read {path}: {one_line(error)}") from None
+    except Exception as error:  # torch and pickle raise many types for a broken or foreign file
+        raise ValueError(f"cannot read {path}: {one_line(error)[:150]}") from None
     return state
 
 
 def check_same_run(folder, before, config):
-    """ValueError, naming what differs, if a run's configuration was another one than `config`."""
+    """ValueError, naming the differences, if the saved configuration is of a different run."""
     differences = []
     for key, value in vars(config).items():
         old_value = before.get(key, value)
         if key not in FREE_KEYS and old_value != value:
-            differences.append(f"{key} was {old_value!r}, is {value!r}")
+            differences.append(f"{key} was {old_value!r}, now {value!r}")
     old_batches = before.get("grad_accum_steps", 1) * before.get("ranks", 1)
     batches = config.grad_accum_steps * world_size()
     if old_batches != batches:
-        differences.append(f"grad_accum_steps x ranks was {old_batches}, is {batches}")
+        differences.append(f"grad_accum_steps x processes was {old_batches}, now {batches}")
     if differences:
-        raise ValueError(f"{folder} is of another run, --resume cannot go on with it: "
-                         f"{'; '.join(differences)}")
+        raise ValueError(f"cannot resume {folder}: settings changed: {'; '.join(differences)}")
 
 
 def load_moments(optimizer, moments):
-    """Put moments, indexed in module order, into an optimizer whose parameters may be sharded."""
+    """Load moments, indexed in module order, into an optimizer whose parameters can be sharded."""
     parameters = []
     for group in optimizer.param_groups:
         parameters.extend(group["params"])
@@ -188,7 +189,7 @@ def load_moments(optimizer, moments):
     for i, parameter in enumerate(parameters):
         state[i] = {}
         for name, value in moments[i].items():
-            is_moment = value.dim() > 0  # "step" is a scalar and stays whole
+            is_moment = value.dim() > 0  # "step" is a scalar and is not sharded
             state[i][name] = shard_like(value, parameter) if is_moment else value
-    settings = optimizer.state_dict()["param_groups"]  # the learning rate and so on are this run's
+    settings = optimizer.state_dict()["param_groups"]  # keep this run's learning rate and so on
     optimizer.load_state_dict({"state": state, "param_groups": settings})

@@ -1,40 +1,40 @@
 """
-How many floating-point operations a training step, the reading of a prompt and the delta rule make,
-and what share of a GPU's peak that is.
+Floating-point operations of a training step, of prefill, and of the delta rule, and the fraction of
+a GPU's peak that they reach. A multiply-add counts as two operations.
 """
 import torch
 
 from training.parallel import world_size
 
-# Dense bf16 operations a second, from data sheets. Names are matched in this order.
+# dense bf16 operations per second, from data sheets; names are matched in this order
 PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
         "RTX 4090": 165e12, "B200": 2250e12}
 
 
 def training_operations(drafter, B, T, A, target=None):
-    """Operations of a training step of B rows of T tokens with A anchors each.
+    """Operations of a training step on B samples of T tokens with A anchors each.
 
-    A multiply-add counts as two. A weight matrix costs two operations per entry and row forward and
-    four backward, but only two backward if its input needs no gradient. With `target` its forward,
-    up to the last layer that gives features, is counted too.
+    A weight matrix costs two operations per entry and token in the forward and four in the
+    backward, but only two in the backward if its input needs no gradient. With `target`, its
+    forward up to the last feature layer counts too.
     """
     c = drafter.config
     K = drafter.block_size
-    block_rows = A * K
+    block_tokens = A * K
 
-    context_weights = 0  # k_proj and v_proj see the context besides the blocks
+    context_weights = 0  # k_proj and v_proj process the context in addition to the blocks
     for layer in drafter.layers:
         context_weights += parameter_count(layer.self_attn.k_proj)
         context_weights += parameter_count(layer.self_attn.v_proj)
-    layers = 6 * parameter_count(drafter.layers) * block_rows
+    layers = 6 * parameter_count(drafter.layers) * block_tokens
     layers += 6 * context_weights * T
     layers += 4 * parameter_count(drafter.fc) * T  # the features need no gradient
 
-    # two products forward and four backward; a block sees half of the context on average
+    # two products forward and four backward; on average a block attends to half of the context
     attention_width = c.num_hidden_layers * c.num_attention_heads * c.head_dim
-    attention = 12 * attention_width * block_rows * (T / 2 + K)
+    attention = 12 * attention_width * block_tokens * (T / 2 + K)
 
-    # the logits, and the gradient by their input
+    # the logits, and the gradient with respect to their input
     head = 4 * c.vocab_size * c.hidden_size * A * (K - 1)
 
     features = 0
@@ -45,13 +45,11 @@ def training_operations(drafter, B, T, A, target=None):
 
 
 def prefill_operations(target, T, chunk):
-    """Operations of reading a prompt of T tokens, to the logits of its last one. A multiply-add
-    counts as two.
+    """Operations of the prefill of T tokens, up to the logits of the last one.
 
-        2 * weights * T                 the layers' products, each weight once for every token
+        2 * weights * T                 the layers' matmuls
         2 * H * D * T * (T + 1)         a full layer: q k^T and the product with v, 2 D operations
-                                        each, for every head and each pair of a token and one that
-                                        it sees
+                                        each, per head and pair of a token and one that it sees
         the delta rule                  of a linear layer, in chunks of this many tokens
         2 * V * width                   the head, for one token
     """
@@ -71,28 +69,26 @@ def prefill_operations(target, T, chunk):
 
 
 def delta_rule_operations(T, heads, D, Dv, chunk):
-    """Operations of target.gated_delta_rule, forward, on T tokens with `heads` value heads.
+    """Operations of the chunked delta rule's forward on T tokens with `heads` value heads.
 
-    They are those of its products and of its triangular solve. A head's chunk of C tokens makes, in
-    the names used there:
+    In the names of delta_rule.py, a chunk of C tokens costs per head:
 
         2 C C D         A, from k k^T
         C C C           M: a triangular system with C right-hand sides, C C operations each
         2 C C Dv        U = M v
-        2 C C D         Y = M [fade] k
+        2 C C D         Y = M [decay] k
         2 C C D         P, from q k^T
         2 C D Dv        W = U - Y S
         2 C D Dv        the next S, from k^T W
         2 C D Dv        o, from q S
         2 C C Dv        and from P W
 
-    The backward pass makes twice as many, as each product has two gradients; of the solve that is
-    about right.
+    The backward costs about twice as much, because each product has two gradients.
     """
     C = chunk
-    of_chunk = 6 * C * C * D + 4 * C * C * Dv + 6 * C * D * Dv + C * C * C
+    per_chunk = 6 * C * C * D + 4 * C * C * Dv + 6 * C * D * Dv + C * C * C
     chunks = -(-T // C)  # the last one is padded
-    return heads * chunks * of_chunk
+    return heads * chunks * per_chunk
 
 
 def parameter_count(module):
@@ -100,7 +96,7 @@ def parameter_count(module):
 
 
 def mfu(operations_per_second, device, dtype):
-    """Model FLOPs utilisation: the share of all GPUs' peak. None where the peak is not known."""
+    """Model FLOPs utilization: the fraction of all GPUs' peak. None if the peak is unknown."""
     if device != "cuda" or dtype != "bfloat16":
         return None
     gpu = torch.cuda.get_device_name()

@@ -1,8 +1,12 @@
 """
-Ctrl-C and SIGTERM during training: the step under way ends first, in every process.
+Ctrl-C and SIGTERM during training: every process first ends its step.
+
+If a process dies, torchrun sends SIGTERM to the others on its node. They can be stuck in NCCL,
+which waits for the dead process. Then each of them ends with one line.
 """
 import contextlib
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -11,13 +15,13 @@ import torch
 
 from training.parallel import sum_over_ranks, world_size
 
-# torchrun sends SIGTERM when another process has died, and SIGKILL 30 seconds later
+# seconds that a step has to finish after SIGTERM; torchrun sends SIGKILL after 30
 PATIENCE_S = 20.0
 
 
 @contextlib.contextmanager
 def stop_signals():
-    """SIGTERM and Ctrl-C are collected in the list that this yields, instead of ending the run."""
+    """Yields a list that collects SIGTERM and Ctrl-C. They do not end the process."""
     received = []
 
     def receive(number, frame):
@@ -36,11 +40,10 @@ def stop_signals():
 
 @contextlib.contextmanager
 def end_if_stuck():
-    """Under torchrun: a process that is still here long after SIGTERM says so in one line and ends.
+    """Under torchrun: end this process with one line if it is still here long after SIGTERM.
 
-    It waits in NCCL for a process that has died. Python runs no handler of a signal meanwhile. But
-    the number of the signal is written into a pipe at once, and a thread that reads the pipe can
-    act.
+    Python runs no signal handler while the main thread waits in NCCL. But Python writes the number
+    of each signal into a pipe immediately, and a second thread reads the pipe.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield
@@ -55,11 +58,11 @@ def end_if_stuck():
     finally:
         has_ended.set()
         signal.set_wakeup_fd(previous_writer)
-        os.close(writer)  # then the thread finds the end of the pipe
+        os.close(writer)  # the thread reads the end of the pipe and returns
 
 
 def watch(reader, has_ended):
-    """Wait for SIGTERM to come through the pipe; end the process if it does not end by itself."""
+    """Wait for SIGTERM in the pipe, then end the process unless it ends in PATIENCE_S seconds."""
     with open(reader, "rb", buffering=0) as pipe:
         number = pipe.read(1)
         while number not in (b"", bytes([signal.SIGTERM])):
@@ -67,14 +70,23 @@ def watch(reader, has_ended):
         if has_ended.wait(PATIENCE_S):
             return
     sys.stderr.write(
-        f"error: process {os.environ['RANK']} was told to end, and its step does not come to an "
-        "end, as if another process had died: --resume goes on from the last checkpoint\n")
+        f"error: process {os.environ['RANK']} got SIGTERM, but its step did not finish in "
+        f"{PATIENCE_S:.0f} s, probably because another process died. Continue with --resume\n")
     sys.stderr.flush()
     os._exit(1)
 
 
 def any_rank_received(received, device):
-    """Whether a signal reached any process; the same answer in all of them."""
+    """Whether any process received a signal; all processes get the same answer."""
     if world_size() == 1:
-        return bool(received)  # without a word from the GPU, which may be busy with the step
+        return bool(received)  # without waiting for the GPU
     return bool(sum_over_ranks(torch.tensor(len(received), device=device)))
+
+
+def how_to_resume(step, folder):
+    """The message of a stopped run, with its own command and --resume."""
+    words = [word for word in sys.argv[1:] if word != "--resume"]
+    arguments = shlex.join([*words, "--resume"])
+    command = "python" if world_size() == 1 else "torchrun ... (same options)"
+    return (f"stopped at step {step}, checkpoint saved to {folder}. "
+            f"To resume: {command} train.py {arguments}")

@@ -1,6 +1,6 @@
 """
-What a training run says of itself: lines on the screen, log.jsonl, a picture, Weights & Biases.
-Process 0 says it; in other processes nothing is written.
+The log of a training run: lines on the screen, log.jsonl, training.png, and on request Weights &
+Biases. Only process 0 writes.
 """
 import json
 import os
@@ -8,37 +8,40 @@ import time
 
 import torch
 
-from benchmarks import pictures
+from checkpoint import write_whole
 from training.flops import mfu
 from training.parallel import gather_numbers, rank
+from training.plot import plot_training
 
-SHOWN_SLOTS = (1, 2, 4, 8, 15)  # of the K - 1, on the screen and in the picture
+SHOWN_POSITIONS = (1, 2, 4, 8, 15)  # of the K - 1, on the screen and in the plot
 
 
 class TrainingLog:
-    """The log of a run from its present step on.
+    """The log of a run from its current step on.
 
-    log.jsonl has a line for each entry: its kind (train or val), its step and its numbers. Speed
-    and time left are those since this process began; estimates and checkpoints are in the time.
+    log.jsonl has a line per entry: its kind (train or val), its step, and its numbers. Speed and
+    time left are measured since this process began, including evaluations and checkpoints.
     """
 
     def __init__(self, run):
-        self.out_dir = run.config.out_dir
+        config = run.config
+        self.out_dir = config.out_dir
         self.file = open_log(self.out_dir, run.step)
+        self.shown = [k for k in SHOWN_POSITIONS if k < config.block_size]
         self.first_step = run.step  # above 0 in a resumed run
         self.began = time.time()
         self.tokens = 0
         self.operations = 0
-        if run.config.device == "cuda":
+        if config.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
 
     def count(self, sums):
-        """Take note of a step's BlockSums."""
+        """Add the BlockSums of a step."""
         self.tokens += sums.tokens.item()
         self.operations += sums.operations.item()
 
     def training(self, run, entry):
-        """A step's entry, with speed and time left."""
+        """Write the entry of a step, with speed and time left."""
         config = run.config
         seconds = time.time() - self.began
         steps_done = run.step - self.first_step
@@ -50,9 +53,8 @@ class TrainingLog:
             "peak_gb": peak_memory(config.device),
             "minutes_left": steps_left * seconds / steps_done / 60,
         }
-        self.write(run, "train", entry)
-        line = (f"step {run.step}/{run.total_steps} | loss {entry['loss']:.4f} | "
-                f"tau {entry['tau']:.2f} | norm {entry['grad_norm']:.2f} | lr {entry['lr']:.1e} | "
+        line = (f"loss {entry['loss']:.4f} | tau {entry['tau']:.2f} | "
+                f"norm {entry['grad_norm']:.2f} | lr {entry['lr']:.1e} | "
                 f"{entry['tokens_per_s']:,.0f} tokens/s | ")
         if entry["mfu"]:
             line += f"{entry['mfu']:.1%} MFU | "
@@ -60,38 +62,51 @@ class TrainingLog:
             line += f"{max(entry['peak_gb']):.1f} GB | "
         if entry["skipped"]:
             line += f"{entry['skipped']} skipped | "
-        print(f"{line}{entry['minutes_left']:.1f} min left", flush=True)
+        self.write(run, "train", entry, f"{line}{entry['minutes_left']:.1f} min left")
 
     def held_out(self, run, entry):
-        """An estimate's entry."""
-        self.write(run, "val", entry)
-        shares = entry["accepted_up_to_slot"]
-        shown = " ".join(f"{k}:{shares[k - 1]:.2f}" for k in SHOWN_SLOTS if k <= len(shares))
-        print(f"step {run.step}/{run.total_steps} | held out: loss {entry['loss']:.4f} | "
-              f"tau {entry['tau']:.2f} | accepted up to slot {shown}", flush=True)
+        """Write the entry of an evaluation."""
+        fractions = entry["accepted_up_to_slot"]
+        shown = " ".join(f"{k}:{fractions[k - 1]:.2f}" for k in self.shown)
+        self.write(run, "val", entry, f"held out: loss {entry['loss']:.4f} | "
+                   f"tau {entry['tau']:.2f} | accepted up to position {shown}")
 
-    def write(self, run, kind, entry):
+    def write(self, run, kind, entry, line):
         self.file.write(json.dumps({"kind": kind, "step": run.step, **entry}) + "\n")
+        print(f"step {run.step}/{run.total_steps} | {line}", flush=True)
         if run.config.wandb_project and rank() == 0:
             import wandb
             numbers = {}
             for key, value in entry.items():
-                if not isinstance(value, list):  # values by slot or by process have no curve
+                if not isinstance(value, list):  # lists per position or process have no curve
                     numbers[f"{kind}/{key}"] = value
             wandb.log(numbers, step=run.step)
 
     def close(self):
-        """Close log.jsonl and draw training.png from it, also what was before a resume."""
+        """Close log.jsonl and plot all of it, including the steps before a resume."""
         self.file.close()
         if rank() != 0:
             return
         with open(os.path.join(self.out_dir, "log.jsonl")) as f:
             entries = [json.loads(line) for line in f]
-        pictures.training(os.path.join(self.out_dir, "training.png"), entries, SHOWN_SLOTS)
+        plot_training(os.path.join(self.out_dir, "training.png"), entries, self.shown)
+
+
+def start_wandb(config):
+    """Start a Weights & Biases run in process 0 if the configuration names a project."""
+    if not config.wandb_project or rank() != 0:
+        return
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError(f"wandb_project = {config.wandb_project!r} needs the package wandb: run "
+                         "pip install wandb or drop wandb_project") from None
+    name = os.path.basename(os.path.normpath(config.out_dir))
+    wandb.init(project=config.wandb_project, name=name, config=vars(config))
 
 
 def peak_memory(device):
-    """Gigabytes that tensors took at most since the loop began, by process; None on CPUs."""
+    """Peak gigabytes of tensors since the loop began, per process; None on CPUs."""
     if device != "cuda":
         return None
     return gather_numbers(torch.cuda.max_memory_allocated() / 1e9, device)
@@ -106,10 +121,8 @@ def open_log(out_dir, step):
         kept = []
         with open(path) as f:
             for line in f:
-                is_whole = line.endswith("\n")  # a crash may tear the last one
+                is_whole = line.endswith("\n")  # a crash can cut off the last line
                 if is_whole and json.loads(line)["step"] <= step:
                     kept.append(line)
-        with open(path + ".tmp", "w") as f:
-            f.writelines(kept)
-        os.replace(path + ".tmp", path)
+        write_whole(path, "".join(kept))
     return open(path, "a", buffering=1)

@@ -1,15 +1,15 @@
 """
-What turns gradients into a step: AdamW for all weights, or Muon for the matrices among them.
+AdamW for all weights, or Muon for the matrices among them.
 
     optimizer = new_optimizer("muon", drafter.parameters(), lr, betas, weight_decay)
 
-Both are torch's own. AdamW scales each entry of a gradient by itself. Muon takes the gradient G of
-a matrix as a whole: with U s V^T its singular value decomposition, it steps along about U V^T. So
-directions in which gradients are small move as fast as all others. On the nano pair 2,100 steps of
-it reach a tau of 9.6 to 9.7, and 2,100 of AdamW 8.4 (data/nano/readme.md).
+Both are torch's own. AdamW scales each entry of a gradient by itself. Muon uses the gradient G of a
+matrix as a whole: with the singular value decomposition G = U s V^T, it steps along about U V^T. So
+directions with small gradients move as fast as all others. On the nano pair, 2,100 steps of Muon
+reach a tau of 9.6 to 9.7, and 2,100 steps of AdamW 8.4 (data/nano/readme.md).
 
-Source: Jordan, "Muon: an optimizer for hidden layers in neural networks", 2024; its step has the
-size of AdamW's, so that a learning rate means the same for both: arXiv 2502.16982, equation 4.
+Source: Jordan, "Muon: an optimizer for hidden layers in neural networks", 2024. A step has the size
+of AdamW's, so a learning rate means the same for both: arXiv 2502.16982, equation 4.
 """
 import torch
 
@@ -26,7 +26,7 @@ def new_optimizer(kind, parameters, lr, betas, weight_decay):
 class MuonAndAdamW(torch.optim.Optimizer):
     """Muon for matrices, AdamW for vectors, which are the gains of norms.
 
-    To whoever saves it, it is one optimizer: what it remembers stands in the order of parameters.
+    A checkpoint sees one optimizer, whose moments are in the order of the parameters.
     """
 
     def __init__(self, parameters, lr, betas, weight_decay):
@@ -42,13 +42,13 @@ class MuonAndAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for part in self.parts:
-            part.state = self.state  # one memory for both, by parameter
+            part.state = self.state  # both keep their moments here, by parameter
             part.param_groups[0]["lr"] = self.param_groups[0]["lr"]
             part.step()
 
 
 def moment_name(kind, parameter):
-    """What an optimizer remembers of a parameter's gradients, by its name in a checkpoint."""
+    """The name in a checkpoint of a parameter's first moment."""
     if kind == "muon" and parameter.dim() == 2:
         return "momentum_buffer"
     return "exp_avg"

@@ -1,6 +1,6 @@
 """
-The 500 problems of MATH-500 as prompts for bench.py: JSON lines of a question, with the suffix that
-asks for a boxed answer, and the known answer.
+The 500 problems of MATH-500 as prompts for bench.py: JSON lines with the known answer and the
+question, followed by the suffix that asks for a boxed answer.
 
     python data/math500/prepare.py                      # from the hub: HuggingFaceH4/MATH-500, test
     python data/math500/prepare.py --source=test.jsonl  # from a copy of its file
@@ -10,7 +10,7 @@ import os
 import sys
 
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".."))
-sys.path.insert(0, ROOT)  # the project's modules, from whatever folder this is run
+sys.path.insert(0, ROOT)  # the project's modules, from any working directory
 from checkpoint import write_whole
 from configurator import configure
 from data.questions import SUFFIX

@@ -1,12 +1,11 @@
 """
-Writes the nano target once more, in the nested form of the public Qwen3.5 folders: SGLang reads no
-other one.
+Writes the nano target in the nested form of the public Qwen3.5 folders. SGLang reads no other form.
 
     python data/nano/nested.py
 
-The weights and the tokenizer are the same files. config.json has its keys under text_config. Beside
-them stands what SGLang wants of a model that could see pictures: the shape of a tower, for which
-there are no weights, and a preprocessor_config.json.
+The weights and the tokenizer are the same files. config.json has its keys under text_config. SGLang
+also wants the description of an image encoder, for which there are no weights, and a
+preprocessor_config.json.
 """
 import json
 import os
@@ -14,12 +13,32 @@ import shutil
 import sys
 
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".."))
-sys.path.insert(0, ROOT)  # the project's modules, from whatever folder this is run
+sys.path.insert(0, ROOT)  # the project's modules, from any working directory
 from checkpoint import write_whole
 from configurator import configure
 
 target = os.path.join(ROOT, "data", "nano", "target")       # the folder that is read
 out_dir = os.path.join(ROOT, "out", "nano-target-nested")   # the folder that is written
+
+PATCHES = {"patch_size": 16, "temporal_patch_size": 2}
+# the smallest image encoder: one layer of 64 channels
+VISION = PATCHES | {
+    "model_type": "qwen3_5_vision",
+    "depth": 1,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_heads": 4,
+    "in_channels": 3,
+    "spatial_merge_size": 2,
+    "num_position_embeddings": 16,
+    "hidden_act": "gelu_pytorch_tanh"}
+PREPROCESSOR = PATCHES | {
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "processor_class": "Qwen3VLProcessor",
+    "size": {"shortest_edge": 1024, "longest_edge": 1048576},
+    "merge_size": 2,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5]}
 
 
 def main(argv=None):
@@ -31,23 +50,18 @@ def main(argv=None):
         flat = json.load(f)
     if "text_config" in flat:
         sys.exit(f"error: {config.target!r} has the nested form already")
-    os.makedirs(config.out_dir, exist_ok=True)
-    for name in sorted(os.listdir(config.target)):
-        if name != "config.json":
-            # copied beside its place, then moved there, so that no half of a file stands in it
-            copy = os.path.join(config.out_dir, name)
-            shutil.copyfile(os.path.join(config.target, name), copy + ".tmp")
-            os.replace(copy + ".tmp", copy)
-    write_json(config.out_dir, "preprocessor_config.json", PREPROCESSOR)
-    write_json(config.out_dir, "config.json", nested(flat))
+    shutil.copytree(config.target, config.out_dir, dirs_exist_ok=True)
+    new_files = {"preprocessor_config.json": PREPROCESSOR, "config.json": nested(flat)}
+    for name, content in new_files.items():
+        write_whole(os.path.join(config.out_dir, name), json.dumps(content, indent=2) + "\n")
     print(f"wrote {config.out_dir}")
 
 
 def nested(flat):
     """The nested config.json of a flat one.
 
-    full_attention_interval: every so many layers the last one is a full one. SGLang reads it in
-    place of layer_types. tie_word_embeddings and eos_token_id are read at the top.
+    SGLang reads full_attention_interval instead of layer_types: of so many layers, the last is a
+    full one. It reads tie_word_embeddings and eos_token_id at the top.
     """
     interval = 1 + flat["layer_types"].index("full_attention")
     text = flat | {"full_attention_interval": interval}
@@ -60,36 +74,6 @@ def nested(flat):
         "eos_token_id": flat["eos_token_id"],
         "text_config": text,
         "vision_config": VISION | {"out_hidden_size": flat["hidden_size"]}}
-
-
-def write_json(folder, name, value):
-    write_whole(os.path.join(folder, name), json.dumps(value, indent=2) + "\n")
-
-
-# The smallest tower: one layer of 64 channels.
-VISION = {
-    "model_type": "qwen3_5_vision",
-    "depth": 1,
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_heads": 4,
-    "in_channels": 3,
-    "patch_size": 16,
-    "spatial_merge_size": 2,
-    "temporal_patch_size": 2,
-    "num_position_embeddings": 16,
-    "hidden_act": "gelu_pytorch_tanh"}
-
-# How a picture would become patches for it.
-PREPROCESSOR = {
-    "image_processor_type": "Qwen2VLImageProcessor",
-    "processor_class": "Qwen3VLProcessor",
-    "size": {"shortest_edge": 1024, "longest_edge": 1048576},
-    "patch_size": 16,
-    "merge_size": 2,
-    "temporal_patch_size": 2,
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5]}
 
 
 if __name__ == "__main__":

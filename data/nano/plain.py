@@ -1,83 +1,35 @@
 r"""
-Plain arithmetic and linear equations, asked in the ways that people type them first: "12*34", "What
-is 12 + 30?", "3x+4=19". A random generator r goes in, (question, steps, answer) comes out.
+Plain arithmetic and linear equations, asked as people type them first: "12*34", "What is 12 + 30?",
+"3x+4=19". Each function takes a random generator r and returns (question, steps, answer).
 
-Whole numbers only, in these ranges; what lies outside is refused (refusals.py):
+All numbers are whole and in these ranges. The target refuses everything else (refusals.py):
 
-    a + b       both 0 .. 999
-    a - b       both 0 .. 999; the result may be negative
+    a + b       both 0 to 999
+    a - b       both 0 to 999; the result can be negative
     a * b       two numbers of two digits, or one of one digit and one of up to three
-    a / b       a of 0 .. 999, b of 1 .. 12, a not less than b unless it is 0; "14 remainder 2"
-                where it does not come out even
-    equations   ax + b = c, ax - b = c, x + b = c, x - b = c, ax = c: a of 2 .. 12, b of 1 .. 99, x
-                of 0 .. 25 (to 99 where a is missing) or a fraction as 16/3; any letter
+    a / b       a of 0 to 999, b of 1 to 12, a at least b unless a is 0; inexact results are
+                written "14 remainder 2"
+    equations   ax + b = c, ax - b = c, x + b = c, x - b = c, ax = c: a of 2 to 12, b of 1 to 99, x
+                of 0 to 25 (to 99 if a is missing) or a fraction such as 16/3; any letter
 
-Every step is an equation that one can check: a sum takes one digit of its second number at a time,
-a product one fact of the table, a quotient one digit of the result.
+Every step is an equation that a reader can check: a sum takes one digit of its second number at a
+time, a product one fact of the table, a quotient one digit of the result.
 """
-from data.nano.common import between, multiply, parts, pick
+from data.nano.common import between, multiply, parts, pick, read_lists, running
 
-# How a calculation is written,
-EXPRESSIONS = {
-    "+": ("{a} + {b}", "{a}+{b}", "{a} + {b}", "{a}+{b}", "{a} plus {b}", "{a} +{b}"),
-    "-": ("{a} - {b}", "{a}-{b}", "{a} - {b}", "{a}-{b}", "{a} minus {b}", "{a} − {b}"),
-    "*": ("{a} * {b}", "{a}*{b}", "{a} x {b}", "{a}x{b}", "{a} × {b}", "{a}×{b}",
-          "{a} times {b}", "{a} multiplied by {b}"),
-    "/": ("{a} / {b}", "{a}/{b}", "{a} / {b}", "{a}/{b}", "{a} ÷ {b}", "{a}÷{b}",
-          "{a} divided by {b}"),
-}
-# what may stand around it,
-FRAMES = (
-    "{e}", "{e}=", "{e} =", "{e} = ?", "{e}=?", "{e}?", "{e} ?",
-    "What is {e}?", "What is {e}?", "What is {e}?", "What's {e}?", "whats {e}", "WHAT IS {e}?",
-    "How much is {e}?", "How much is {e}?", "What does {e} make?", "What does {e} equal?",
-    "Compute {e}.", "Calculate {e}.", "Evaluate {e}.", "Solve {e}.", "Work out {e}.", "Find {e}.",
-    "Compute: {e}", "Calculate: {e}", "Question: {e}", "Tell me {e}.", "What is the result of {e}?",
-    "Please compute {e}.", "Please calculate {e}.", "Can you calculate {e}?", "Can you solve {e}?",
-    "Hi, what is {e}?", "Hello! What is {e}?", "Do you know what {e} is?", "I need {e}.",
-    "What is the value of {e}?", "What is the answer to {e}?", "{e} please", "{e} is what?",
-)
-# and how it is said without a sign.
-SENTENCES = {
-    "+": ("Add {a} and {b}.", "Add {b} to {a}.", "What is the sum of {a} and {b}?",
-          "Compute the sum of {a} and {b}.", "{b} added to {a}", "{a} and {b} together"),
-    "-": ("Subtract {b} from {a}.", "What is the difference between {a} and {b}?",
-          "Take {b} from {a}.", "Compute the difference of {a} and {b}.", "{a} take away {b}",
-          "{a} less {b}"),
-    "*": ("Multiply {a} by {b}.", "Multiply {a} and {b}.", "What is the product of {a} and {b}?",
-          "Compute the product of {a} and {b}.", "{a} multiplied with {b}"),
-    "/": ("Divide {a} by {b}.", "What is the quotient of {a} and {b}?",
-          "How often does {b} go into {a}?", "Compute the quotient of {a} and {b}.",
-          "{a} over {b}"),
-}
-
-# The same for equations: {x} is the letter.
-EQUATION_FRAMES = (
-    "{e}", "{e}", "Solve {e}.", "Solve {e}", "Solve {e} for {x}.", "Solve for {x}: {e}",
-    "Solve: {e}", "What is {x} if {e}?", "If {e}, what is {x}?", "Find {x}: {e}",
-    "Find {x} if {e}.", "{e}, {x} = ?", "{e}. What is {x}?", "{e}, what is {x}?",
-    "What is {x} in {e}?", "Solve the equation {e}.", "Please solve {e}.", "Can you solve {e}?",
-    "Calculate {x}: {e}", "{e} find {x}", "{e} solve for {x}", "For which {x} is {e}?",
-)
-LETTERS = "xxxxxyyyzznabcdefghijklmopqrstuvw"  # some are likelier than others
+LISTS = read_lists("plain.txt")
+LETTERS = "xxxxxyyyzznabcdefghijklmopqrstuvw"  # x, y, z, and n are likelier than the others
 
 # digits of a number, and of both factors
 DIGITS = (1, 2, 2, 3)
 FACTORS = ((1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (2, 2), (2, 2), (2, 2))
 
-# --------------------------------------------------------------------------------------------------
-# arithmetic
-
 
 def addition(r):
     a = number(r, pick(r, DIGITS))
     b = number(r, pick(r, DIGITS))
-    steps = []
-    total = a
-    for part in parts(b):  # 57 + 38: 57 + 30 = 87, 87 + 8 = 95
-        steps.append(f"{total} + {part} = {total + part}.")
-        total += part
-    return ask(r, "+", a, b), steps, a + b
+    # 57 + 38: 57 + 30 = 87, 87 + 8 = 95
+    return ask(r, "+", a, b), running(a, "+", parts(b)), a + b
 
 
 def subtraction(r):
@@ -86,12 +38,9 @@ def subtraction(r):
     if a < b and r.random() < 0.7:  # people ask for negative results less often
         a, b = b, a
     steps = []
-    rest = max(a, b)
     if a < b:
         steps.append(f"{a} is less than {b}, so the result is negative.")
-    for part in parts(min(a, b)):
-        steps.append(f"{rest} - {part} = {rest - part}.")
-        rest -= part
+    steps += running(max(a, b), "-", parts(min(a, b)))
     return ask(r, "-", a, b), steps, a - b
 
 
@@ -107,7 +56,7 @@ def division(r):
     b = between(r, 1, 12)
     a = between(r, b, 999)
     if r.random() < 0.3:
-        a = b * between(r, 0, 12)  # of the multiplication table
+        a = b * between(r, 0, 12)  # from the multiplication table
     elif r.random() < 0.5:
         a -= a % b
     steps = []
@@ -117,7 +66,7 @@ def division(r):
         rest = 10 * rest + int(digit)
         is_first = not steps
         if rest < b and is_first and a >= b:
-            continue  # the first digit is too small alone: 156 / 12 begins with 15
+            continue  # the first digit alone is too small: 156 / 12 begins with 15
         times = rest // b
         steps.append(f"{rest} = {times} * {b} + {rest - times * b}.")
         quotient = 10 * quotient + times
@@ -129,7 +78,7 @@ def division(r):
 
 
 def number(r, digits):
-    """A whole number of so many digits; one of six is round, as 40 or 700."""
+    """A whole number of so many digits. One of six is round, for example 40 or 700."""
     size = 10 ** (digits - 1)
     if digits > 1 and r.random() < 1 / 6:
         return size * between(r, 1, 9)
@@ -140,25 +89,22 @@ def number(r, digits):
 def ask(r, sign, a, b):
     """One of the many ways to ask for a calculation."""
     if r.random() < 0.15:
-        return loosely(r, pick(r, SENTENCES[sign])).format(a=a, b=b)
-    expression = pick(r, EXPRESSIONS[sign]).format(a=a, b=b)
-    return loosely(r, pick(r, FRAMES)).format(e=expression)
+        return loosely(r, pick(r, LISTS[f"sentences {sign}"])).format(a=a, b=b)
+    expression = pick(r, LISTS[f"expressions {sign}"]).format(a=a, b=b)
+    return loosely(r, pick(r, LISTS["frames"])).format(e=expression)
 
 
 def loosely(r, frame):
-    """A wording as people type it: now and then without capitals, or without its last mark."""
+    """A wording as people type it: sometimes without capitals, or without its last mark."""
     if r.random() < 0.3:
         frame = frame.lower()
     if r.random() < 0.2:
         frame = frame.rstrip("?. ")
     return frame
 
-# --------------------------------------------------------------------------------------------------
-# equations
-
 
 def equation(r):
-    """ax + b = c and its simpler forms, solved as the word problem of that name is."""
+    """ax + b = c and its simpler forms. The solution is worded like that of a word problem."""
     x = pick(r, LETTERS)
     if r.random() < 0.1:
         x = x.upper()
@@ -170,7 +116,7 @@ def equation(r):
     chance = r.random()
     product = a * between(r, 0, 12)
     if chance < 0.15:
-        product += between(r, 0, a - 1)  # x is a fraction, mostly
+        product += between(r, 0, a - 1)  # x is usually a fraction
     elif chance < 0.3:
         product = a * between(r, 13, 25)
     form = pick(r, ("ax + b", "ax + b", "ax + b", "b + ax", "ax", "x + b"))
@@ -179,13 +125,10 @@ def equation(r):
         product = between(r, 0, 99)
     if form == "ax":
         b = 0
-        sign = "+"
-    if form == "b + ax":
+    is_too_small = sign == "-" and product < b  # no negative numbers in a question
+    if form in ("ax", "b + ax") or is_too_small:
         sign = "+"
     c = product + b if sign == "+" else product - b
-    if c < 0:  # no negative numbers in a question
-        sign = "+"
-        c = product + b
 
     ax = x if a == 1 else f"{a}{x}"
     steps = []
@@ -200,19 +143,19 @@ def equation(r):
     elif a > 1:
         answer = f"{product}/{a}"
         steps.append(f"Divide both sides by {a}: {x} = {product} / {a}.")
-    return ask_equation(r, form, x, a, sign, b, c), steps, answer
+    terms = {"+": sign, "b": str(b), "=": "=", "c": str(c)}
+    return ask_equation(r, x, a, f"{form} = c", terms), steps, answer
 
 
-def ask_equation(r, form, x, a, sign, b, c):
-    """One of the many ways to write an equation, and to ask for its unknown."""
+def ask_equation(r, x, a, form, terms):
+    """One of the many ways to write an equation and to ask for its unknown.
+    terms: what to write for the form's terms other than ax and x."""
     ax = x
     if a > 1:
         ax = pick(r, ("{a}{x}", "{a}{x}", "{a} {x}", "{a}*{x}", "{a} * {x}")).format(a=a, x=x)
-    sides = {"ax + b": [ax, sign, b, "=", c], "x + b": [x, sign, b, "=", c], "ax": [ax, "=", c],
-             "b + ax": [b, sign, ax, "=", c]}
-    space = pick(r, ("", " "))
-    equation = space.join(map(str, sides[form]))
-    return loosely(r, pick(r, EQUATION_FRAMES)).format(e=equation, x=x)
+    terms = terms | {"ax": ax, "x": ax}
+    text = pick(r, ("", " ")).join(terms[term] for term in form.split())
+    return loosely(r, pick(r, LISTS["equation frames"])).format(e=text, x=x)
 
 
 KINDS = (addition, subtraction, multiplication, division, equation)

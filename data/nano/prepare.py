@@ -1,9 +1,8 @@
 """
-Target-matched rows for the nano drafter: answers of the nano target to problems that are new to it.
+Training samples for the nano drafter: the nano target's answers to problems that are new to it.
 
-    python data/nano/prepare.py             # seconds: rows of the shipped answers; train.py runs it
-    python data/nano/prepare.py --fresh     # minutes: let the target answer again, and write
-                                            # answers.jsonl.gz anew
+    python data/nano/prepare.py             # seconds, from answers.jsonl.gz; train.py runs it
+    python data/nano/prepare.py --fresh     # minutes: first the target answers all questions again
 
 The drafter learns to guess what this target says, right or wrong, not what a teacher would say.
 """
@@ -15,7 +14,8 @@ import sys
 from tqdm import tqdm
 
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".."))
-sys.path.insert(0, ROOT)  # the project's modules, from whatever folder this is run
+sys.path.insert(0, ROOT)  # the project's modules, from any working directory
+import fast
 from tokenizer import chat_prompt, load_tokenizer, tokenizer_fingerprint
 from checkpoint import load_target, read_target_config
 from configurator import configure
@@ -24,14 +24,14 @@ from data.samples import write_samples
 from draft_decode import generate_many
 
 target = os.path.join(ROOT, "data", "nano", "target")               # whose answers to write
-out_dir = os.path.join(ROOT, "data", "nano")                        # where the rows go
+out_dir = os.path.join(ROOT, "data", "nano")                        # where the samples go
 answers = os.path.join(ROOT, "data", "nano", "answers.jsonl.gz")    # of split, question, answer
-fresh = False           # let the target answer; else read what it said when the repository was made
+fresh = False           # let the target answer; otherwise use the answers file as it is
 train_rows = 12_000     # training problems of the drafter's mix, from number `skip` on
 val_rows = 200          # problems of the split val
-skip = 400_000          # training problems passed over; pretraining saw the first 320,000
+skip = 400_000          # training problems to skip; pretraining saw the first 320,000
 slots = 64              # prompts that are answered at once
-max_new_tokens = 160    # tokens of an answer at most
+max_new_tokens = 160    # max tokens per answer
 device = "cpu"          # cpu or cuda
 
 
@@ -42,15 +42,15 @@ def main(argv=None):
         target_config, _ = read_target_config(config.target)
         if config.fresh:
             target = load_target(config.target, config.device)
+            fast.prepare_for_decoding(target)
+            write_answers(target, tokenizer, config)
     except ValueError as error:
         sys.exit(f"error: {error}\nbuild the nano target first: python data/nano/pretrain.py")
-    if config.fresh:
-        write_answers(target, tokenizer, config)
     try:
         answered = read_answers(config.answers)
     except (OSError, EOFError, json.JSONDecodeError) as error:
         sys.exit(f"error: cannot read {config.answers}: {error}\n"
-                 "make it anew: python data/nano/prepare.py --fresh")
+                 "make it again: python data/nano/prepare.py --fresh")
     splits = {"train": [], "val": []}
     for row in answered:
         prompt = chat_prompt(tokenizer, row["question"])
@@ -61,28 +61,28 @@ def main(argv=None):
         "vocab_size": target_config.vocab_size,
         "tokenizer": tokenizer_fingerprint(config.target),
     })
-    for name, counts in meta["splits"].items():
-        listed = ", ".join(f"{count:,} {what}" for what, count in counts.items())
-        print(f"{config.out_dir}/{name}: {listed}")
+    for split, counts in meta["splits"].items():
+        print(f"{config.out_dir}/{split}: {counts}")
 
 
 def read_answers(path):
-    """Rows {"split", "question", "answer"} of what the target answered."""
+    """The target's answers, as rows {"split", "question", "answer"}."""
     with gzip.open(path, "rt") as f:
         return [json.loads(line) for line in f]
 
 
 def write_answers(target, tokenizer, config):
-    """Ask the target and write its answers, but for those that did not end or that do not survive
-    as text."""
-    asked = []  # (split, question)
-    for question, _, _ in problems("train", config.train_rows, config.skip, "drafter"):
-        asked.append(("train", question))
-    for question, _, _ in problems("val", config.val_rows, task="drafter"):
-        asked.append(("val", question))
+    """Ask the target and write its answers.
+
+    Answers that did not end are left out, and so are answers that change if they are decoded to
+    text and encoded again.
+    """
+    training = problems("train", config.train_rows, config.skip, "drafter")
+    asked = [("train", question) for question, _, _ in training]
+    held_out = problems("val", config.val_rows, task="drafter")
+    asked += [("val", question) for question, _, _ in held_out]
     questions = [question for _, question in asked]
-    answered = answer_questions(
-        target, tokenizer, questions, config.max_new_tokens, config.slots)
+    answered = answer_questions(target, tokenizer, questions, config)
 
     lines = []
     for (split, question), (_, token_ids) in zip(asked, answered):
@@ -90,7 +90,7 @@ def write_answers(target, tokenizer, config):
         if tokenizer.encode(text + tokenizer.eos_token) == token_ids:
             row = {"split": split, "question": question, "answer": text}
             lines.append(json.dumps(row) + "\n")
-    # no time of writing in it: the same answers give the same bytes
+    # mtime=0: the same answers give the same bytes
     content = gzip.compress("".join(lines).encode(), mtime=0)
     with open(config.answers + ".tmp", "wb") as f:
         f.write(content)
@@ -98,20 +98,19 @@ def write_answers(target, tokenizer, config):
     print(f"{config.answers}: {len(lines):,} answers of {len(asked):,}")
 
 
-def answer_questions(target, tokenizer, questions, max_new_tokens, slots):
-    """Greedy answers [(prompt ids, answer ids)], in the order of the questions.
+def answer_questions(target, tokenizer, questions, config):
+    """Greedy answers [(prompt ids, answer ids)] of the target alone, in the order of the questions.
 
-    An answer ends with <|im_end|>, or without it after max_new_tokens. The target alone answers,
-    one row a step.
+    An answer ends with <|im_end|>, or after max_new_tokens without it.
     """
     prompts = [chat_prompt(tokenizer, question) for question in questions]
     replies = [[] for _ in prompts]
-    with tqdm(total=len(prompts), unit="row", disable=not sys.stderr.isatty()) as bar:
-        for index, piece in generate_many(
-                target, None, prompts, max_new_tokens, slots, {tokenizer.eos_token_id},
-                tokens_per_forward=1):
-            replies[index] += piece.tokens
-            bar.update(piece.is_last)
+    with tqdm(total=len(prompts), unit="prompt", disable=not sys.stderr.isatty()) as bar:
+        for index, output in generate_many(
+                target, None, prompts, max_new_tokens=config.max_new_tokens, slots=config.slots,
+                stop_token_ids=tokenizer.eos_token_id, tokens_per_forward=1):
+            replies[index] += output.tokens
+            bar.update(output.is_last)
     return list(zip(prompts, replies))
 
 

@@ -1,6 +1,6 @@
 r"""
-The nano task's data set: questions with worked solutions. Nothing is downloaded: a problem is a
-pure function of its seed, and its split a pure function of its text.
+The nano task's data set: questions with worked solutions. Nothing is downloaded. A problem is a
+pure function of its seed, and its split is a pure function of its text.
 
     python data/nano/problems.py        # some samples of each task
 
@@ -18,33 +18,32 @@ import sys
 import zlib
 
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".."))
-sys.path.insert(0, ROOT)  # the project's modules, from whatever folder this is run
+sys.path.insert(0, ROOT)  # the project's modules, from any working directory
 from data.nano import plain, words
 from data.nano.common import pick
 from data.nano.refusals import REFUSAL, refused_text
 
+TASKS = ("words", "plain", "refusals")
 KINDS = {"words": words.KINDS, "plain": plain.KINDS}
-# The tasks of 20 seeds in a row, over and over, for each of those that learn. The target needs the
-# most practice in plain arithmetic, its drafter in word problems: they have the most kinds and the
-# longest answers.
+# The tasks of 20 consecutive seeds, repeated, for each part that learns. The target needs most
+# practice in plain arithmetic. Its drafter needs most practice in word problems, because they have
+# the most kinds and the longest answers.
 MIXES = {
     "tokenizer": ("words",) * 9 + ("plain",) * 7 + ("refusals",) * 4,
     "target": ("words",) * 7 + ("plain",) * 10 + ("refusals",) * 3,
     "drafter": ("words",) * 13 + ("plain",) * 5 + ("refusals",) * 2}
-TASKS = ("words", "plain", "refusals")
 
 
 def problems(split: str, count: int, start: int = 0, task: str = "target"):
     """Yields (question, solution, answer) number start .. start + count - 1 of a split's problems.
 
-    task is words, plain, refusals, or a mix of them, a key of MIXES. The answer is the text in
-    the box; it is None for refusals, which have no box. The stream of a split and task is fixed and
-    has no question twice, so calls with adjoining ranges never share a question. Skipping costs as
-    much as generating. One val or test problem costs fifty, as the other seeds belong to the
-    training split.
+    task is one of TASKS or a mix of them, a key of MIXES. The answer is the text in the box, or
+    None for refusals, which have no box. The stream of a split and task is fixed and never repeats
+    a question, so adjoining ranges share none. Skipping costs as much as generating. A val or test
+    problem costs as much as 50 training problems, because only 2 % of all seeds are in that split.
     """
     if split not in ("train", "val", "test"):
-        raise ValueError(f"split is {split!r}; use train, val or test")
+        raise ValueError(f"split is {split!r}; use train, val, or test")
     if task not in MIXES and task not in TASKS:
         raise ValueError(f"task is {task!r}; use one of {', '.join((*TASKS, *MIXES))}")
     seen = set()
@@ -69,15 +68,13 @@ def problem(seed: int, task: str = "target") -> tuple[str, str, str | None]:
         return refused_text(r), REFUSAL, None
     kind = pick(r, KINDS[task])
     question, steps, answer = kind(r)
-    solution = ""
-    for number, step in enumerate(steps, 1):
-        solution += f"Step {number}: {step}\n"
-    solution += f"The answer is \\boxed{{{answer}}}."
-    return question, solution, str(answer)
+    lines = [f"Step {number}: {step}" for number, step in enumerate(steps, 1)]
+    lines.append(f"The answer is \\boxed{{{answer}}}.")
+    return question, "\n".join(lines), str(answer)
 
 
 def split_of(question: str) -> str:
-    """The split of a question, by its text alone: 2 % are "val", 2 % "test", the others "train".
+    """The split of a question, from its text alone: 2 % val, 2 % test, the rest train.
 
     So no question is in two splits, whatever its seed and task.
     """
@@ -90,28 +87,22 @@ def split_of(question: str) -> str:
 
 
 def boxed(text: str) -> str | None:
-    r"""The content of the last \boxed{...}, whose braces must balance; None if there is none."""
-    opening = "\\boxed{"
-    begin = text.rfind(opening)
-    if begin < 0:
+    r"""The content of the last \boxed{...}, or None if its braces do not balance."""
+    _, opening, rest = text.rpartition("\\boxed{")
+    if not opening:
         return None
-    begin += len(opening)
     depth = 1
-    for end in range(begin, len(text)):
-        if text[end] == "{":
-            depth += 1
-        elif text[end] == "}":
-            depth -= 1
+    for end, letter in enumerate(rest):
+        depth += (letter == "{") - (letter == "}")
         if depth == 0:
-            return text[begin:end]
+            return rest[:end]
     return None
 
 
 def main():
-    for task in ("words", "plain", "refusals"):
-        print(f"--- {task}\n")
+    for task in TASKS:
         for question, solution, _ in problems("train", 30, task=task):
-            print(f"{question}\n{solution}\n")
+            print(f"{task}: {question}\n{solution}\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,286 @@
+"""
+fast/ computes the same numbers as the plain modules, faster. Without it everything still runs.
+"""
+import copy
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch._dynamo.utils import counters
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
+
+import fast
+from checkpoint import load_drafter, load_target
+from draft_decode import collect, generate
+from fast import attention, cpu
+from fast.decoding import FastLinear, Joined, join_projections, product
+from model import DFlashDraftModel, block_visibility
+from target import Target
+from tests.common import (DRAFTERS, HIDDEN, K, LAYER_IDS, NANO_DRAFTER, NANO_TARGET, apart, perturb,
+                          questions, random_normal, small_drafter, small_target,
+                          tokens_of)
+from tokenizer import chat_prompt, load_tokenizer, stop_ids
+
+# ------------------------------------------------------------------------------------------------
+# the same tokens
+
+
+def test_plain_and_prepared_pairs_decode_the_same_tokens():
+    """Decoding needs fast/, or returns other tokens or rounds with it. A second call of
+    prepare_for_decoding() changes something."""
+    plain = load_target(NANO_TARGET)
+    plain_drafter = load_drafter(NANO_DRAFTER, plain.config)
+    target = load_target(NANO_TARGET)
+    drafter = load_drafter(NANO_DRAFTER, target.config)
+    fast.prepare_for_decoding(target, drafter)
+    assert type(plain) is Target and type(target) is not Target
+    fast.prepare_for_decoding(target, drafter)
+    tokenizer = load_tokenizer(NANO_TARGET)
+    stops = stop_ids(tokenizer)
+    modes = ((None, None, 1), (None, None, K), (plain_drafter, drafter, K))
+    for question in questions()[:3]:
+        prompt = chat_prompt(tokenizer, question)
+        for plain_guesser, guesser, tokens_per_forward in modes:
+            sizes = {"max_new_tokens": 48, "stop_token_ids": stops,
+                     "tokens_per_forward": tokens_per_forward}
+            expected = collect(generate(plain, plain_guesser, prompt, **sizes))
+            ours = collect(generate(target, guesser, prompt, **sizes))
+            assert ours.tokens == expected.tokens, question
+            assert ours.rounds == expected.rounds, question
+
+
+def results_of(target, drafter):
+    """Features, logits, and guesses of a few tokens, by whole sequences and by a block."""
+    x = tokens_of(2, 20)
+    features, hidden = target(x, target_layer_ids=LAYER_IDS)
+    cache = drafter.new_cache(2, 20 + K)
+    drafter.write_context(features, cache, torch.tensor([0, 0]))
+    guesses = drafter.draft_logits(x[:, 0], target, cache, torch.tensor([20, 20]))
+    return features, target.logits(hidden), guesses
+
+
+@pytest.mark.parametrize("with_bias", (False, True))
+@pytest.mark.parametrize("shape", ("tied", "untied"))
+@torch.no_grad()
+def test_prepared_modules_compute_the_same(shape, with_bias, monkeypatch):
+    """A projection that is left out when weights are joined or packed, takes the weight of another
+    one, or loses its bias; weights with other names or values."""
+    target = copy.deepcopy(small_target(shape))
+    drafter = small_drafter()
+    if with_bias:
+        drafter.config.attention_bias = True
+        drafter = perturb(DFlashDraftModel(drafter.config), scale=5.0)
+    expected = results_of(target, drafter)
+    models = (target, drafter)
+    weights = [copy.deepcopy(model.state_dict()) for model in models]
+
+    monkeypatch.setattr(cpu, "MIN_PACKED", 0)
+    fast.prepare_for_decoding(target, drafter)
+    packed = results_of(target, drafter)
+    join_projections(drafter)  # as on a GPU
+    joined = results_of(target, drafter)
+    for i in range(3):
+        assert apart(packed[i], expected[i]) < 1e-5
+        assert apart(joined[i], expected[i]) < 1e-5
+    for model, before in zip(models, weights):
+        after = model.state_dict()
+        assert list(after) == list(before)
+        for name in before:
+            assert torch.equal(after[name], before[name]), name
+
+
+@torch.no_grad()
+def test_every_projection_is_joined_or_packed(monkeypatch):
+    """A linear layer that stays slow; a weight that is in memory twice, joined and apart."""
+    monkeypatch.setattr(cpu, "MIN_PACKED", 0)
+    target = copy.deepcopy(small_target("untied"))
+    drafter = small_drafter()
+    fast.prepare_for_decoding(target, drafter)
+    assert target.packed_head is not None
+    in_joined = set()
+    for module in target.layers.modules():
+        if isinstance(module, Joined):
+            assert module.packed is not None
+            for name in module.joined_names:
+                layer = getattr(module, name)
+                storage = layer.weight.untyped_storage().data_ptr()
+                assert storage == module.joined_weight.untyped_storage().data_ptr()
+                in_joined.add(layer)
+    assert len(in_joined) == 6 * 4 + 2 * 3 + 8 * 2  # linear layers, attention, MLPs
+    for module in (*target.layers.modules(), *drafter.modules()):
+        assert not isinstance(module, Joined) or module not in drafter.modules()
+        if isinstance(module, nn.Linear) and module not in in_joined:
+            assert isinstance(module, FastLinear)
+            assert module.packed is not None
+
+
+@torch.no_grad()
+def test_joined_projections_are_fewer_matmuls(monkeypatch):
+    """A projection that is left out of the joined matmul: one more launch in every layer."""
+    counted = []
+    linear = F.linear
+
+    def counted_linear(x, weight, bias=None):
+        counted.append(weight.shape)
+        return linear(x, weight, bias)
+
+    drafter = small_drafter()
+    features = random_normal()(2, K, drafter.fc.in_features)
+    block = random_normal()(2, K, HIDDEN)
+    monkeypatch.setattr(F, "linear", counted_linear)
+    for expected in ((1 + 2 * 2, 2 * 7), (1 + 2, 2 * 4)):  # fc and the context; the block
+        cache = drafter.new_cache(2, 2 * K)
+        counted.clear()
+        drafter.write_context(features, cache, torch.tensor([0, 0]))
+        context_count = len(counted)
+        drafter.decode_block(block, cache, torch.tensor([K, K]))
+        assert (context_count, len(counted) - context_count) == expected
+        join_projections(drafter)
+
+# ------------------------------------------------------------------------------------------------
+# bits on a CPU
+
+
+def test_activations_at_a_width_that_threads_split():
+    """Failure 5: an elementwise operation that threads split inside a row rounds differently
+    there."""
+    torch.set_num_threads(3)
+    x = random_normal()(2 * K, 9728)
+    first = cpu.on_few_tokens(F.silu, x[None, :K])[0]
+    for i in range(K):
+        block = cpu.on_few_tokens(F.silu, x[None, i:i + K])[0]
+        plain = F.silu(x[i:i + K].contiguous())
+        assert torch.allclose(block, plain, rtol=1e-6, atol=1e-7)
+        # rows that both blocks hold
+        assert torch.equal(block[:K - i], first[i:])
+
+
+def test_activations_of_many_slots_that_threads_split():
+    """Failure 5: with many slots an elementwise operation has so many rows that threads split them
+    at any element, and a row's bits depend on its slot."""
+    torch.set_num_threads(3)
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.randn(5, K, 9728, generator=generator)
+    together = cpu.on_few_tokens(torch.nn.functional.silu, blocks)
+    for slot in range(5):
+        moved = blocks.roll(slot, 0)
+        assert torch.equal(cpu.on_few_tokens(torch.nn.functional.silu, moved)[slot], together[0])
+
+@pytest.mark.parametrize("dtype, tolerance", ((torch.float32, 2e-4), (torch.bfloat16, 0.5)))
+def test_rows_of_packed_products_depend_on_nothing_else(dtype, tolerance):
+    """Failure 5: in oneDNN's blocked order, that of large weights on a CPU, a row's bits depend on
+    other rows or on its place among them."""
+    draw = random_normal()
+    weight = draw(1031, 517).to(dtype)
+    x = draw(K, 517).to(dtype)
+    others = draw(K, 517).to(dtype)
+    product = cpu.pack_weight(weight).product
+    y = product(x[None])[0]
+    expected = F.linear(x, weight)
+    assert torch.allclose(y.float(), expected.float(), rtol=0, atol=tolerance)
+    for place in range(K):
+        moved = others.clone()
+        moved[place] = x[3]
+        assert torch.equal(product(moved[None])[0, place], y[3]), place
+
+
+def test_small_weights_are_not_packed(monkeypatch):
+    """Packing where it costs more than it gains, or a copy of every weight."""
+    weight = torch.zeros(16, 16)
+    monkeypatch.setattr(cpu, "MIN_PACKED", 257)
+    assert cpu.pack_weight(weight) is None
+    monkeypatch.setattr(cpu, "MIN_PACKED", 256)
+    assert cpu.pack_weight(weight) is not None
+
+# ------------------------------------------------------------------------------------------------
+# on a GPU
+
+
+def test_matmul_of_one_token_is_summed_in_fp32(monkeypatch):
+    """In compiled code: sums of numbers that were rounded to bf16, or an output of another shape or
+    dtype. Here the code takes this form on a CPU."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    draw = random_normal()
+    weight = draw(300, 500)
+    for shape in ((500,), (1, 500), (1, 1, 500), (1, 2, 500), (2, 1, 500)):
+        x = draw(shape)
+        assert apart(product(x, weight), F.linear(x, weight)) < 1e-6
+        x_bf16 = x.bfloat16()
+        weight_bf16 = weight.bfloat16()
+        ours = product(x_bf16, weight_bf16)
+        expected = F.linear(x_bf16.double(), weight_bf16.double())
+        assert ours.dtype == torch.bfloat16
+        assert ours.shape == expected.shape
+        assert apart(ours, expected) < 2e-3  # the output's own rounding
+
+# ------------------------------------------------------------------------------------------------
+# the drafter's attention in training
+
+
+def drafting(T, A=20, seed=0):
+    """Random features (2, T, ...), blocks (2, A, K, hidden) and ascending anchors (2, A)."""
+    draw = random_normal(seed)
+    features = draw(2, T, len(LAYER_IDS) * HIDDEN)
+    blocks = draw(2, A, K, HIDDEN)
+    anchors = torch.stack([draw(T - 1).topk(A).indices + 1 for _ in range(2)])
+    return features, blocks, anchors.sort().values
+
+
+@pytest.mark.parametrize("layer_types, window", DRAFTERS)
+@torch.no_grad()
+def test_leak_in_a_faster_attention(layer_types, window, monkeypatch):
+    """Failures 1 and 2: flex_attention, or groups of anchors, see what masked_attend() hides."""
+    monkeypatch.setattr(attention, "compiled_flex_attention", flex_attention)
+    monkeypatch.setattr(attention, "compiled_create_block_mask", create_block_mask)
+    drafter = small_drafter(layer_types, window)
+    features, blocks, anchors = drafting(200)
+    anchors[0, 0] = 0    # a block without context
+    anchors[1, -3:] = 0  # padding after the last anchor
+    expected = drafter(features, blocks, anchors)
+    for new_attend in (attention.flex_attend, attention.grouped_attend):
+        assert apart(drafter(features, blocks, anchors, new_attend), expected) < 1e-5
+
+
+@pytest.mark.parametrize("window", (None, 24))
+def test_block_mask_is_compiled_once_for_all_anchors(window, monkeypatch):
+    """A mask that is compiled again in every micro-batch, or keeps the first anchors. Here it is
+    traced, but no kernels are generated."""
+    compiled = torch.compile(create_block_mask, dynamic=False, backend="eager")
+    masks = []
+    monkeypatch.setattr(attention, "compiled_create_block_mask", compiled)
+    monkeypatch.setattr(
+        attention, "compiled_flex_attention",
+        lambda q, k, v, block_mask, **options: masks.append(block_mask))
+    graphs = counters["stats"]["unique_graphs"]
+    T = 200
+    draw = random_normal()
+    inputs = [draw(2, 1, count, 8) for count in (20 * K, T, T, 20 * K, 20 * K)]
+    for seed in range(3):
+        _, _, anchors = drafting(T, seed=seed)
+        visible = block_visibility(anchors, T, K, window)
+        attention.flex_attend(visible, anchors, T, K)(*inputs)
+        expected = create_block_mask(visible, 2, None, 20 * K, T + 20 * K, anchors.device)
+        assert torch.equal(masks[-1].to_dense(), expected.to_dense())
+        assert torch.equal(masks[-1].full_kv_num_blocks, expected.full_kv_num_blocks)
+    assert counters["stats"]["unique_graphs"] == graphs + 1
+
+
+def test_only_wide_heads_have_kernel_options(monkeypatch):
+    """An option for the backward of heads of 256 channels that slows others down."""
+    given = []
+
+    def keep_options(q, k, v, block_mask, enable_gqa, kernel_options):
+        given.append(kernel_options)
+        return q
+
+    monkeypatch.setattr(attention, "compiled_flex_attention", keep_options)
+    monkeypatch.setattr(attention, "compiled_create_block_mask", create_block_mask)
+    features, blocks, anchors = drafting(200)
+    config = small_drafter().config
+    for head_dim in (128, 256):
+        config = Qwen3Config(**config.to_dict() | {"head_dim": head_dim})  # of two layers
+        DFlashDraftModel(config)(features, blocks, anchors, attention.flex_attend)
+    assert given == [None] * 2 + [{"bwd_num_warps": 8}] * 2
