@@ -81,8 +81,8 @@ def main(argv=None):
     if command in ("-h", "--help"):
         configure(globals(), ["--help"])
     if command not in COMMANDS:
-        sys.exit(f"usage: python bench.py {'|'.join(COMMANDS)} [config.py] [--key=value]; "
-                 "--help lists the keys")
+        sys.exit(f"bench.py: unknown command {command!r}: give one of {', '.join(COMMANDS)}, "
+                 "then [config.py] [--key=value]. See --help")
     survive_closed_output()
     config = configure(globals(), words[1:])
     try:

@@ -8,12 +8,12 @@ main() begins with `config = configure(globals())` and then reads config.lr, con
 A config file is Python that assigns to keys. Flags override config files. The type of a key is its
 annotation or the type of its default: int, float, bool, str, a tuple of one of these, or T | None.
 """
-import difflib
 import os
 import re
 import runpy
 import sys
 import traceback
+from difflib import get_close_matches
 from types import SimpleNamespace
 
 TYPES = {"int": int, "float": float, "bool": bool, "str": str, "tuple": tuple}
@@ -23,7 +23,7 @@ KEY = re.compile(r"([a-z][a-z0-9_]*)(?:: ([^=]+))? = .*?(?:  # (.*))?")
 
 
 def configure(namespace, argv=None):
-    """A script's keys with their values. namespace: globals(); argv: in place of sys.argv[1:]."""
+    """A script's keys with their values. namespace: globals(); argv: instead of sys.argv[1:]."""
     words = sys.argv[1:] if argv is None else list(argv)
     types, comments = script_keys(namespace)
     values = {name: namespace[name] for name in types}
@@ -109,8 +109,8 @@ def read_config_file(path, types):
 def check_name(name, types, source):
     """Refuse a misspelled key, because the run would use the default."""
     if name not in types:
-        nearest = difflib.get_close_matches(name.lower(), types, 1, cutoff=0)[0]
-        sys.exit(f"{source}: unknown key {name!r}, did you mean {nearest!r}? See --help")
+        hint = [f", did you mean {key!r}?" for key in get_close_matches(name.lower(), types, 1)]
+        sys.exit(f"{source}: unknown key {name!r}{''.join(hint) or '.'} See --help")
 
 
 def convert(value, annotation):

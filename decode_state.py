@@ -30,7 +30,7 @@ from target import conv_channels, delta_rule_widths
 class DecodeState:
     """The state of B sequences, each of at most `length` tokens.
 
-    The forward of a block, K > 1 tokens, never changes the committed sequence. commit(n) then adds
+    Reading a block of K > 1 tokens never changes the committed sequence. commit(n) then adds
     the first n tokens of the block to it. Each sequence has its own n and its own position. There
     are no per-token copies of S and no second forward. (Prompts have nothing to reject, so their
     forwards change S directly.)
@@ -165,7 +165,7 @@ class DecodeState:
         self.conv.zero_()
 
     def begin_forward(self, T, segment=None):
-        """Set what the layers need to know about a forward of T tokens.
+        """Set what the layers need to know before they read T tokens.
 
         segment None: a block, T = K. Otherwise the tokens are part of a prompt, see Segment.
 

@@ -6,15 +6,15 @@ Speculative decoding with a DFlash drafter. The output is the target's own.
 
 A round has four steps:
 
-    draft     One forward of the drafter guesses the K - 1 tokens after the newest one, the anchor.
-    verify    One forward of the target over anchor and guesses gives its own choice after each.
+    draft     One drafter forward guesses the K - 1 tokens after the newest one, the anchor.
+    verify    One target forward over anchor and guesses gives the target's choice after each.
     accept    Keep all guesses before the first mismatch, then add the target's own choice. That
               choice is the next anchor.
     commit    The target keeps the old anchor and the accepted guesses, and forgets the others.
 
-Every token is the target's choice. So the drafter affects how many tokens a round returns, never
+Every token is the target's choice. So the drafter affects how many tokens each round returns, never
 which. Does the target alone choose the same tokens? Yes, bitwise, if its forwards have the same
-shape: K tokens, of which only the first is used. Then all kernels are the same, and with those used
+shape: K tokens, and only the first is used. Then all kernels are the same, and with those used
 here a token's bits depend neither on its place nor on the tokens after it. The target alone is
 faster with 1-token forwards. Then logits match only up to rounding, and a near-tie can flip.
 docs/exactness.md has the full argument.
@@ -64,7 +64,7 @@ class Decoder:
     """Decodes B sequences of at most `length` tokens, round by round.
 
     drafter               None: the target alone
-    tokens_per_forward    K, the tokens in a forward of the target; with a drafter, its block size
+    tokens_per_forward    K, the tokens per target forward; with a drafter, its block size
     batch                 B. Each of the B *slots* holds a sequence at its own position, or is idle
 
     A sequence's output bits do not depend on its slot or on the other sequences. They share
@@ -220,7 +220,7 @@ def count_accepted(guesses, choices):
 
 @dataclass
 class RoundOutput:
-    """What one round adds to an answer. The first output of an answer comes from the prefill.
+    """What a round adds to one answer. The first output of an answer comes from the prefill.
 
     tokens      new tokens; those after a stop id or past the limit are dropped
     accepted    how many of the tokens were guesses
@@ -270,6 +270,10 @@ def generate_many(target, drafter, prompts, *, slots, max_new_tokens=2048, stop_
     if decoders is None:
         decoders = {}
     stops = {stop_token_ids} if isinstance(stop_token_ids, int) else set(stop_token_ids)
+    unknown = [token for token in stops if not 0 <= token < target.config.vocab_size]
+    if unknown:
+        raise ValueError(f"stop token id {unknown[0]} is outside the target's vocabulary of "
+                         f"{target.config.vocab_size}: use the target's own tokenizer")
 
     # Prompts whose sequences need buffers of the same length are decoded together. There are few
     # lengths, so buffers and graphs are shared.

@@ -3,7 +3,7 @@ Training blocks: where they begin, what each position should guess, and the loss
 
 A block begins at an anchor, a random position of a response. Position k of the block should guess
 the k-th token after the anchor. basic.py computes the same loss one block at a time. Here up to 512
-blocks of a text go through the target's head together, and their logits never exist all at once.
+blocks of a text use the target's head together, and their logits never exist all at once.
 
 Shapes: B batch, T tokens of a sequence, A anchors in a sequence, K block size, V vocabulary size;
 `width` is that of the residual stream.

@@ -116,6 +116,7 @@ lr = sqrt(4)
     ("--step=5", "", "command line: unknown key 'step', did you mean 'steps'? See --help"),
     ("--step 5", "", "unknown key 'step'"),
     ("--_hidden=1", "", "unknown key"),
+    ("--learning_rate=1", "", "command line: unknown key 'learning_rate'. See --help"),
     ("--compile yes", "", "stray 'yes'"),
     ("-x.py", "", "stray '-x.py'"),
     ("--lr", "", "command line: --lr needs a value"),

@@ -274,3 +274,9 @@ def test_compiled_rounds_equal_plain_ones(rows, traced_only):
     assert answer == plain_answer
     for given, expected in zip(remembered, plain, strict=True):
         assert apart(given, expected) < 1e-5
+
+
+def test_stop_id_outside_the_vocabulary_is_refused_instead_of_never_met():
+    target = small_target()
+    with pytest.raises(ValueError, match=f"stop token id {target.config.vocab_size} is outside"):
+        list(generate(target, None, [1, 2], stop_token_ids=target.config.vocab_size))

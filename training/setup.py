@@ -73,7 +73,7 @@ def new_drafter(config, target_config, tokenizer):
         mask_token_id = len(tokenizer)
     if not 0 <= mask_token_id < vocab_size:
         raise ValueError(f"mask_token_id = {mask_token_id} is outside the target's vocabulary of "
-                         f"{vocab_size}")
+                         f"{vocab_size}: give an id from 0 to {vocab_size - 1}")
     shape = drafter_config(
         target_config,
         num_hidden_layers=config.num_layers,
