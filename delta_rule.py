@@ -58,6 +58,58 @@ def chunk_length(v):
     return max(16, v.shape[-1] // 2)
 
 
+# --------------------------------------------------------------------------------------------------
+# the rule in chunks
+#
+# All vectors are rows. Let S be the state before a chunk, and let token t write W_t: it adds
+# k_t^T W_t to the state. First, take a chunk of two tokens. By definition
+#
+#     W_1 = beta_1 (v_1 - exp(g_1) k_1 S)
+#     W_2 = beta_2 (v_2 - exp(g_1 + g_2) k_2 S - exp(g_2) (k_2 . k_1) W_1)
+#
+# because by token 2, S has decayed twice and W_1 once. With more tokens, token t finds S times
+# the cumulative decay c_t, and what an earlier token s wrote times the pair decay d_ts:
+#
+#     c_t  = exp(g_1 + g_2 + .. + g_t)                         cum_decay in the code
+#     d_ts = c_t / c_s = exp(g_(s+1) + .. + g_t)               pair_decay in the code
+#
+# (1) W_t = beta_t (v_t - c_t k_t S - sum over s < t of d_ts (k_t . k_s) W_s)
+#
+# These are linear equations for all W_t of the chunk. As matrices:
+#
+#     W, k, v, q      one row per token of the chunk: C rows
+#     d               (C, C), row t and column s
+#     [x]             the diagonal matrix of the x_t. [x] k multiplies row t by x_t, in the code
+#                     k * x[..., None]. Z [x] multiplies column t by x_t: Z * x[..., None, :]
+#     X * Y           the elementwise product
+#
+# (2) (I + A) W = [beta] (v - [c] k S)
+#     A = [beta] (d * k k^T) below the diagonal, and 0 elsewhere
+#
+# This is (1) with its sum moved to the left side. Multiply both sides by (I + A)^-1:
+#
+# (3) W = M (v - [c] k S)         M = (I + A)^-1 [beta]       (C, C)
+#
+# S is known only after the previous chunk. So the products without S come first, for all chunks
+# in parallel:
+#
+# (4) W = U - Y S                 U = M v                     (C, Dv)
+#                                 Y = M [c] k                 (C, D)
+#
+# From chunk to chunk, only W remains and the state after the chunk of C tokens:
+#
+# (5) S <- c_C S + sum over s of d_Cs k_s^T W_s
+#
+# Once all W are known, the outputs follow for all chunks in parallel. Query t finds S and what
+# the tokens s <= t wrote:
+#
+# (6) o = D^-0.5 ([c] q S + P W)
+#     P = d * q k^T on and below the diagonal, and 0 above
+#
+# Source: arXiv 2412.06464, section 3.3, which writes the inverse out (the WY form). Its W is our
+# Y.
+
+
 def gated_delta_rule(q, k, v, g, beta, *, S=None, chunk=None):
     """The same rule for T tokens in chunks: parallel inside a chunk, one update of S per chunk.
 
@@ -67,55 +119,7 @@ def gated_delta_rule(q, k, v, g, beta, *, S=None, chunk=None):
 
     If v is bf16, inputs and outputs of most matmuls are bf16, as in the rest of the model. Decays,
     A, its inverse, and S stay in fp32. (fp32 matmuls of a bf16 model use TF32 on a GPU, see
-    load_target.)
-
-    How it works. All vectors are rows. Let S be the state before a chunk, and let token t write
-    W_t: it adds k_t^T W_t to the state. First, take a chunk of two tokens. By definition
-
-        W_1 = beta_1 (v_1 - exp(g_1) k_1 S)
-        W_2 = beta_2 (v_2 - exp(g_1 + g_2) k_2 S - exp(g_2) (k_2 . k_1) W_1)
-
-    because by token 2, S has decayed twice and W_1 once. With more tokens, token t finds S times
-    the cumulative decay c_t, and what an earlier token s wrote times the pair decay d_ts:
-
-        c_t  = exp(g_1 + g_2 + .. + g_t)                         cum_decay in the code
-        d_ts = c_t / c_s = exp(g_(s+1) + .. + g_t)               pair_decay in the code
-
-    (1) W_t = beta_t (v_t - c_t k_t S - sum over s < t of d_ts (k_t . k_s) W_s)
-
-    These are linear equations for all W_t of the chunk. As matrices:
-
-        W, k, v, q      one row per token of the chunk: C rows
-        d               (C, C), row t and column s
-        [x]             the diagonal matrix of the x_t. [x] k multiplies row t by x_t, in the code
-                        k * x[..., None]. Z [x] multiplies column t by x_t: Z * x[..., None, :]
-        X * Y           the elementwise product
-
-    (2) (I + A) W = [beta] (v - [c] k S)
-        A = [beta] (d * k k^T) below the diagonal, and 0 elsewhere
-
-    This is (1) with its sum moved to the left side. Multiply both sides by (I + A)^-1:
-
-    (3) W = M (v - [c] k S)         M = (I + A)^-1 [beta]       (C, C)
-
-    S is known only after the previous chunk. So the products without S come first, for all chunks
-    in parallel:
-
-    (4) W = U - Y S                 U = M v                     (C, Dv)
-                                    Y = M [c] k                 (C, D)
-
-    From chunk to chunk, only W remains and the state after the chunk of C tokens:
-
-    (5) S <- c_C S + sum over s of d_Cs k_s^T W_s
-
-    Once all W are known, the outputs follow for all chunks in parallel. Query t finds S and what
-    the tokens s <= t wrote:
-
-    (6) o = D^-0.5 ([c] q S + P W)
-        P = d * q k^T on and below the diagonal, and 0 above
-
-    Source: arXiv 2412.06464, section 3.3, which writes the inverse out (the WY form). Its W is our
-    Y.
+    load_target.) The equations above are numbered (1) to (6).
     """
     B, T, Hv, Dv = v.shape
     D = q.shape[-1]
@@ -136,16 +140,19 @@ def gated_delta_rule(q, k, v, g, beta, *, S=None, chunk=None):
 
     # (2) to (4). A has entries on its diagonal here, but the inverse does not read them. If v is
     # bf16, U, Y, P, k_to_end, and the writes W are bf16 too.
-    A = (k @ k.mT).mul_(pair_decay)
+    k_kT = k @ k.mT
+    A = k_kT.mul_(pair_decay)
     A = A.mul_(beta[..., None])                                              # [beta] (d * k k^T)
-    M = inverse_of_unit_lower(A) * beta[..., None, :]                        # (I + A)^-1 [beta]
+    M = inverse_of_unit_lower(A)
+    M = M * beta[..., None, :]                                               # (I + A)^-1 [beta]
     Mc = M * cum_decay[..., None, :]                                         # M [c]
     q = q.to(input_dtype)
     k_rounded = k.to(input_dtype)
     v = v.to(input_dtype)
     U = M.to(input_dtype) @ v
     Y = Mc.to(input_dtype) @ k_rounded
-    P = (q @ k_rounded.mT).mul_(pair_decay)                                  # d * q k^T
+    q_kT = q @ k_rounded.mT
+    P = q_kT.mul_(pair_decay)                                                # d * q k^T
     k_to_end = (k * decay_to_end[..., None]).to(input_dtype)
     k_to_end_T = k_to_end.mT                                                 # (B Hv, N, D, C)
 
@@ -154,7 +161,8 @@ def gated_delta_rule(q, k, v, g, beta, *, S=None, chunk=None):
     if S is None:
         S = k.new_zeros(B * Hv, D, Dv)
     else:
-        S = S.to(dtype).flatten(0, 1)
+        S = S.to(dtype)
+        S = S.flatten(0, 1)
     U = U.unbind(1)
     Y = Y.unbind(1)
     k_to_end_T = k_to_end_T.unbind(1)
@@ -163,20 +171,24 @@ def gated_delta_rule(q, k, v, g, beta, *, S=None, chunk=None):
     writes = []  # W of each chunk
     for i in range(N):
         states.append(S)
-        W = U[i] - Y[i] @ S.to(input_dtype)
+        S_rounded = S.to(input_dtype)
+        W = U[i] - Y[i] @ S_rounded
         writes.append(W)
         S = S * chunk_decay[i]
         S = S + k_to_end_T[i] @ W
 
     # (6), the outputs of all chunks at once
     scale = D ** -0.5
-    states = torch.stack(states, 1).to(input_dtype)                          # (B Hv, N, D, Dv)
+    states = torch.stack(states, 1)                                          # (B Hv, N, D, Dv)
+    states = states.to(input_dtype)
     writes = torch.stack(writes, 1)                                          # (B Hv, N, C, Dv)
     o = to_fp32(q @ states)
     o = o.mul_(cum_decay[..., None] * scale)
     o = o.add_(P @ writes, alpha=scale)
     o = from_chunks(o, B, T)                                                 # (B, T, Hv, Dv)
-    return o.to(input_dtype), S.unflatten(0, (B, Hv))
+    o = o.to(input_dtype)
+    S = S.unflatten(0, (B, Hv))
+    return o, S
 
 
 def delta_rule_of_window(q, k, v, g, beta, *, S):
@@ -207,10 +219,12 @@ def delta_rule_of_window(q, k, v, g, beta, *, S):
     decay_to_end = pair_decay[..., -1, :]      # d_Cs                        (B Hv, 2, C)
 
     k_kT, q_kT = (keys_queries @ k.mT).split(C, 2)                           # (B Hv, 2, C, C)
-    A = k_kT * pair_decay * beta[..., None]
+    A = k_kT * pair_decay
+    A = A * beta[..., None]                                                  # [beta] (d * k k^T)
     P = q_kT * pair_decay
     # (3). The solver assumes a diagonal of 1, so it solves (I + A) M = [beta].
-    M = torch.linalg.solve_triangular(A, beta.diag_embed(), upper=False, unitriangular=True)
+    diagonal_beta = beta.diag_embed()
+    M = torch.linalg.solve_triangular(A, diagonal_beta, upper=False, unitriangular=True)
     k_to_end = k * decay_to_end[..., None]
     k_to_end_T = k_to_end.mT                                                 # (B Hv, 2, D, C)
 
@@ -229,8 +243,11 @@ def delta_rule_of_window(q, k, v, g, beta, *, S):
 
     reads = torch.stack(reads, 1)                                            # (B Hv, 2, C, Dv)
     writes = torch.stack(writes, 1)
-    o = (cum_decay * reads + P @ writes) * D ** -0.5                              # (6)
-    return from_chunks(o, B, T), S.unflatten(0, (B, Hv))
+    scale = D ** -0.5
+    o = cum_decay * reads + P @ writes                                       # (6)
+    o = from_chunks(o * scale, B, T)                                         # (B, T, Hv, Dv)
+    S = S.unflatten(0, (B, Hv))
+    return o, S
 
 
 def cum_and_pair_decay(g, chunk, dtype):
@@ -241,9 +258,13 @@ def cum_and_pair_decay(g, chunk, dtype):
     # hide that, but the gradient would be 0 * inf. So we mask the argument.
     place = torch.arange(chunk, device=g.device)
     future = place[:, None] < place
-    pair_decay = log_decay[..., :, None] - log_decay[..., None, :]
-    pair_decay = pair_decay.masked_fill_(future, -torch.inf).exp_()
-    return log_decay.exp(), pair_decay
+    of_t = log_decay[..., :, None]
+    of_s = log_decay[..., None, :]
+    pair_decay = of_t - of_s
+    pair_decay = pair_decay.masked_fill_(future, -torch.inf)
+    pair_decay = pair_decay.exp_()
+    cum_decay = log_decay.exp()
+    return cum_decay, pair_decay
 
 
 def inverse_of_unit_lower(A):
@@ -260,13 +281,17 @@ def inverse_of_unit_lower(A):
     C = A.shape[-1]
     if C <= 32 or C % 2 == 1:  # an odd chunk has no halves
         # the solver assumes a diagonal of 1, so it solves with I + A
-        identity = torch.eye(C, dtype=A.dtype, device=A.device).expand_as(A)
+        identity = torch.eye(C, dtype=A.dtype, device=A.device)
+        identity = identity.expand_as(A)
         return torch.linalg.solve_triangular(A, identity, upper=False, unitriangular=True)
     half = C // 2
     below = A[..., half:, :half]                                             # F
-    on_diagonal = torch.stack((A[..., :half, :half], A[..., half:, half:]))
+    E = A[..., :half, :half]
+    G = A[..., half:, half:]
+    on_diagonal = torch.stack((E, G))
     E_inverse, G_inverse = inverse_of_unit_lower(on_diagonal)
-    corner = -(G_inverse @ (below @ E_inverse))
+    F_E_inverse = below @ E_inverse
+    corner = -(G_inverse @ F_E_inverse)
     top = F.pad(E_inverse, (0, half))
     bottom = torch.cat((corner, G_inverse), -1)
     return torch.cat((top, bottom), -2)
@@ -274,19 +299,23 @@ def inverse_of_unit_lower(A):
 
 def to_chunks(x, chunk, dtype):
     """(B, T, H, ...) -> (B H, N, C, ...), the last chunk padded with zeros."""
-    x = x.to(dtype).transpose(1, 2)
+    x = x.to(dtype)
+    x = x.transpose(1, 2)
     missing = -x.shape[2] % chunk
     if missing:
         after_T = (0, 0) * (x.dim() - 3) + (0, missing)
         x = F.pad(x, after_T)
-    x = x.contiguous().flatten(0, 1)
+    x = x.contiguous()
+    x = x.flatten(0, 1)
     return x.unflatten(1, (-1, chunk))
 
 
 def from_chunks(x, B, T):
     """(B H, N, C, ...) -> (B, T, H, ...), without the tokens that padded the last chunk."""
-    x = x.unflatten(0, (B, -1)).flatten(2, 3)                                # (B, H, N C, ...)
-    return x[:, :, :T].transpose(1, 2)
+    x = x.unflatten(0, (B, -1))
+    x = x.flatten(2, 3)                                                      # (B, H, N C, ...)
+    x = x[:, :, :T]
+    return x.transpose(1, 2)
 
 
 def repeat_heads(q, k, value_heads):

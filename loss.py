@@ -42,13 +42,16 @@ def sample_anchors(supervised, count, generator, max_length):
 
     # candidates in random order, then all other positions
     random_numbers = random_numbers.masked_fill(~candidates, -1.0)
-    drawn = random_numbers.argsort(dim=1, descending=True)[:, :count]
+    order = random_numbers.argsort(dim=1, descending=True)
+    drawn = order[:, :count]
     is_candidate = candidates.gather(1, drawn)
 
     # sorted; T marks invalid anchors, so they come last
-    positions = torch.where(is_candidate, drawn, T).sort(dim=1).values
+    positions = torch.where(is_candidate, drawn, T)
+    positions = positions.sort(dim=1).values
     is_valid = positions < T
-    return torch.where(is_valid, positions, 0), is_valid
+    anchors = torch.where(is_valid, positions, 0)
+    return anchors, is_valid
 
 
 def block_labels(tokens, supervised, anchors, is_valid, *, K, gamma):
@@ -63,13 +66,16 @@ def block_labels(tokens, supervised, anchors, is_valid, *, K, gamma):
 
     def at_positions(of_sequence):
         padded = F.pad(of_sequence, (0, K))  # the last blocks extend past the end of the sequence
-        return padded.gather(1, positions.flatten(1)).view_as(positions)
+        gathered = padded.gather(1, positions.flatten(1))
+        return gathered.view_as(positions)
 
     labels = at_positions(tokens)
     # cumprod: a later response of the same sequence does not count
-    in_response = at_positions(supervised).long().cumprod(-1)
+    in_response = at_positions(supervised).long()
+    in_response = in_response.cumprod(-1)
+    counted = in_response * is_valid[:, :, None]
     decay = torch.exp(-(k - 1) / gamma)
-    weights = in_response * is_valid[:, :, None] * decay
+    weights = counted * decay
     return labels, weights
 
 # --------------------------------------------------------------------------------------------------
@@ -116,11 +122,14 @@ def block_loss(hidden, head, targets, *, loss_chunk_size=1024, chunk_loss_functi
     if chunk_loss_function is None:
         chunk_loss_function = chunk_loss
     guess_hidden = hidden[:, :, 1:]  # position 0 is the anchor, which has no loss
+    flat_hidden = guess_hidden.flatten(0, 1)
     flat_targets = Targets(targets.labels.flatten(0, 1), targets.weights.flatten(0, 1))
     loss, nll, correct, used_weights = FrozenHeadLoss.apply(
-        guess_hidden.flatten(0, 1), head, flat_targets, loss_chunk_size, chunk_loss_function)
-    shape = targets.weights.shape
-    return loss, nll.view(shape), correct.view(shape), used_weights.view(shape)
+        flat_hidden, head, flat_targets, loss_chunk_size, chunk_loss_function)
+    nll = nll.view_as(targets.weights)
+    correct = correct.view_as(targets.weights)
+    used_weights = used_weights.view_as(targets.weights)
+    return loss, nll, correct, used_weights
 
 
 class FrozenHeadLoss(torch.autograd.Function):
@@ -135,14 +144,17 @@ class FrozenHeadLoss(torch.autograd.Function):
         for first in range(0, len(hidden), blocks_at_once):
             part = slice(first, first + blocks_at_once)
             part_targets = Targets(targets.labels[part], targets.weights[part])
-            chunks.append(chunk_loss_function(hidden[part], head, part_targets, wants_grad))
+            result = chunk_loss_function(hidden[part], head, part_targets, wants_grad)
+            chunks.append(result)
         nll, correct, used_weights, grads = zip(*chunks)
         nll = torch.cat(nll)
         correct = torch.cat(correct)
         used_weights = torch.cat(used_weights)
-        ctx.save_for_backward(torch.cat(grads) if wants_grad else None)
+        grad = torch.cat(grads) if wants_grad else None
+        ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(nll, correct, used_weights)
-        return (nll * used_weights).sum(), nll, correct, used_weights
+        loss = (nll * used_weights).sum()
+        return loss, nll, correct, used_weights
 
     @staticmethod
     def backward(ctx, loss_grad, *_):
@@ -164,10 +176,12 @@ def chunk_loss(hidden, head, targets, wants_grad, dpace_smoothing=None):
     computed in bf16. Only the steps between them are in fp32.
     """
     labels, weights = targets
+
     # The logits. hidden is flat here, because for three axes a CPU uses a batched product, which is
     # three times slower.
     flat = hidden.flatten(0, 1)
-    z = to_fp32(F.linear(flat, head))
+    z = F.linear(flat, head)
+    z = to_fp32(z)
     z = z.view(*labels.shape, -1)                                            # (N, K-1, V)
     largest, guess = z.max(-1, keepdim=True)
     correct = guess[..., 0] == labels
@@ -196,7 +210,8 @@ def chunk_loss(hidden, head, targets, wants_grad, dpace_smoothing=None):
     of_label = of_label.to(hidden.dtype)
     z.scatter_(-1, labels[..., None], of_label[..., None])
     grad = z.flatten(0, 1) @ head
-    return nll, correct, weights, grad.view_as(hidden)
+    grad = grad.view_as(hidden)
+    return nll, correct, weights, grad
 
 # --------------------------------------------------------------------------------------------------
 # D-PACE: weights from the drafter's confidence instead of the fixed decay (weighting = "dpace")
@@ -216,4 +231,7 @@ def dpace_weights(q, in_response, smoothing):
     """
     smoothed = (1 - smoothing) * q + smoothing
     products = (smoothed * in_response).cumprod(-1)
-    return products.flip(-1).cumsum(-1).flip(-1)  # w_j: the sum of all products from j to the end
+    # w_j is the sum of all products from j to the end: a cumulative sum from the right
+    from_right = products.flip(-1)
+    sums = from_right.cumsum(-1)
+    return sums.flip(-1)
