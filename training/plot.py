@@ -5,17 +5,19 @@ import os
 
 
 def plot_training(path, log, positions):
-    """Draw the entries of log.jsonl; positions: those of the block whose acceptance is shown."""
+    """Draw the entries of log.jsonl. positions: those of the block whose acceptance is shown."""
     from matplotlib.figure import Figure  # takes a second to import
 
     training = [entry for entry in log if entry["kind"] == "train"]
     held_out = [entry for entry in log if entry["kind"] == "val"]
     figure = Figure(figsize=(15, 4), layout="constrained")
     loss_axis, tau_axis, acceptance_axis = figure.subplots(1, 3)
-    draw_lines(loss_axis, "loss", training, held_out)
-    draw_lines(tau_axis, "tau", training, held_out)
+    steps = [entry["step"] for entry in held_out]
+    for axis, key in ((loss_axis, "loss"), (tau_axis, "tau")):
+        axis.plot([entry["step"] for entry in training], [entry[key] for entry in training],
+                  label="training")
+        axis.plot(steps, [entry[key] for entry in held_out], label="held out", marker="o")
     for position in positions:
-        steps = [entry["step"] for entry in held_out]
         fractions = [entry["accepted_up_to_slot"][position - 1] for entry in held_out]
         acceptance_axis.plot(steps, fractions, label=f"position {position}", marker="o")
     loss_axis.set(xlabel="step", ylabel="loss (nats)")
@@ -25,12 +27,3 @@ def plot_training(path, log, positions):
         axis.legend()
     figure.savefig(path + ".tmp", format="png", dpi=120)
     os.replace(path + ".tmp", path)
-
-
-def draw_lines(axis, key, training, held_out):
-    steps = [entry["step"] for entry in training]
-    values = [entry[key] for entry in training]
-    axis.plot(steps, values, label="training")
-    steps = [entry["step"] for entry in held_out]
-    values = [entry[key] for entry in held_out]
-    axis.plot(steps, values, label="held out", marker="o")
