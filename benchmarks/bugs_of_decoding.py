@@ -25,8 +25,7 @@ LOOP = "test_generate_ends_at_the_limit"
 STATE = "test_cuts_rejected_block"
 
 INPUTS = (
-    # The feature of token t is stored at position t + 1, because some methods (EAGLE) pair features
-    # with the next token. The block then overwrites the newest feature.
+    # The feature of token t is at position t + 1, as in methods that pair it with the next token.
     Bug("features_one_late", TRAINED_FORM, DFlashDraftModel.write_context,
         "position[:, None] + offsets",
         "position[:, None] + 1 + offsets"),
@@ -42,20 +41,17 @@ INPUTS = (
         "if i in target_layer_ids:",
         "if i - 1 in target_layer_ids:"),
 
-    # The layers' features are concatenated in a different order, so fc multiplies each by the wrong
-    # columns. An engine may collect them in a dict, or from the last layer to the first.
+    # The features are concatenated in a different order, because an engine collects them in a dict.
     Bug("feature_layers_reversed", TRANSFORMERS, Target.forward,
         "torch.cat(features, -1)",
         "torch.cat(features[::-1], -1)"),
 
-    # Features are taken after the target's last norm, because the last of transformers'
-    # hidden_states is normed.
+    # Features are normed, because the last of transformers' hidden_states is.
     Bug("feature_layers_after_the_norm", TRANSFORMERS, Target.forward,
         "features.append(x)",
         "features.append(self.norm(x))"),
 
-    # Each layer's input_layernorm is applied to the context, because other models do so. Here
-    # hidden_norm has already normed it, once for all layers.
+    # Each layer norms the context, as other models do. But hidden_norm has already normed it.
     Bug("context_through_layer_norm", TRAINED_FORM, DFlashDraftModel.write_context,
         "keys_values(context, rotary)",
         "keys_values(layer.input_layernorm(context), rotary)"),
@@ -65,14 +61,12 @@ INPUTS = (
         "self.drafter.write_context(features, self.cache, self.state.position)",
         "pass"),
 
-    # The features are written after the commit has moved the position, so they land after the block
-    # and the next block overwrites them.
+    # The features are written after the commit has moved the position, so they are at wrong places.
     Bug("context_after_commit", WHOLE_ROUNDS, Decoder.commit,
         "features, self.cache, self.state.position)",
         "features, self.cache, self.state.position + accepted + 1)"),
 
-    # The mask is the tokenizer's last id instead of the first free id, so it has the embedding of a
-    # real token.
+    # The mask is the tokenizer's last id instead of the first free one, so it is a real token.
     Bug("mask_id_one_low", "test_block_is_the_anchor_and_masks", DFlashDraftModel.embed_block,
         "self.mask_token_id",
         "self.mask_token_id - 1"),
@@ -83,8 +77,7 @@ INPUTS = (
         "enable_thinking=thinking",
         "enable_thinking=True"),
 
-    # The engine's chat template does not know about thinking, so the prompt lacks the empty thought
-    # that the training rows have.
+    # The engine's chat template has no thinking, so the prompt lacks the rows' empty thought.
     Bug("empty_thought_left_out", CHAT, chat_prompt,
         "enable_thinking=thinking,",
         r'chat_template=tokenizer.chat_template.replace(r"<think>\n\n</think>\n\n", ""),'),
@@ -125,8 +118,7 @@ COMPUTATION = (
         "to_fp32(self.weight)",
         "1 + to_fp32(self.weight)"),
 
-    # The target's head gets the drafter's output without the drafter's last norm, because an
-    # engine's models return hidden states before it.
+    # The head gets the drafter's output without its last norm, as engines return hidden states.
     Bug("last_norm_left_out", TRAINED_FORM, DFlashDraftModel.decode_block,
         "return self.norm(x)",
         "return x"),
@@ -140,14 +132,12 @@ COMPUTATION = (
 )
 
 VERIFICATION = (
-    # Correct guesses count even if they follow a wrong one, so the output has tokens that the
-    # target chose after a rejected guess. tau looks better.
+    # Correct guesses count even if they follow a wrong one, so tau looks better.
     Bug("right_after_a_wrong_one", "test_accept_counts_up_to_the_first_difference", count_accepted,
         "right.long().cumprod(-1)",
         "right.long()"),
 
-    # The target's own token is taken from the last position, which is right only if all guesses
-    # were accepted.
+    # The target's own token comes from the last position, as if all guesses had been accepted.
     Bug("bonus_from_the_last_row", LOOP, Decoder.accept,
         "self.anchor.copy_(choices.gather(1, accepted[:, None])[:, 0])",
         "self.anchor.copy_(choices[:, -1]); "
@@ -158,8 +148,7 @@ VERIFICATION = (
         "(accepted + 1) * self.is_active",
         "accepted * self.is_active"),
 
-    # Verification attends to the whole block, like the drafter, so the target sees the guesses that
-    # it has to judge.
+    # Verification attends to the whole block, so the target sees the guesses that it has to judge.
     Bug("verification_not_causal", STATE, DecodeState.begin_forward,
         "self.token_positions[..., None]",
         "self.token_positions[:, -1:, None]"),
@@ -193,7 +182,7 @@ VERIFICATION = (
         "self.state.commit((accepted + 1) * self.is_active); "
         "self.state.conv[:, :, :3] = self.state.conv[:, :, -3:]"),
 
-    # S after the whole window is used as the state after its first chunk. Such a delta rule is
+    # S after the whole window is taken for the state after its first chunk. Such a delta rule is
     # right for one token at a time and wrong after a block.
     Bug("state_of_the_second_chunk", STATE, delta_rule_of_window,
         "if i == 0:",

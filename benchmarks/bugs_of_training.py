@@ -59,8 +59,7 @@ TRAINING = (
         "anchors[:, :, None] + k ",
         "anchors[:, :, None] + k + 1 "),
 
-    # All positions have the same weight. Late guesses seldom count, but they use capacity of a
-    # small drafter.
+    # All positions have the same weight, although late guesses seldom count.
     Bug("uniform_slots", LABELS, block_labels,
         "torch.exp(-(k - 1) / gamma)",
         "torch.ones(K - 1)"),
@@ -79,8 +78,7 @@ TRAINING = (
         "F.pad(candidates, (0, 1)) & ((torch.arange(T) + torch.randint("
         "16, (B, 1), generator=generator)) % 16 == 0).to(supervised.device)"),
 
-    # The mask of the answer is forgotten, so the drafter also learns questions, which it never has
-    # to guess.
+    # The mask of the answer is forgotten, so the drafter also learns to guess questions.
     Bug("prompt_supervised", "test_batches_are_cut_and_padded", pad,
         "torch.from_numpy(sample_mask[:n] > 0)",
         "True"),
