@@ -7,16 +7,15 @@ figures with and without it.
 
 Decoding bugs run on the pair of the keys `target` and `drafter`. Training bugs run on a drafter
 that is trained briefly with three seeds, next to clean runs. When that drafter decodes, the bug is
-off, because only its training is wrong. Training needs the rows of data/nano, and so nano's target.
+off, because only its training is wrong. Its data is data/nano, so it needs nano's target.
 
-Each output is compared with the output of the target alone, without the bug and with forwards that
-have the same shape.
+Each output is compared with the output of the target alone, without the bug and with
+16-token forwards.
 """
 import contextlib
 import io
 import os
 import time
-from dataclasses import replace
 
 import torch
 
@@ -42,7 +41,6 @@ ROWS = 800                  # of training data; each is read three times
 # nano's settings with a smaller drafter, faster steps, and the paper's weights of positions
 FLAGS = ("config/nano.py", "--num_layers=2", "--batch_size=2", "--optimizer=adamw", "--lr=1.8e-3",
          "--weighting=decay", "--max_length=192", "--pad_to_multiple_of=192")
-CLEAN = Bug("clean", None)
 
 
 def run(config):
@@ -78,7 +76,7 @@ def chosen_bugs(only):
         if only and kind not in only:
             bugs = [bug for bug in bugs if bug.name in only]
         temperatures = sorted({bug.temperature for bug in bugs})
-        clean = [replace(CLEAN, temperature=temperature) for temperature in temperatures]
+        clean = [Bug("clean", None, temperature=temperature) for temperature in temperatures]
         chosen.append([*clean, *bugs])
     return chosen
 
@@ -112,7 +110,8 @@ class Museum:
         prompts = self.workload.prompts[:TRAINED_PROMPTS]
         row = {"kind": "training", "bug": bug.name, "seed": seed, "estimate": estimate["tau"],
                "estimated_loss": estimate["loss"]}
-        return row | self.figures(self.workload._replace(drafter=drafter, prompts=prompts), CLEAN)
+        workload = self.workload._replace(drafter=drafter, prompts=prompts)
+        return row | self.figures(workload, Bug("clean", None))
 
     def answer(self, prompt, sampling):
         """The target's own answer, without a bug."""

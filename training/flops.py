@@ -53,7 +53,7 @@ def prefill_operations(target, T, chunk):
 
 
 def target_operations(target, T, chunk, used_layers):
-    """Operations of a forward of the target's first layers on T tokens.
+    """Operations of the target's first layers in a forward on T tokens.
 
         2 * weights * T             the matmuls
         2 * H * D * T * (T + 1)     a full layer: token t attends to t tokens, so a head has
