@@ -75,15 +75,23 @@ def all_tokens(rounds):
 
 
 def small_config(shape="tied"):
-    """Two layer patterns: that of the 0.8B, and that of larger sizes, which have more value heads
-    than key heads and an untied output head."""
-    tied = shape == "tied"
-    return TargetConfig(
+    """Two shapes. "tied" is that of the 0.8B. "untied" has more value heads than key heads, as
+    larger sizes do, and no number in it is a default or equals another one by chance."""
+    config = TargetConfig(
         vocab_size=V, hidden_size=HIDDEN, intermediate_size=96, num_hidden_layers=8,
         num_attention_heads=4, num_key_value_heads=2, head_dim=32,
-        linear_num_key_heads=4, linear_num_value_heads=4 if tied else 8,
+        linear_num_key_heads=4, linear_num_value_heads=4,
         linear_key_head_dim=16, linear_value_head_dim=16,
-        tie_word_embeddings=tied, max_position_embeddings=512)
+        tie_word_embeddings=True, max_position_embeddings=512)
+    if shape == "untied":
+        config.tie_word_embeddings = False
+        config.linear_num_value_heads = 8
+        config.linear_value_head_dim = 24
+        config.linear_conv_kernel_dim = 3
+        config.rms_norm_eps = 0.01
+        config.rope_theta = 1e4
+        config.partial_rotary_factor = 0.5
+    return config
 
 
 def perturb(model, seed=0, scale=1.0):
@@ -115,6 +123,15 @@ def small_drafter(layer_types=(FULL, FULL), window=None, seed=0):
     config.use_sliding_window = window is not None
     torch.manual_seed(seed)
     return perturb(DFlashDraftModel(config), seed, scale=5.0)
+
+
+def drafting(T, A, seed=0):
+    """Random features (2, T, ...), blocks (2, A, K, hidden), and ascending anchors (2, A)."""
+    draw = random_normal(seed)
+    features = draw(2, T, len(LAYER_IDS) * HIDDEN)
+    blocks = draw(2, A, K, HIDDEN)
+    anchors = draw(2, T - 1).topk(A).indices + 1
+    return features, blocks, anchors.sort().values
 
 
 @functools.cache

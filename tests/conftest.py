@@ -42,6 +42,17 @@ def threads():
 
 
 @pytest.fixture
+def traced_only(monkeypatch):
+    """torch.compile traces functions but generates no kernels, which would take minutes."""
+    torch_compile = torch.compile
+
+    def compile_without_kernels(function, dynamic=None, options=None):
+        return torch_compile(function, backend="aot_eager", dynamic=dynamic)
+
+    monkeypatch.setattr(torch, "compile", compile_without_kernels)
+
+
+@pytest.fixture
 def main(monkeypatch, capsys):
     """main(script, *args) runs a script's main as from a shell in the project's root. It returns
     what was printed; of a failure, which must be one line, that line."""
