@@ -12,8 +12,8 @@ from tokenizer import chat_prompt, stop_ids
 from draft_decode import Decoder, collect, count_accepted, first_difference, generate
 from fast.decoding import join_projections
 from sampling import Sampling
-from tests.common import (HalfRightOracle, K, Oracle, V, all_tokens, apart, nano, questions,
-                          reference, shipped, small_drafter, small_target, tokens_of, untrained)
+from tests.common import (K, Oracle, V, all_tokens, apart, nano, questions, reference, shipped,
+                          small_drafter, small_target, tokens_of, untrained)
 
 
 def test_accept_counts_up_to_the_first_difference():
@@ -52,7 +52,7 @@ def decode_by_all(question_number):
     answer = all_tokens(rounds["alone"])
     drafters = {
         "shipped": shipped(),
-        "half-right": HalfRightOracle(len(prompt), answer, seed=question_number),
+        "half-right": Oracle(len(prompt), answer, seed=question_number),
         "perfect": Oracle(len(prompt), answer, right=K - 1),
     }
     if question_number % 4 == 0:
@@ -100,7 +100,7 @@ def test_sampled_output_is_identical_for_every_drafter(temperature):
     for prompt, seed in ((prompts[0], 0), (prompts[0], 1), (prompts[1], 0)):
         sampling = Sampling(temperature, seed=seed)
         alone = sampled(None, prompt, sampling)
-        oracle = HalfRightOracle(len(prompt), alone)
+        oracle = Oracle(len(prompt), alone)
         assert sampled(oracle, prompt, sampling) == alone
         for draft_temperature in (0.0, 0.5, 1.0):
             coupled = Sampling(temperature, seed=seed, draft_temperature=draft_temperature)
@@ -233,10 +233,10 @@ def test_generate_ends_at_the_context(monkeypatch):
 
 @pytest.mark.parametrize("rows", (1, K))
 @torch.inference_mode()
-def test_compiled_rounds_equal_plain_ones(rows, traced_only, monkeypatch):
+def test_compiled_rounds_equal_plain_ones(rows, traced_only):
     """Compiled code silently mistakes one tensor for another that shares its memory; or a different
     function is compiled; or compiling stops after 8 shapes, so later ones run plain."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    torch._dynamo.config.recompile_limit = 8  # torch's default
     prompt = tokens_of(20).tolist()
     results = []
     for is_compiled in (False, True):

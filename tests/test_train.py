@@ -86,10 +86,6 @@ def assert_same(a, b):
             assert torch.equal(moment, b.moments[i][name]), (i, name)
 
 
-def read_state(folder):
-    return torch.load(folder / "training_state.pt", weights_only=False)
-
-
 def training_entries(log):
     return [entry for entry in log if entry["kind"] == "train"]
 
@@ -984,8 +980,9 @@ def test_ranks_are_the_same_run(small_run, tmp_path):
     ddp = tmp_path / "ddp-dflash" / "step-000010"
     again = tmp_path / "again-dflash" / "step-000010"
     for part in ("master_weights", "optimizer_state_dict"):
-        leaves = tree_leaves(read_state(ddp)[part])
-        for a, b in zip(leaves, tree_leaves(read_state(again)[part]), strict=True):
+        leaves = tree_leaves(checkpoints.read_state_file(ddp)[part])
+        same_leaves = tree_leaves(checkpoints.read_state_file(again)[part])
+        for a, b in zip(leaves, same_leaves, strict=True):
             assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, part
 
     # two sharded processes, then one
@@ -1025,7 +1022,7 @@ def specforge(small_run, tmp_path):
         "epoch": 0,
         "global_step": 6,
         "args": argparse.Namespace(learning_rate=1e-2, output_dir="x"),
-        "optimizer_state_dict": read_state(folder)["optimizer_state_dict"],
+        "optimizer_state_dict": checkpoints.read_state_file(folder)["optimizer_state_dict"],
         "scheduler_state_dict": {"last_epoch": 2}}
     torch.save(state, folder / "training_state.pt")
     config = changed(config, resume_from=str(folder), out_dir=str(tmp_path / "x-dflash"))
@@ -1035,12 +1032,13 @@ def specforge(small_run, tmp_path):
 def test_specforge_checkpoints_are_resumed(specforge, tmp_path):
     """Moments belong to different parameters, or micro-batches count as steps."""
     config, ours, _, _ = specforge
-    masters = read_state(tmp_path / "ours-dflash" / "step-000003")["master_weights"]
+    state = checkpoints.read_state_file(tmp_path / "ours-dflash" / "step-000003")
     run, held_out, _ = train.setup(config)
     assert run.step == 3
     moments = run.optimizer.state_dict()["state"]
     for i, (name, weight) in enumerate(run.drafter.named_parameters()):
-        assert torch.equal(weight, masters[name].bfloat16().float()), name
+        master = state["master_weights"][name]
+        assert torch.equal(weight, master.bfloat16().float()), name
         assert moments[i]["exp_avg"].shape == weight.shape, name
     train.loop(run, held_out)
     # the same run, except for weights that were rounded to bfloat16
