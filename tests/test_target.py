@@ -360,6 +360,8 @@ def test_target_configs_have_the_published_defaults(key):
     parsed = parse_target_config({"text_config": needed})
     assert getattr(parsed, key) == ABSENT[key]
     assert set(vars(parsed)) == {*NEEDED, *ABSENT}
+    five_layers = parse_target_config(needed | {"num_hidden_layers": 5})
+    assert five_layers.layer_types == ABSENT["layer_types"][:5]
     value = {key: PRESENT[key]}
     for config in ({"text_config": needed | value}, {"text_config": needed} | value,
                    needed | value):
