@@ -5,7 +5,7 @@ docs/bugs.md.
 import json
 import os
 
-from benchmarks import animation, bugs_page, pictures
+from benchmarks import bugs_page, pictures
 
 RESULTS = "benchmarks/results"
 THROUGHPUTS = {  # label: report
@@ -23,15 +23,12 @@ def run(config):
 
 
 def draw(folder):
-    """Draw the five pictures in a folder. Returns their paths."""
-    names = ("acceptance.png", "curve.png", "decoding.gif", "throughput.png", "bugs.png")
+    """Draw the three pictures in a folder. Returns their paths."""
+    names = ("acceptance.png", "throughput.png", "bugs.png")
     paths = [os.path.join(folder, name) for name in names]
-    acceptance_path, curve_path, decoding_path, throughput_path, bugs_path = paths
-    report = read_report("acceptance_nano.json")
-    pictures.acceptance(acceptance_path, report)
-    animation.decoding(decoding_path, report)
+    acceptance_path, throughput_path, bugs_path = paths
+    pictures.acceptance(acceptance_path, read_report("acceptance_nano.json"))
     throughputs = {label: read_report(name)["rows"] for label, name in THROUGHPUTS.items()}
-    pictures.curve(curve_path, throughputs)
     pictures.throughput(throughput_path, throughputs)
     pictures.bugs(bugs_path, bugs_page.summaries(read_report("bugs_nano.json")))
     return paths
