@@ -110,6 +110,23 @@ def write_rows(config, command, rows):
     write_whole(os.path.join(config.out_dir, f"{command}.jsonl"), "".join(lines))
 
 
+def print_table(rows, columns, header=True):
+    """Columns of rows as a Markdown table."""
+    if header:
+        print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for row in rows:
+        cells = [text_of(row.get(column, "")) for column in columns]
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def text_of(value):
+    if isinstance(value, float):
+        return f"{value:,.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{text_of(part)} {name}" for name, part in value.items())
+    return str(value)
+
+
 # ------------------------------------------------------------------------------------------------
 # decoding
 
@@ -140,9 +157,17 @@ def mode_of(config, workload, drafter, tokens_per_forward, decoders):
             tokens_per_forward=tokens_per_forward, sampling=sampling_of(config),
             decoders=decoders)
         for index, output in outputs:
+            check_finite(getattr(output, "is_finite", True))
             outputs_of[index].append(output)
         return [collect(outputs) for outputs in outputs_of]
     return decode
+
+
+def check_finite(is_finite):
+    """All modes choose the same token from NaN, so they would seem identical and right."""
+    if not is_finite:
+        raise ValueError("the target's logits are not finite, so its tokens mean nothing: use "
+                         "other weights or --dtype=float32")
 
 
 def decode_in_turns(modes, prompts, slots=1, repeats=1):

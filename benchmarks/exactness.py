@@ -14,8 +14,8 @@ from types import SimpleNamespace
 
 import torch
 
-from benchmarks.common import (decode_in_turns, load, mean_round_length, mode_of, sampling_of,
-                               setup_of, slots_of, write_rows)
+from benchmarks.common import (decode_in_turns, load, mean_round_length, mode_of, print_table,
+                               sampling_of, setup_of, slots_of, write_rows)
 from benchmarks.drafters import Oracle, random_drafter
 from benchmarks.reference import reference_answer, transformers_reference
 from draft_decode import Generation, first_difference
@@ -31,6 +31,7 @@ UNKNOWN = "unknown"     # the outputs differ, and there are no two tokens to com
 
 DRAFTERS = ("random", "trained", "oracle", "wrong")
 REFERENCES = ("same shape", "1-token", "transformers")
+COLUMNS = ("temperature", "drafter", "tau", "against", "prompts", "identical", "margin", "verdict")
 ORACLES = {"oracle": 0.8, "wrong": 0.0}  # the probability that a guess of each one is right
 
 
@@ -51,7 +52,7 @@ def run(config):
                     rows.append(names | summarize(differences, config.dtype))
                     details += [names | difference for difference in differences]
     write_rows(config, "exactness", details)
-    print_table(rows)
+    print_table(rows, COLUMNS)
     identical = min(row["identical"] for row in rows if row["against"] == "same shape")
     report = {"command": "exactness", "slots": slots_of(config), "identical": identical,
               "rows": rows}
@@ -170,16 +171,3 @@ def verdict(is_identical, margin, dtype):
     if margin <= LARGEST_ROUNDING[dtype]:
         return ROUNDING
     return WRONG
-
-
-def print_table(rows):
-    print(f"{rows[0]['prompts']} prompts in {rows[0]['dtype']}; margin: the largest between the "
-          "scores of the first two tokens that differ\n")
-    print(f"{'T':>4} {'drafter':8} {'tau':>6}  {'against':13} {'identical':>9} {'margin':>8}  "
-          "verdict")
-    for row in rows:
-        margin = "-"
-        if row["margin"] is not None:
-            margin = f"{row['margin']:.4f}"
-        print(f"{row['temperature']:4} {row['drafter']:8} {row['tau']:6.2f}  {row['against']:13} "
-              f"{row['identical']:9.1%} {margin:>8}  {row['verdict']}")

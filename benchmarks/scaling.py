@@ -14,8 +14,8 @@ import sys
 import torch
 
 import train
-from benchmarks.common import setup_of
-from benchmarks.timing import clock, device_name
+from benchmarks.common import print_table, setup_of
+from benchmarks.timing import clock
 from checkpoint import write_whole
 from configurator import configure
 from data.synthetic import prepare
@@ -23,6 +23,8 @@ from training.flops import mfu
 from training.parallel import (gather_numbers, join_processes, leave_processes, rank, wait_for_all,
                                world_size)
 
+COLUMNS = ("parallel", "processes", "samples_per_s", "tokens_per_s", "mfu", "scaling", "peak_gb",
+           "loss_difference", "grad_norm_difference")
 WARM_UP_STEPS = 2  # at the beginning of a run; they do not count in its speed
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), ".."))
 
@@ -35,10 +37,7 @@ def run(config):
         row = launch(config, train_config.grad_accum_steps, parallel, processes)
         rows.append(row)
         compare(row, rows[0])
-        print(f"{processes} x {parallel}: {row['samples_per_s']:.2f} samples/s, "
-              f"{row['scaling']:.0%} of linear, MFU {row['mfu']}, {row['peak_gb']} GB, losses "
-              f"differ by {row['loss_difference']:.1e}, gradient norms by "
-              f"{row['grad_norm_difference']:.1e}", flush=True)
+        print_table([row], COLUMNS, header=len(rows) == 1)
     return {"command": "scaling", "rows": rows}, setup_of(config)
 
 
@@ -147,8 +146,7 @@ def measure_steps(config, count):
         peak_gb = gather_numbers(torch.cuda.max_memory_allocated() / 1e9, config.device)
     return training_run, {
         "parallel": config.parallel, "processes": world_size(),
-        "device": device_name(config.device),
-        "samples_per_s": len(timed) * samples_per_step / seconds,
+        "seconds": seconds / len(timed), "samples_per_s": len(timed) * samples_per_step / seconds,
         "tokens_per_s": sum(step["tokens"] for step in timed) / seconds,
         "mfu": mfu(operations / seconds, config.device, config.dtype),
         "peak_gb": peak_gb, "steps": steps}

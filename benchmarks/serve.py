@@ -20,11 +20,12 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from statistics import mean
 
-from benchmarks.common import setup_of, share, write_rows
+from benchmarks.common import print_table, setup_of, share, text_of, write_rows
 from benchmarks.prompts import is_correct, load_questions
 from benchmarks.timing import alternating_order, progress
 
 MODES = ("speculative", "baseline")
+COLUMNS = ("server", "answered", "failed", "errors", "tau", "accuracy", "throughput")
 TIMEOUT = 600.0  # seconds until a request counts as failed
 FAILURES = (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError,
             RecursionError)
@@ -40,12 +41,9 @@ def run(config):
     results = ask_in_turns(config, urls, [question for question, _ in questions])
     report = report_of(results, [answer for _, answer in questions])
     write_rows(config, "serve", [results])
-    for mode in MODES:
-        for name, value in report[mode].items():
-            print(f"{mode:12} {name:17} {value}")
-    if report["speedup"]:
-        print(f"speedup {report['speedup']:.2f}x, {report['faster']} of {report['groups']} groups "
-              f"faster, {report['same_text']:.1%} of texts equal")
+    print_table([{"server": mode} | report[mode] for mode in MODES], COLUMNS)
+    print(f"speedup {text_of(report['speedup'])}, {report['faster']} of {report['groups']} groups "
+          f"faster, fraction of equal texts {text_of(report['same_text'])}")
     return report, setup_of(config, questions)
 
 
@@ -70,8 +68,7 @@ def ask(url, body, question):
         if not 1 <= tokens <= body["max_tokens"]:
             raise ValueError(f"{tokens} tokens in its usage; the limit is {body['max_tokens']}")
     except FAILURES as error:
-        reason = f"{type(error).__name__}: {error}"
-        return {"error": " ".join(reason.split())[:100]}
+        return {"error": repr(error)[:100]}  # repr escapes what a server could put into it
     return {"text": text, "tokens": tokens}
 
 

@@ -3,10 +3,10 @@ The time of a 1-token forward, a 16-token forward, a round, the first token of a
 delta rule, and a training step.
 
 Times are medians of repeats in alternating order, next to transformers with the same weights; the
-delta rule also next to flash-linear-attention, if that is installed. Each row also has the
-roofline, which is the time at the best rate of this machine: bytes of weights at the copy
-bandwidth, or operations at the rate of a large product. Both rates are measured in the same run.
-`rate` is the rate that the row reached. On a GPU `kernels` is the time that its kernels take; the
+delta rule also next to flash-linear-attention, if that is installed. `rate` is the rate that a row
+reached: bytes of weights per second, or operations. `times_roofline` is the time divided by the
+time at the best rate of this machine, which is its copy bandwidth, or the rate of a large product.
+Both are measured in the same run. On a GPU `kernel_seconds` is the time that its kernels take; the
 rest of the time is the CPU's.
 """
 import copy
@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 
 import train
-from benchmarks.common import load, setup_of
+from benchmarks.common import check_finite, load, print_table, setup_of, text_of
 from benchmarks.reference import delta_rule_references, transformers_name, transformers_reference
-from benchmarks.scaling import WARM_UP_STEPS, measure_steps, prepare_training
+from benchmarks.scaling import measure_steps, prepare_training
 from benchmarks.timing import (copy_bandwidth, device_name, kernel_time, product_rate, seconds_of,
                                time_interleaved)
 from delta_rule import chunk_length, gated_delta_rule
@@ -29,14 +29,16 @@ from sampling import Sampling
 from training.flops import delta_rule_operations, prefill_operations
 
 CONTEXT = 256  # tokens before each decoded one
+COLUMNS = ("name", "seconds", "kernel_seconds", "kernels", "times_roofline", "rate", "unit",
+           "reference", "reference_seconds", "ratio", "samples_per_s", "mfu", "peak_gb")
 
 
 class Case(NamedTuple):
     """A row of the table before it is measured. Functions return their seconds per call."""
     name: str
-    work: float                         # bytes of weights to read ("B"), or operations ("FLOP")
-    unit: str
-    ours: Callable | None
+    work: float                         # bytes of weights to read, or operations
+    unit: str                           # of its rate: GB/s or GFLOP/s
+    ours: Callable
     calls: int = 1                      # that ours() makes
     reference_name: str | None = None
     reference: Callable | None = None
@@ -49,20 +51,19 @@ def run(config):
             raise ValueError(f"parts = {config.parts}: {part!r} is not one of decoding, prefill, "
                              "kernel, training")
     workload = load(config, default_count=1)
-    best_rates = {"B": copy_bandwidth(config.device),
-                  "FLOP": product_rate(config.device, config.dtype)}
-    print(f"{config.dtype} on {device_name(config.device)}: copies {best_rates['B'] / 1e9:,.0f} "
-          f"GB/s, products {best_rates['FLOP'] / 1e9:,.0f} GFLOP/s\n")
-    print(f"{'':26} {'ms':>10} {'kernels':>17} {'x roofline':>10} {'rate':>17} {'reference':>11} "
-          f"{'ratio':>7}")
+    best_rates = {"GB/s": copy_bandwidth(config.device) / 1e9,
+                  "GFLOP/s": product_rate(config.device, config.dtype) / 1e9}
+    print(f"{config.dtype} on {device_name(config.device)}, at most {text_of(best_rates)}\n")
     rows = []
     for part in config.parts:
         if part == "training":
-            rows.append(training_row(config, best_rates))
-            continue
-        with torch.inference_mode():
-            for case in parts[part](config, workload):
-                rows.append(measure(case, best_rates, config.device))
+            new_rows = [training_row(config)]
+        else:
+            with torch.inference_mode():
+                cases = parts[part](config, workload)
+                new_rows = [measure(case, best_rates, config.device) for case in cases]
+        print_table(new_rows, COLUMNS)  # now, because a part can take minutes
+        rows += new_rows
     return {"command": "speed", "best_rates": best_rates, "rows": rows}, setup_of(config)
 
 
@@ -76,36 +77,16 @@ def measure(case, best_rates, device):
     if case.reference is not None:
         functions["reference"] = case.reference
     seconds = time_interleaved(functions)
-    row = new_row(case, seconds["ours"], best_rates)
+    rate = case.work / median(seconds["ours"]) / 1e9
+    row = {"name": case.name, "seconds": median(seconds["ours"]), "rate": rate, "unit": case.unit,
+           "times_roofline": best_rates[case.unit] / rate}
     if case.reference is not None:
         ratios = [theirs / own for own, theirs in zip(seconds["ours"], seconds["reference"])]
         row |= {"reference": case.reference_name, "ratio": median(ratios),
                 "reference_seconds": median(seconds["reference"])}
     if device.startswith("cuda"):
         row |= kernel_time(case.ours, case.calls)
-    print_row(row)
     return row
-
-
-def new_row(case, seconds, best_rates):
-    """seconds: those of each repeat."""
-    return {"name": case.name, "seconds": median(seconds), "unit": case.unit,
-            "roofline_seconds": case.work / best_rates[case.unit],
-            "rate": case.work / median(seconds)}
-
-
-def print_row(row):
-    times_roofline = row["seconds"] / row["roofline_seconds"]
-    rate = f"{row['rate'] / 1e9:,.1f} G{row['unit']}/s"
-    kernels = "-"
-    if "kernel_seconds" in row:
-        kernels = f"{1e3 * row['kernel_seconds']:.3f} ({row['kernels']:,})"
-    line = (f"{row['name']:26} {1e3 * row['seconds']:10.3f} {kernels:>17} {times_roofline:10.2f} "
-            f"{rate:>17}")
-    if "reference" in row:
-        milliseconds = 1e3 * row["reference_seconds"]
-        line += f" {milliseconds:11.3f} {row['ratio']:6.2f}x  {row['reference']}"
-    print(line, flush=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -123,12 +104,12 @@ def decoding_cases(config, workload):
     cases = []
     for length in (1, K):
         cases.append(Case(
-            f"{length}-token forward", target_bytes, "B",
+            f"{length}-token forward", target_bytes, "GB/s",
             timed_rounds(target, None, length, calls), calls, transformers_name(),
             timed_reference(reference, length, calls)))
     # a round reads the head twice: for the guesses and for their verification
     round_bytes = target_bytes + weight_bytes(drafter) + target.head_weight.nbytes
-    cases.append(Case("round of draft and verify", round_bytes, "B",
+    cases.append(Case("round of draft and verify", round_bytes, "GB/s",
                       timed_rounds(target, drafter, K, calls), calls))
     return cases
 
@@ -154,7 +135,9 @@ def timed_rounds(target, drafter, tokens_per_forward, calls, slots=1):
 
     def seconds_per_round():
         decoder.state.position.fill_(CONTEXT)  # every repeat begins at the end of the prompt
-        return seconds_of(decoder.run_round, calls)
+        seconds = seconds_of(decoder.run_round, calls)
+        check_finite(all(getattr(decoder, "is_finite", [True])))
+        return seconds
 
     return seconds_per_round
 
@@ -194,7 +177,7 @@ def prefill_cases(config, workload):
             continue
         operations = prefill_operations(target, length, chunk_length(values))
         cases.append(Case(
-            f"TTFT, {length:,} tokens", operations, "FLOP", timed_ttft(target, length),
+            f"TTFT, {length:,} tokens", operations, "GFLOP/s", timed_ttft(target, length),
             1, transformers_name(), timed_reference_ttft(reference, length)))
     return cases
 
@@ -229,7 +212,7 @@ def kernel_cases(config, workload):
         operations = delta_rule_operations(length, HEADS, WIDTH, WIDTH, chunk_length(inputs[2]))
         for name, reference in delta_rule_references(config.device).items():
             cases.append(Case(
-                f"delta rule, {length:,} tokens", operations, "FLOP",
+                f"delta rule, {length:,} tokens", operations, "GFLOP/s",
                 timed_kernel(gated_delta_rule, inputs), 1, name, timed_kernel(reference, inputs)))
     return cases
 
@@ -256,16 +239,10 @@ def delta_rule_inputs(length, device, dtype):
 # training
 
 
-def training_row(config, best_rates):
-    """Steps of a run of train.py on random samples of its max_length."""
+def training_row(config):
+    """The step of train.py on random samples of its max_length."""
     training_run, result = measure_steps(prepare_training(config), 10)
-    steps = result["steps"][WARM_UP_STEPS:]
-    operations = sum(step["operations"] for step in steps) / len(steps)
-    case = Case("training step", operations, "FLOP", ours=None)
-    row = new_row(case, [step["seconds"] for step in steps], best_rates)
-    row |= {"samples_per_s": result["samples_per_s"], "mfu": result["mfu"]}
+    row = {"name": "training step"} | result
     if config.device != "cpu":
         row |= kernel_time(lambda: train.train_step(training_run))
-    print_row(row)
-    print(f"{row['samples_per_s']:.2f} samples/s")
     return row

@@ -15,11 +15,12 @@ from statistics import median
 import torch
 
 from benchmarks import pictures
-from benchmarks.common import load, setup_of
+from benchmarks.common import load, print_table, setup_of
 from benchmarks.speed import timed_rounds
 from benchmarks.timing import device_name, time_interleaved
 
 SLOTS = (1, 2, 4, 8, 16, 32)
+COLUMNS = ("slots", "tokens_per_s", "seconds", "speedup", "break_even_tau")
 
 
 def run(config):
@@ -30,14 +31,10 @@ def run(config):
         raise ValueError(f"assumed_tau = {config.assumed_tau}: a round returns at least one token")
     workload = load(config, default_count=1)
     print(f"{config.dtype} on {device_name(config.device)}, tau {config.assumed_tau:.2f}\n")
-    print(f"{'':5} | {'drafter and target':^19} | {'target alone':^19} |")
-    print(f"{'slots':>5} | {'tokens/s':>9} {'ms':>9} | {'tokens/s':>9} {'ms':>9} | {'speedup':>8} "
-          f"{'break-even tau':>14}")
     rows = []
     for slots in all_slots:
-        row = measure(config, workload, slots)
-        print_row(row)
-        rows.append(row)
+        rows.append(measure(config, workload, slots))
+        print_table(rows[-1:], COLUMNS, header=len(rows) == 1)
     pictures.throughput(os.path.join(config.out_dir, "throughput.png"), {config.target: rows})
     return {"command": "throughput", "rows": rows}, setup_of(config)
 
@@ -60,11 +57,3 @@ def measure(config, workload, slots):
         "tokens_per_s": {"speculative": slots * tau / seconds["speculative"],
                          "target": slots / seconds["target"]},
         "speedup": tau / break_even_tau, "break_even_tau": break_even_tau}
-
-
-def print_row(row):
-    speed = row["tokens_per_s"]
-    milliseconds = {mode: 1e3 * seconds for mode, seconds in row["seconds"].items()}
-    print(f"{row['slots']:5} | {speed['speculative']:9,.0f} {milliseconds['speculative']:9.2f} | "
-          f"{speed['target']:9,.0f} {milliseconds['target']:9.2f} | {row['speedup']:7.2f}x "
-          f"{row['break_even_tau']:14.2f}", flush=True)

@@ -293,12 +293,18 @@ def test_bench_shares_the_time_of_slots(config, monkeypatch):
 
 def test_bench_mistakes_are_one_line(run_bench, main, monkeypatch, tmp_path):
     """Ctrl-C prints a traceback or leaves half of a result; only one of several slots is used;
-    hours of measuring before out_dir turns out to be a file."""
+    hours of measuring before out_dir turns out to be a file; a perfect score for NaN."""
     def interrupt(*args, **options):
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit, match="give one number of sequences"):
         run_bench("acceptance", "--slots=1,2")
+    output = RoundOutput([1])
+    output.is_finite = False  # logits of NaN: all modes choose token 0, so all are identical
+    monkeypatch.setattr(common, "generate_many", lambda *args, **options: [(0, output)])
+    for command in ("acceptance", "speedup", "exactness"):
+        with pytest.raises(SystemExit, match="logits are not finite"):
+            run_bench(command)
     monkeypatch.setattr(common, "generate_many", interrupt)
     with pytest.raises(SystemExit, match="^interrupted: nothing was written"):
         run_bench("acceptance")
