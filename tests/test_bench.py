@@ -164,23 +164,44 @@ def test_bench_tau_by_hand():
     assert figures["rounds_of_length"] == [0, 1, 1, 6] + [0] * 11 + [2]
 
 
+def row_of(tokens, seconds):
+    """A row of decode_in_turns(). tokens and seconds: {mode: those of its answer}."""
+    row = {"answer": None}
+    for mode in tokens:
+        rounds = [[1, tokens[mode][1:]]] if len(tokens[mode]) > 1 else []
+        row[mode] = {"tokens": tokens[mode], "rounds": rounds, "seconds": seconds[mode]}
+    return row
+
+
 def test_bench_speeds_by_hand():
     """Failure 15: tokens/s count the prefill's token, a speedup is over the slow mode, outputs are
     compared with the wrong mode, or the fastest repeat counts instead of the median."""
-    def row(target_tokens, target_seconds):
-        row = {"answer": None}
-        for mode, tokens, seconds in (
-                ("speculative", [7, 8, 9], 1.0), ("target", target_tokens, target_seconds),
-                ("target_same_shape", [7, 8, 9], 8.0)):
-            row[mode] = {"tokens": tokens, "rounds": [[1, tokens[1:]]], "seconds": seconds}
-        return row
-
-    report = summarize([row([7, 8, 8], 2.0), row([7, 8, 9], 6.0)], None, K)
+    rows = []
+    for target_tokens, target_seconds in (([7, 8, 8], 2.0), ([7, 8, 9], 6.0)):
+        rows.append(row_of(
+            {"speculative": [7, 8, 9], "target": target_tokens, "target_same_shape": [7, 8, 9]},
+            {"speculative": 1.0, "target": target_seconds, "target_same_shape": 8.0}))
+    report = summarize(rows, None, K)
     assert report["tokens_per_s"] == {
         "speculative": 4 / 2, "target": 4 / 8, "target_same_shape": 4 / 16}
     assert (report["speedup"], report["identical"], report["identical_to_steps"]) == (4, 1, 0.5)
     generations = [Generation([7], [], seconds) for seconds in (5.0, 1.0, 2.0)]
     assert common.mode_row(generations)["seconds"] == 2.0
+
+
+def test_bench_gains_by_hand():
+    """A prompt as fast as the target alone counts as faster, the mean is arithmetic, or an answer
+    without a round is in the figures."""
+    rows = []
+    for count, seconds in ((5, 1.0), (5, 2.0), (5, 4.0), (5, 1.0), (1, 1.0)):
+        tokens = [0] * count
+        rows.append(row_of({"speculative": tokens, "target": tokens},
+                           {"speculative": seconds, "target": 2.0}))
+    assert speedup.gains_of(rows) == {"faster": 2, "timed": 4, "min": 0.5, "median": 1.5,
+                                      "max": 2.0, "geomean": pytest.approx(2 ** 0.25)}
+    assert [row["speedup"] for row in rows] == [2.0, 1.0, 0.5, 2.0, None]
+    with pytest.raises(ValueError, match="every answer ended with its first token"):
+        speedup.gains_of(rows[4:])
 
 
 def test_bench_transcript_is_of_the_median_prompt():
@@ -191,25 +212,6 @@ def test_bench_transcript_is_of_the_median_prompt():
 
     assert acceptance.median_prompt([row(0, 9), row(1), row(2, 4, 6), row(3, 2)]) == 2
     assert acceptance.median_prompt([row(0)]) is None
-
-
-def test_bench_gains_by_hand():
-    """A prompt as fast as the target alone counts as faster, the mean is arithmetic, or an answer
-    without a round is in the figures."""
-    def row(tokens, seconds, target_seconds):
-        rounds = [[1, [0] * (tokens - 1)]] if tokens > 1 else []
-        row = {}
-        for mode, time in (("speculative", seconds), ("target", target_seconds)):
-            row[mode] = {"tokens": [0] * tokens, "rounds": rounds, "seconds": time}
-        return row
-
-    rows = [row(5, 1.0, 2.0), row(5, 2.0, 2.0), row(5, 4.0, 2.0), row(5, 1.0, 2.0),
-            row(1, 0.0, 0.0)]
-    assert speedup.gains_of(rows) == {"faster": 2, "timed": 4, "min": 0.5, "median": 1.5,
-                                      "max": 2.0, "geomean": pytest.approx(2 ** 0.25)}
-    assert [row["speedup"] for row in rows] == [2.0, 1.0, 0.5, 2.0, None]
-    with pytest.raises(ValueError, match="every answer ended with its first token"):
-        speedup.gains_of(rows[4:])
 
 
 def test_bench_modes_take_turns():
