@@ -1,34 +1,39 @@
 """
-Measures a drafter. Each command prints a table and, in its last line, a report in JSON. The report,
-raw results and pictures go to out_dir.
+Measures a drafter: python bench.py COMMAND [config.py] [--key=value]. The commands:
+    acceptance  tau, the accepted positions of a block, and whether the outputs are the target's own
+    speedup     the speed with a drafter, prompt by prompt, against the target alone
+    exactness   are the outputs bitwise identical to the target's, for good and bad drafters?
+    throughput  many sequences at once: tokens/s, and the tau from which speculation helps
+    speed       one forward, prefill, the delta rule, or a training step, next to transformers
+    scaling     samples/s of training with one process and with several (torchrun)
+    serve       a running server with a drafter against the same server without one
+    bugs        what each silent bug costs
+    figures     draws the pictures of the docs again, from their logs
+--prompts takes:
+    nano, plain, refusals       held-out texts of the nano task
+    math500, gsm8k, humaneval   public data sets from the Hub; math500:PATH reads a local copy
+    FILE.jsonl                  rows with "question" and, if known, "answer"; or chats as for
+                                training (messages, history, system, tools), cut before the last
+                                answer
+    random:N:LENGTH             random ids, from N to LENGTH tokens per prompt
 
-    python bench.py acceptance                      # the shipped nano pair on held-out prompts
     python bench.py acceptance --limit=20 --drafter=out/nano-dflash
-    python bench.py acceptance --prompts=FILE.jsonl # lines with "question" and, if known, "answer"
-    python bench.py acceptance --prompts=plain      # nano's arithmetic; or refusals
-    python bench.py speedup                         # prompt by prompt, against the target alone
-    python bench.py speedup --prompts=math500 --limit=64 --max_new_tokens=2048 --target=DIR \\
-        --drafter=DIR
-    python bench.py exactness --dtype=bfloat16      # is the output bitwise the target's own?
+    python bench.py speedup --prompts=math500 --target=DIR --drafter=DIR --max_new_tokens=2048
     python bench.py exactness --target=random:0.8b:4 --drafter=random --prompts=random:64:256
-    python bench.py throughput                      # many sequences at once; what a tau is worth
-    python bench.py speed --target=random:0.8b --drafter=random --prompts=random:64:256
-    python bench.py speed --parts=training          # training steps
-    python bench.py serve --base_url=http://localhost:30000/v1 \\
-        --baseline_url=http://localhost:30001/v1 --concurrency=8
-    python bench.py bugs                            # what each silent bug costs; --only=decoding
-    python bench.py figures                         # pictures of the docs, from the logs
 
-Each command is a file of that name in benchmarks/, and the file begins with what it measures.
---prompts=math500:FILE reads a copy of a public data set; FILE can also be a folder.
+Each command is a file of that name in benchmarks/, and the file begins with what it measures. Its
+last line is a report in JSON. out_dir gets the report with the settings, the commit, and the
+machine, and also raw results and pictures.
 """
 import json
 import os
 import sys
+import tempfile
 
 import torch
 
-from benchmarks import acceptance, bugs, exactness, figures, serve, speed, speedup, throughput
+from benchmarks import (acceptance, bugs, exactness, figures, scaling, serve, speed, speedup,
+                        throughput)
 from checkpoint import write_whole
 from configurator import configure, survive_closed_output
 
@@ -39,8 +44,7 @@ device = "cuda" if torch.cuda.is_available() else "cpu"  # cpu or cuda
 dtype = "float32" if device == "cpu" else "bfloat16"     # of weights and activations
 compile = False                         # compile the layers: a minute or two once, then faster
 # on which prompts
-prompts = "nano"                        # nano, plain, refusals, math500, gsm8k, humaneval,
-                                        # FILE.jsonl, random:64:256
+prompts = "nano"                        # a name, FILE.jsonl, or random:N:LENGTH; see above
 limit = 0                               # max number of prompts; 0: enough for about two minutes
 max_new_tokens = 512                    # per answer
 slots: tuple[int] = ()                  # sequences decoded at once; empty: 1, throughput 1 to 32
@@ -54,7 +58,10 @@ draft_temperature = 0.0                 # above 0: guesses share the target's no
 # of single commands
 temperatures: tuple[float] = (0.0, 0.7, 1.0)             # exactness: to compare at
 parts: tuple[str] = ("decoding", "prefill", "kernel")    # speed: also training
-recipe = "config/nano.py"               # speed: config file of its training steps
+recipe = "config/nano.py"               # speed, scaling: config file of the training steps
+processes: tuple[int] = (1, 2)          # scaling: numbers of processes; each divides the largest
+steps = 20                              # scaling: steps of a run; the first two are its warm-up
+mixed = False                           # scaling: samples of mixed lengths
 assumed_tau = 11.6                      # throughput: tokens per round
 base_url = ""                           # serve: the server with a drafter, its address up to /v1
 baseline_url = ""                       # serve: the server without a drafter
@@ -69,6 +76,7 @@ COMMANDS = {
     "exactness": exactness.run,
     "throughput": throughput.run,
     "speed": speed.run,
+    "scaling": scaling.run,
     "serve": serve.run,
     "bugs": bugs.run,
     "figures": figures.run,
@@ -76,6 +84,7 @@ COMMANDS = {
 
 
 def main(argv=None):
+    survive_closed_output()
     words = sys.argv[1:] if argv is None else argv
     command = words[0] if words else ""
     if command in ("-h", "--help"):
@@ -83,10 +92,9 @@ def main(argv=None):
     if command not in COMMANDS:
         sys.exit(f"bench.py: unknown command {command!r}: give one of {', '.join(COMMANDS)}, "
                  "then [config.py] [--key=value]. See --help")
-    survive_closed_output()
     config = configure(globals(), words[1:])
+    check_out_dir(config.out_dir)
     try:
-        os.makedirs(config.out_dir, exist_ok=True)
         report, setup = COMMANDS[command](config)
     except ValueError as error:
         sys.exit(f"error: {error}")
@@ -94,21 +102,22 @@ def main(argv=None):
         sys.exit("interrupted: nothing was written, because results are written at the end")
     path = os.path.join(config.out_dir, f"{command}.json")
     write_whole(path, json.dumps(report | {"setup": setup}) + "\n")
+    print(f"wrote {path}")
     print(json.dumps(report))
-    if outputs_differ(report):
+    if report.get("identical", 1) < 1:
         sys.exit("error: an output differs from the target's own output with forwards of the same "
                  "shape: this is a bug, please report it")
 
 
-def outputs_differ(report):
-    """Whether an output differs from the target's own with forwards of the same shape."""
-    if report["command"] == "acceptance":
-        return report["identical"] < 1
-    if report["command"] == "exactness":
-        for row in report["rows"]:
-            if row["against"] == "same shape" and row["identical"] < 1:
-                return True
-    return False
+def check_out_dir(out_dir):
+    """End with one line if no file can be written to out_dir, before anything is measured."""
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out_dir):
+            pass
+    except OSError as error:
+        sys.exit(f"error: cannot write to out_dir = {out_dir!r} ({error.strerror}): give "
+                 "--out_dir=FOLDER")
 
 
 if __name__ == "__main__":

@@ -19,14 +19,21 @@ prefill and not from a round.
 """
 import json
 import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import datetime
 from statistics import median
 from typing import NamedTuple
 
+import torch
+import transformers
+
 import fast
 from benchmarks.drafters import random_drafter
-from benchmarks.machine import print_row
 from benchmarks.prompts import is_correct, load_prompts
-from benchmarks.timing import alternating_order, progress
+from benchmarks.timing import alternating_order, device_name, progress
 from checkpoint import load_drafter, load_target, write_whole
 from draft_decode import collect, generate_many
 from sampling import Sampling
@@ -74,15 +81,50 @@ def slots_of(config):
     return config.slots[0]
 
 
-def setup_of(config, prompts, stops):
-    """The setup of a report: all keys, the number of prompts, and the token ids of stops."""
-    return vars(config) | {"count": len(prompts), "stops": sorted(stops)}
+def setup_of(config, prompts=(), stops=()):
+    """The setup of a report: all keys, the number of prompts, the token ids of stops, and what else
+    is needed to repeat the run."""
+    return vars(config) | {
+        "count": len(prompts), "stops": sorted(stops),
+        "command": f"python bench.py {shlex.join(sys.argv[1:])}",
+        "commit": git_commit(), "date": datetime.now().isoformat(timespec="minutes"),
+        "machine": f"{device_name(config.device)}, {platform.platform()}",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                     "transformers": transformers.__version__}}
+
+
+def git_commit():
+    """The commit of this code, with "-dirty" if a file was changed since. None outside of git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    folder = os.path.dirname(os.path.abspath(__file__))
+    try:
+        return subprocess.check_output(
+            command, cwd=folder, stderr=subprocess.DEVNULL, text=True).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def write_rows(config, command, rows):
     """Write the raw results of a command to OUT_DIR/COMMAND.jsonl, one line per row."""
     lines = [json.dumps(row) + "\n" for row in rows]
     write_whole(os.path.join(config.out_dir, f"{command}.jsonl"), "".join(lines))
+
+
+def print_table(rows, columns, header=True):
+    """Columns of rows as a Markdown table."""
+    if header:
+        print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for row in rows:
+        cells = [text_of(row.get(column, "")) for column in columns]
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def text_of(value):
+    if isinstance(value, float):
+        return f"{value:,.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{text_of(part)} {name}" for name, part in value.items())
+    return str(value)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -102,34 +144,30 @@ def decoding_modes(config, workload):
 
 def mode_of(config, workload, drafter, tokens_per_forward, decoders):
     """A mode: a function from some prompts (lists of token ids) to a Generation of each. Without a
-    drafter the target decodes alone."""
+    drafter the target decodes alone.
+
+    The sequences in a round share its time equally, so the sum over prompts is the time that
+    passed. Prefills are not in the seconds.
+    """
     def decode(prompts):
+        outputs_of = [[] for _ in prompts]
         outputs = generate_many(
             workload.target, drafter, prompts, max_new_tokens=config.max_new_tokens,
             slots=slots_of(config), stop_token_ids=workload.stops,
             tokens_per_forward=tokens_per_forward, sampling=sampling_of(config),
             decoders=decoders)
-        return generations_of(outputs, len(prompts))
+        for index, output in outputs:
+            check_finite(getattr(output, "is_finite", True))
+            outputs_of[index].append(output)
+        return [collect(outputs) for outputs in outputs_of]
     return decode
 
 
-def generations_of(outputs, count):
-    """The Generations of `count` prompts, from what generate_many() yields.
-
-    The sequences in a round share its time equally, so the sum over prompts is the time that
-    passed. Prefills are not in the seconds.
-    """
-    by_prompt = [[] for _ in range(count)]
-    for index, output in outputs:
-        by_prompt[index].append(output)
-    return [collect(answer) for answer in by_prompt]
-
-
-def portions(count, slots):
-    """The numbers of the prompts in portions that are decoded together. A portion for one slot is
-    one prompt. For several slots it is so long that few slots wait for the last answers."""
-    size = 1 if slots == 1 else 8 * slots
-    return [range(first, min(first + size, count)) for first in range(0, count, size)]
+def check_finite(is_finite):
+    """All modes choose the same token from NaN, so they would seem identical and right."""
+    if not is_finite:
+        raise ValueError("the target's logits are not finite, so its tokens mean nothing: use "
+                         "other weights or --dtype=float32")
 
 
 def decode_in_turns(modes, prompts, slots=1, repeats=1):
@@ -142,14 +180,17 @@ def decode_in_turns(modes, prompts, slots=1, repeats=1):
     for decode in modes.values():  # the warm-up: no mode pays for the first use of a kernel
         decode([prompts[0].ids])
     rows = []
-    for turn, numbers in enumerate(progress(portions(len(prompts), slots))):
-        token_ids = [prompts[number].ids for number in numbers]
-        decoded = {name: [] for name in modes}  # per repeat, the Generations of the portion
+    # With several slots, so many prompts are decoded together that few slots wait for the last one.
+    size = 1 if slots == 1 else 8 * slots
+    for turn, first in enumerate(progress(range(0, len(prompts), size))):
+        group = prompts[first:first + size]
+        token_ids = [prompt.ids for prompt in group]
+        decoded = {name: [] for name in modes}  # per repeat, the Generations of the group
         for repeat in range(repeats):
             for name in alternating_order(modes, turn + repeat):
                 decoded[name].append(modes[name](token_ids))
-        for i, number in enumerate(numbers):
-            row = {"prompt": number, "answer": prompts[number].answer}
+        for i, prompt in enumerate(group):
+            row = {"prompt": first + i, "answer": prompt.answer}
             for name in modes:
                 row[name] = mode_row([generations[i] for generations in decoded[name]])
             rows.append(row)
@@ -193,20 +234,15 @@ def share(flags):
     return sum(flags) / len(flags)
 
 
-def agreement(rows, mode):
-    """The fraction of prompts for which the speculative tokens equal those of a mode."""
-    return share(row["speculative"]["tokens"] == row[mode]["tokens"] for row in rows)
-
-
-def verdicts_of(rows, tokenizer, mode):
-    """Whether each answer is right, for prompts whose answer is known. None: only the package
+def accuracy(rows, tokenizer, mode):
+    """The fraction of right answers, over the prompts whose answer is known. None: only the package
     math-verify could tell."""
     verdicts = []
     for row in rows:
         if row["answer"] is not None:
             text = tokenizer.decode(row[mode]["tokens"], skip_special_tokens=True)
             verdicts.append(is_correct(text, row["answer"]))
-    return verdicts
+    return share(verdicts)
 
 
 def round_figures(of_prompts, block_size):
@@ -230,18 +266,19 @@ def summarize(rows, tokenizer, block_size):
     """The figures of a report, from the rows of decode_in_turns()."""
     figures = round_figures([row["speculative"]["rounds"] for row in rows], block_size)
     speed = {}
+    identical = {}  # to the speculative tokens
     for mode in ("target", "target_same_shape", "speculative"):
         speed[mode] = tokens_per_second(rows, mode)
-    verdicts = {}
-    for mode in ("target", "speculative"):
-        verdicts[mode] = verdicts_of(rows, tokenizer, mode)
+        identical[mode] = share(row["speculative"]["tokens"] == row[mode]["tokens"] for row in rows)
     return {"prompts": len(rows)} | figures | {
-        "identical": agreement(rows, "target_same_shape"),
-        "identical_to_steps": agreement(rows, "target"),
-        "accuracy": {mode: share(verdicts[mode]) for mode in verdicts},
-        "need_math_verify": sum(verdicts[mode].count(None) for mode in verdicts),
-        "tokens_per_s": speed,
-        "speedup": speed["speculative"] / max(1e-9, speed["target"])}
+        "identical": identical["target_same_shape"], "identical_to_steps": identical["target"],
+        "accuracy": {mode: accuracy(rows, tokenizer, mode) for mode in ("target", "speculative")},
+        "tokens_per_s": speed, "speedup": speed["speculative"] / max(1e-9, speed["target"])}
+
+
+def print_row(name, value):
+    """A line of a report."""
+    print(f"{name:20} {value}")
 
 
 def print_figures(report):
@@ -251,18 +288,10 @@ def print_figures(report):
               f"{report['prompts']} prompts")
     print_row("identical outputs", f"{report['identical']:.1%} to the target alone with forwards "
               f"of the same shape, {report['identical_to_steps']:.1%} with 1-token forwards")
-    print_row("accuracy", accuracy_text(report["accuracy"], report["need_math_verify"]))
+    accuracy_text = "no known answers, or pip install math-verify"
+    if None not in report["accuracy"].values():
+        accuracy_text = ", ".join(f"{x:.1%} {mode}" for mode, x in report["accuracy"].items())
+    print_row("accuracy", accuracy_text)
     speeds = [f"{speed:,.0f} {mode}" for mode, speed in report["tokens_per_s"].items()]
     print_row("tokens/s", f"{', '.join(speeds)}; sequences at once: {report['slots']}")
     print_row("speedup", f"{report['speedup']:.2f}x over the target alone with 1-token forwards")
-
-
-def accuracy_text(accuracy, need_math_verify):
-    """accuracy: {mode: fraction of right answers, or None}."""
-    parts = []
-    for mode, value in accuracy.items():
-        text = "unknown" if value is None else f"{value:.1%}"
-        parts.append(f"{text} {mode}")
-    if need_math_verify:
-        parts.append(f"pip install math-verify to grade {need_math_verify} answers")
-    return ", ".join(parts)

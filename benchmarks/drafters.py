@@ -12,19 +12,16 @@ CERTAIN = 1e9  # a logit so large that no noise changes the choice
 
 class Oracle:
     """Replays known answers to prompts. Each guess is right with probability p, so tau is 1 + p +
-    p^2 + .. + p^(K-1) for every target. A `drafter` also runs, but its guesses are replaced.
+    p^2 + .. + p^(K-1) for every target.
 
-    prompts     how many answers it knows at a time; `learn` tells it one of them. It does not know
-                which sequence is in which slot, so it looks up the anchor: it replays the first
-                answer with this token at this position. If two answers share the token, it may
-                replay the wrong one.
+    prompts: how many answers it knows. It does not know which sequence is in which slot, so it
+    replays the first answer that has the anchor at this position, which can be the wrong one.
     """
+    target_layer_ids = ()
 
-    def __init__(self, target, drafter=None, block_size=16, prompts=1):
+    def __init__(self, target, block_size=16, prompts=1):
         device = target.embed_tokens.weight.device
         self.block_size = block_size
-        self.drafter = drafter
-        self.target_layer_ids = drafter.target_layer_ids if drafter else ()
         self.vocab_size = target.config.vocab_size
         length = target.config.max_position_embeddings
         # by absolute position: the answers and the guesses
@@ -43,38 +40,24 @@ class Oracle:
         self.tokens[number, start:start + len(answer)] = answer
         self.guesses[number, start:start + len(answer)] = guesses
 
-    # what a Decoder needs from a drafter
-
     def new_cache(self, batch, length):
-        if self.drafter:
-            return self.drafter.new_cache(batch, length)
         return []
 
     def write_context(self, features, cache, position):
-        if self.drafter:
-            self.drafter.write_context(features, cache, position)
+        pass
 
     def draft_logits(self, anchor, target, cache, position):
         """Logits (B, K-1, V), the largest at the known guesses."""
-        if self.drafter:
-            logits = self.drafter.draft_logits(anchor, target, cache, position)
-        else:
-            shape = (len(anchor), self.block_size - 1, self.vocab_size)
-            logits = torch.zeros(shape, device=anchor.device)
+        shape = (len(anchor), self.block_size - 1, self.vocab_size)
+        logits = torch.zeros(shape, device=anchor.device)
         is_its_own = self.tokens[:, position] == anchor                      # (prompts, B)
         number = is_its_own.long().argmax(0)                                 # (B,); the first one
         guesses = self.guesses[number[:, None], position[:, None] + self.slots]  # (B, K-1)
         return logits.scatter_(-1, guesses[:, :, None], CERTAIN)
 
 
-def random_drafter(target):
-    """An untrained drafter, ready to decode."""
-    drafter = untrained_drafter(target).to(target.embed_tokens.weight.dtype)
-    return drafter.requires_grad_(False).eval()
-
-
-def untrained_drafter(target):
-    """A new drafter for a target: five layers with the target's widths. Its features are the
+def random_drafter(target, block_size=16):
+    """An untrained drafter for a target: five layers with the target's widths. Its features are the
     outputs of the full-attention layers. For Qwen3.5-0.8B this is the shape of Phase 1.2's
     drafter."""
     c = target.config
@@ -86,5 +69,6 @@ def untrained_drafter(target):
     drafter = DFlashDraftModel(drafter_config(
         c, num_hidden_layers=5, target_layer_ids=target_layer_ids, mask_token_id=c.vocab_size - 1,
         num_attention_heads=c.num_attention_heads, num_key_value_heads=c.num_key_value_heads,
-        head_dim=c.head_dim, intermediate_size=c.intermediate_size))
-    return drafter.to(target.embed_tokens.weight.device)
+        head_dim=c.head_dim, intermediate_size=c.intermediate_size, block_size=block_size))
+    weight = target.embed_tokens.weight
+    return drafter.to(weight.device, weight.dtype).requires_grad_(False).eval()

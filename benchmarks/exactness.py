@@ -11,11 +11,10 @@ differ. Rounding only flips near-ties. docs/bugs.md has the margins of states th
 """
 import math
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import torch
 
-from benchmarks.common import (decode_in_turns, load, mean_round_length, mode_of, portions,
+from benchmarks.common import (decode_in_turns, load, mean_round_length, mode_of, print_table,
                                sampling_of, setup_of, slots_of, write_rows)
 from benchmarks.drafters import Oracle, random_drafter
 from benchmarks.reference import reference_answer, transformers_reference
@@ -31,65 +30,56 @@ WRONG = "wrong state"
 UNKNOWN = "unknown"     # the outputs differ, and there are no two tokens to compare
 
 DRAFTERS = ("random", "trained", "oracle", "wrong")
+REFERENCES = ("same shape", "1-token", "transformers")
+COLUMNS = ("temperature", "drafter", "tau", "against", "prompts", "identical", "margin", "verdict")
 ORACLES = {"oracle": 0.8, "wrong": 0.0}  # the probability that a guess of each one is right
-
-
-class Difference(NamedTuple):
-    """The outputs for one prompt, with a drafter and in another mode."""
-    prompt: int
-    drafter: str
-    against: str
-    position: int | None   # of the first token that differs; None: the outputs are equal
-    margin: float | None   # see margin_of()
-    rounds: list           # of the drafter: pairs [accepted guesses, tokens returned]
 
 
 def run(config):
     workload = load(config, default_count=4)
-    reference = None
-    if 0 in config.temperatures:
-        reference = transformers_reference(workload.target)
     rows = []
     details = []
     for temperature in config.temperatures:
         here = SimpleNamespace(**vars(config) | {"temperature": temperature})
         modes = modes_of(here, workload)
-        if temperature == 0:
-            modes["transformers"] = transformers_mode(here, workload, reference)
         decoded = decode_in_turns(modes, workload.prompts, slots_of(here))
-        differences = differences_of(decoded, workload, sampling_of(here))
-        for row in summarize(differences):
-            row |= {"temperature": temperature, "dtype": config.dtype}
-            row["verdict"] = verdict(row["identical"] == 1, row["margin"], config.dtype)
-            rows.append(row)
-        for difference in differences:
-            details.append({"temperature": temperature} | difference._asdict())
+        for drafter in DRAFTERS:
+            for against in REFERENCES:
+                if drafter in modes and against in modes:
+                    names = {"temperature": temperature, "drafter": drafter, "against": against}
+                    differences = [compare(here, workload, row, drafter, against)
+                                   for row in decoded]
+                    rows.append(names | summarize(differences, config.dtype))
+                    details += [names | difference for difference in differences]
     write_rows(config, "exactness", details)
-    print_table(rows)
-    report = {"command": "exactness", "slots": slots_of(config), "rows": rows}
+    print_table(rows, COLUMNS)
+    identical = min(row["identical"] for row in rows if row["against"] == "same shape")
+    report = {"command": "exactness", "slots": slots_of(config), "identical": identical,
+              "rows": rows}
     return report, setup_of(config, workload.prompts, workload.stops)
 
 
+# ------------------------------------------------------------------------------------------------
+# modes
+
+
 def modes_of(config, workload):
-    """{name: mode}: the target alone in two shapes, and four drafters. These are an untrained one,
-    the trained one if there is one, and the ORACLES, which know the target's answer."""
+    """{name: mode}: the target alone in two shapes; at temperature 0 transformers; and four
+    drafters. These are an untrained one, the trained one if there is one, and the ORACLES, which
+    know the target's answer."""
     target = workload.target
     block_size = workload.drafter.block_size
     decoders = {}
     same_shape = mode_of(config, workload, None, block_size, decoders)
     modes = {"same shape": same_shape, "1-token": mode_of(config, workload, None, 1, decoders)}
-    drafters = {"random": workload.drafter}
+    if config.temperature == 0:
+        modes["transformers"] = transformers_mode(config, workload)
+    untrained = random_drafter(target, block_size)
+    modes["random"] = mode_of(config, workload, untrained, block_size, decoders)
     if config.drafter != "random":
-        drafters = {"random": random_drafter(target), "trained": workload.drafter}
-    if drafters["random"].block_size != block_size:
-        raise ValueError(f"{config.drafter} has blocks of {block_size}, but the untrained drafter "
-                         f"drafts {drafters['random'].block_size}: give --drafter=random")
-    for name, drafter in drafters.items():
-        modes[name] = mode_of(config, workload, drafter, block_size, decoders)
-
-    longest = len(portions(len(workload.prompts), slots_of(config))[0])
+        modes["trained"] = mode_of(config, workload, workload.drafter, block_size, decoders)
     for name, probability in ORACLES.items():
-        oracle = Oracle(target, block_size=block_size, prompts=longest)
+        oracle = Oracle(target, block_size=block_size, prompts=len(workload.prompts))
         mode = mode_of(config, workload, oracle, block_size, decoders)
         modes[name] = oracle_mode(oracle, probability, mode, same_shape)
     return modes
@@ -104,33 +94,34 @@ def oracle_mode(oracle, probability, mode, same_shape):
     return decode
 
 
-def transformers_mode(config, workload, reference):
+def transformers_mode(config, workload):
     """transformers' greedy generate, one prompt at a time."""
+    reference = transformers_reference(workload.target)
+
     def decode(prompts):
         generations = []
         for prompt_ids in prompts:
             tokens = reference_answer(reference, prompt_ids, config.max_new_tokens, workload.stops,
-                                 workload.drafter.block_size)
+                                      workload.drafter.block_size)
             generations.append(Generation(tokens, [], 0.0))
         return generations
     return decode
 
 
-def differences_of(rows, workload, sampling):
-    """The Differences between each drafter and each other mode, from rows of decode_in_turns()."""
-    differences = []
-    for row in rows:
-        prompt_ids = workload.prompts[row["prompt"]].ids
-        for drafter in DRAFTERS:
-            for against in ("same shape", "1-token", "transformers"):
-                if drafter in row and against in row:
-                    tokens = row[drafter]["tokens"]
-                    other = row[against]["tokens"]
-                    differences.append(Difference(
-                        row["prompt"], drafter, against, first_difference(tokens, other),
-                        margin_of(workload.target, sampling, prompt_ids, tokens, other),
-                        row[drafter]["rounds"]))
-    return differences
+# ------------------------------------------------------------------------------------------------
+# differences
+
+
+def compare(config, workload, row, drafter, against):
+    """How the output of a drafter differs from that of another mode, for a row of
+    decode_in_turns(). position: of the first token that differs; None: the outputs are equal."""
+    prompt_ids = workload.prompts[row["prompt"]].ids
+    tokens = row[drafter]["tokens"]
+    other = row[against]["tokens"]
+    return {
+        "prompt": row["prompt"], "position": first_difference(tokens, other),
+        "margin": margin_of(workload.target, sampling_of(config), prompt_ids, tokens, other),
+        "rounds": row[drafter]["rounds"]}
 
 
 @torch.inference_mode()
@@ -156,24 +147,15 @@ def margin_of(target, sampling, prompt_ids, tokens, other):
     return None
 
 
-# ------------------------------------------------------------------------------------------------
-# the report
-
-
-def summarize(differences):
-    """A row of the report for each drafter and each mode that it was compared with."""
-    groups = {}
-    for difference in differences:
-        groups.setdefault((difference.drafter, difference.against), []).append(difference)
-    rows = []
-    for (drafter, against), group in groups.items():
-        identical = sum(difference.position is None for difference in group)
-        margins = [difference.margin for difference in group if difference.margin is not None]
-        rounds = sum([difference.rounds for difference in group], [])
-        rows.append({"drafter": drafter, "against": against, "prompts": len(group),
-                     "identical": identical / len(group), "margin": max(margins, default=None),
-                     "tau": mean_round_length(rounds)})
-    return rows
+def summarize(differences, dtype):
+    """The figures of a row of the report, from the differences of all prompts."""
+    identical = sum(difference["position"] is None for difference in differences)
+    margins = [difference["margin"] for difference in differences]
+    margin = max((m for m in margins if m is not None), default=None)
+    rounds = sum([difference["rounds"] for difference in differences], [])
+    return {"prompts": len(differences), "identical": identical / len(differences),
+            "margin": margin, "tau": mean_round_length(rounds), "dtype": dtype,
+            "verdict": verdict(identical == len(differences), margin, dtype)}
 
 
 def verdict(is_identical, margin, dtype):
@@ -189,16 +171,3 @@ def verdict(is_identical, margin, dtype):
     if margin <= LARGEST_ROUNDING[dtype]:
         return ROUNDING
     return WRONG
-
-
-def print_table(rows):
-    print(f"{rows[0]['prompts']} prompts in {rows[0]['dtype']}; margin: the largest between the "
-          "scores of the first two tokens that differ\n")
-    print(f"{'T':>4} {'drafter':8} {'tau':>6}  {'against':13} {'identical':>9} {'margin':>8}  "
-          "verdict")
-    for row in rows:
-        margin = "-"
-        if row["margin"] is not None:
-            margin = f"{row['margin']:.4f}"
-        print(f"{row['temperature']:4} {row['drafter']:8} {row['tau']:6.2f}  {row['against']:13} "
-              f"{row['identical']:9.1%} {margin:>8}  {row['verdict']}")

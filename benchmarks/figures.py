@@ -5,13 +5,9 @@ docs/bugs.md.
 import json
 import os
 
-from benchmarks import animation, bugs_page, pictures
+from benchmarks import bugs_page, pictures
 
 RESULTS = "benchmarks/results"
-THROUGHPUTS = {  # label: report
-    "nano pair, two CPU cores": "throughput_nano.json",
-    "0.8B shape, random weights, one H200": "throughput_h200.json",
-}
 
 
 def run(config):
@@ -23,17 +19,13 @@ def run(config):
 
 
 def draw(folder):
-    """Draw the five pictures in a folder. Returns their paths."""
-    names = ("acceptance.png", "curve.png", "decoding.gif", "throughput.png", "bugs.png")
-    paths = [os.path.join(folder, name) for name in names]
-    acceptance_path, curve_path, decoding_path, throughput_path, bugs_path = paths
-    report = read_report("acceptance_nano.json")
-    pictures.acceptance(acceptance_path, report)
-    animation.decoding(decoding_path, report)
-    throughputs = {label: read_report(name)["rows"] for label, name in THROUGHPUTS.items()}
-    pictures.curve(curve_path, throughputs)
-    pictures.throughput(throughput_path, throughputs)
-    pictures.bugs(bugs_path, bugs_page.summaries(read_report("bugs_nano.json")))
+    """Draw the three pictures in a folder. Returns their paths."""
+    paths = [os.path.join(folder, f"{name}.png") for name in ("acceptance", "throughput", "bugs")]
+    pictures.acceptance(paths[0], read_report("acceptance_nano.json"))
+    pictures.throughput(paths[1], {
+        "nano pair, two CPU cores": read_report("throughput_nano.json")["rows"],
+        "0.8B shape, random weights, one H200": read_report("throughput_h200.json")["rows"]})
+    pictures.bugs(paths[2], bugs_page.summaries(read_report("bugs_nano.json")))
     return paths
 
 

@@ -96,54 +96,40 @@ def draw_token(axis, x, y, text, background, **style):
         box = {"facecolor": background, "edgecolor": "none", "boxstyle": "round,pad=0.25"}
     axis.text(x, y, text[:10], ha="center", va="center", fontsize=8, bbox=box, **style)
 
+
 # --------------------------------------------------------------------------------------------------
-# speed
-
-
-def speedup(path, rows, report):
-    """The speedup of each prompt against its tau; rows: those of bench.py's speedup."""
-    timed = [row for row in rows if row["speedup"] is not None]  # None: no round to time
-    figure, axis = pyplot().subplots(figsize=(6, 4), layout="constrained")
-    axis.plot([row["tau"] for row in timed], [row["speedup"] for row in timed], "o", alpha=0.6)
-    axis.axhline(1, color="grey", linewidth=0.8)
-    axis.set(xlabel="tau of the prompt (tokens per round)", ylabel="speedup over the target alone",
-             title=f"{report['faster']} of {report['prompts']} prompts faster, "
-                   f"geometric mean {report['geomean']:.2f}x")
-    save(path, figure)
-
-
-def curve(path, runs):
-    """Speedup against tau for the smallest and the largest batch, with a star at the tau of the
-    run. runs: {label: rows of bench.py's throughput}. The time of a round does not depend on
-    tau."""
-    taus = range(1, 17)
-    figure, axis = pyplot().subplots(figsize=(7, 4), layout="constrained")
-    for number, (label, rows) in enumerate(runs.items()):
-        for row, style in ((rows[0], "-"), (rows[-1], "--")):
-            speedups = [tau / row["break_even_tau"] for tau in taus]
-            axis.plot(taus, speedups, style, color=f"C{number}",
-                      label=f"{label}: {row['slots']} at once")
-            axis.plot(row["tau"], row["speedup"], "*", color=f"C{number}", markersize=15)
-    axis.axhline(1, color="grey", linewidth=0.8)
-    axis.set(xlabel="tau (tokens per round)", ylabel="speedup over the target alone")
-    axis.legend()
-    save(path, figure)
+# throughput
 
 
 def throughput(path, runs):
-    """Tokens/s of all sequences together against the batch size; runs: as for curve."""
-    figure, axis = pyplot().subplots(figsize=(7, 4), layout="constrained")
+    """Left: tokens/s of all sequences together against the batch size. Right: the speedup against
+    tau for the smallest and the largest batch, with a star at the tau of the run.
+
+    runs: {label: rows of bench.py's throughput}. The time of a round does not depend on tau, so one
+    run gives the whole curve.
+    """
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(13, 5), layout="constrained")
+    taus = range(1, 17)
     for number, (label, rows) in enumerate(runs.items()):
+        color = f"C{number}"
         slots = [row["slots"] for row in rows]
         for mode, style, name in (("speculative", "o-", "drafter and target"),
                                   ("target", "s--", "target alone")):
             speeds = [row["tokens_per_s"][mode] for row in rows]
-            axis.plot(slots, speeds, style, color=f"C{number}", label=f"{label}: {name}")
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(slots, slots)
-    axis.set(xlabel="sequences decoded at once", ylabel="tokens/s of all", yscale="log")
-    axis.legend(fontsize=8)
+            left.plot(slots, speeds, style, color=color, label=f"{label}: {name}")
+        left.set_xscale("log", base=2)
+        left.set_xticks(slots, slots)
+        for row, style in ((rows[0], "-"), (rows[-1], "--")):
+            speedups = [tau / row["break_even_tau"] for tau in taus]
+            right.plot(taus, speedups, style, color=color, label=f"{label}: {row['slots']} at once")
+            right.plot(row["tau"], row["speedup"], "*", color=color, markersize=15)
+    right.axhline(1, color="grey", linewidth=0.8, label="as fast as the target alone")
+    left.set(xlabel="sequences decoded at once", ylabel="tokens/s of all", yscale="log")
+    right.set(xlabel="tau (tokens per round)", ylabel="speedup over the target alone")
+    for axis in (left, right):  # below the curves, so that it covers none
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), fontsize=9)
     save(path, figure)
+
 
 # --------------------------------------------------------------------------------------------------
 # bugs

@@ -7,12 +7,13 @@ import importlib
 import inspect
 
 import torch
+import transformers
 
 
 def transformers_reference(target):
     """transformers' model with the target's weights, which it shares if the names allow it."""
-    from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig, logging
-    logging.set_verbosity_error()  # or it says on every call that it has no kernels of its own
+    from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig  # here: the import takes seconds
+    transformers.logging.set_verbosity_error()  # or it says on every call that it has no kernels
     fields = dict(vars(target.config))
     rope = {"rope_type": "default"}
     for name in ("rope_theta", "partial_rotary_factor"):
@@ -48,7 +49,6 @@ def reference_answer(reference, prompt_ids, max_new_tokens, stops, block_size):
 def transformers_name():
     """transformers and its version, with the packages whose kernels it runs. It runs those of fla
     and causal_conv1d whenever they can be imported."""
-    import transformers
     name = f"transformers {transformers.__version__}"
     for package in ("fla", "causal_conv1d"):
         try:
@@ -65,7 +65,6 @@ def delta_rule_references(device):
     Each takes (q, k, v, g, beta) in the shapes of gated_delta_rule, with q and k of unit length,
     and scales by D^-0.5. Each returns the outputs (B, T, Hv, Dv) and the last state.
     """
-    import transformers
     from transformers.models.qwen3_5 import modeling_qwen3_5
     # its decorator may replace this function by the one of fla
     plain = inspect.unwrap(modeling_qwen3_5.torch_chunk_gated_delta_rule)

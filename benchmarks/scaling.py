@@ -1,199 +1,155 @@
 """
 Training with one process and with several: samples/s, memory, and whether the losses agree.
 
-    python -m benchmarks.scaling                          # one GPU, then two with DDP and FSDP
-    python -m benchmarks.scaling --processes=1,2,4,8 --train_args=config/phase1_2.py,--compile
-    python -m benchmarks.scaling --device=cpu --train_args=config/nano.py \\
-        --target=data/nano/target --steps=6
-
 A mode is a number of processes with DDP or FSDP. All modes train on random samples
 (data/synthetic), and a step has the same samples in every mode. The largest number of processes
-runs train_args unchanged; fewer processes accumulate more micro-batches per step. Then several
-processes resume from the checkpoint that one process wrote after half of the steps, and one process
-resumes from each checkpoint of several processes.
-
-benchmarks/scaling_worker.py measures the runs. This file starts it and compares the results.
+runs the recipe unchanged; fewer processes accumulate more micro-batches per step. torchrun starts
+this file again as a script, whose processes measure the real step of train.py.
 """
 import json
 import os
 import subprocess
 import sys
-from typing import NamedTuple
 
 import torch
 
 import train
-from benchmarks.scaling_worker import make_samples
+from benchmarks.common import print_table, setup_of
+from benchmarks.timing import clock
 from checkpoint import write_whole
 from configurator import configure
+from data.synthetic import prepare
+from training.flops import mfu
+from training.parallel import (gather_numbers, join_processes, leave_processes, rank, wait_for_all,
+                               world_size)
 
-train_args: tuple[str] = ("config/phase1_2.py",)  # config files and flags of train.py
-target = "random:0.8b"              # the frozen target, whose weights may be random
-processes: tuple[int] = (1, 2)      # numbers of processes; each divides the largest
-mixed = False                       # samples of mixed lengths instead of max_length tokens each
-steps = 50                          # steps of a run; the first two are its warm-up
-out_dir = "out/bench/scaling"       # samples, runs, logs, and the report scaling.json
-device = "cuda" if torch.cuda.is_available() else "cpu"  # cpu or cuda
-
+COLUMNS = ("parallel", "processes", "samples_per_s", "tokens_per_s", "mfu", "scaling", "peak_gb",
+           "loss_difference", "grad_norm_difference")
+WARM_UP_STEPS = 2  # at the beginning of a run; they do not count in its speed
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), ".."))
 
 
-class Mode(NamedTuple):
-    parallel: str       # ddp or fsdp, the key of train.py
-    processes: int
-
-    @property
-    def name(self):
-        if self.processes == 1:
-            return "one"
-        return f"{self.parallel}{self.processes}"
-
-
-ONE = Mode("ddp", 1)  # a single process uses neither DDP nor FSDP
-
-
-def main(argv=None):
-    config = configure(globals(), argv)
-    train_config = configure(vars(train), list(config.train_args))
-    try:
-        modes = all_modes(config)
-        make_samples(
-            config.target, f"{config.out_dir}/samples", list(config.train_args), config.mixed)
-        results = {}
-        for mode in modes:
-            results |= launch(config, mode, [run_of(config, train_config, mode)])
-        for mode in modes[1:]:
-            results |= launch(config, mode, [run_of(config, train_config, mode, source=ONE)])
-        resumed = [run_of(config, train_config, ONE, source=mode) for mode in modes[1:]]
-        results |= launch(config, ONE, resumed)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-
-    report = vars(config) | {
-        "modes": mode_rows(modes, results),
-        "resumed": resumed_rows(modes, results),
-        "results": results}
-    print_table(report["modes"])
-    print_table(report["resumed"])
-    write_whole(f"{config.out_dir}/scaling.json", json.dumps(report) + "\n")
-    print(f"\nwrote {config.out_dir}/scaling.json")
+def run(config):
+    modes = all_modes(config)
+    train_config = prepare_training(config)
+    rows = []
+    for parallel, processes in modes:
+        row = launch(config, train_config.grad_accum_steps, parallel, processes)
+        rows.append(row)
+        compare(row, rows[0])
+        print_table([row], COLUMNS, header=len(rows) == 1)
+    return {"command": "scaling", "rows": rows}, setup_of(config)
 
 
 def all_modes(config):
-    """One process, then every larger number of processes with DDP and with FSDP."""
-    if config.steps < 6:
-        raise ValueError(f"steps = {config.steps}: use 6 or more: the speed of a resumed run "
-                         "needs half of them and leaves out two")
-    largest = max(config.processes)
-    modes = [ONE]
+    """[(key `parallel` of train.py, number of processes)]. A single process uses neither."""
+    largest = max(config.processes, default=0)
+    modes = [("ddp", 1)]
     for count in config.processes:
-        if count < 1 or largest < 2 or largest % count != 0:
-            raise ValueError(f"processes = {config.processes}: all must divide the largest, "
-                             "which must be at least 2")
+        if count < 1 or largest % count != 0:
+            raise ValueError(f"processes = {config.processes}: all must divide the largest")
         if count > 1:
-            modes += [Mode("ddp", count), Mode("fsdp", count)]
+            modes += [("ddp", count), ("fsdp", count)]
+    if config.steps <= WARM_UP_STEPS:
+        raise ValueError(f"steps = {config.steps}: the warm-up alone has {WARM_UP_STEPS}")
     return modes
 
 
-# --------------------------------------------------------------------------------------------------
-# the runs
+def compare(row, one):
+    """Add the fraction of N times the speed of one process, and the largest relative differences
+    from its steps."""
+    row["scaling"] = row["samples_per_s"] / (row["processes"] * one["samples_per_s"])
+    for key in ("loss", "grad_norm"):
+        differences = []
+        for own, other in zip(row["steps"], one["steps"], strict=True):
+            differences.append(abs(own[key] - other[key]) / abs(other[key]))
+        row[f"{key}_difference"] = max(differences)
 
 
-def run_of(config, train_config, mode, source=None):
-    """A run in a mode, or the second half of the run of a `source`, as scaling_worker.py reads it.
-    With fewer processes a step has more micro-batches, so all steps have the same samples."""
-    name = run_name(mode, source)
-    half = config.steps // 2
-    times_more = max(config.processes) // mode.processes
-    flags = [*config.train_args, f"--target={config.target}", f"--data={config.out_dir}/samples",
-             f"--out_dir={config.out_dir}/{name}-dflash", f"--device={config.device}",
-             f"--parallel={mode.parallel}",
-             f"--grad_accum_steps={times_more * train_config.grad_accum_steps}"]
-    if source is not None:
-        flags.append(f"--resume_from={config.out_dir}/{source.name}-dflash/step-{half:06d}")
-    return {"name": name, "flags": flags, "steps": config.steps, "save_at": half}
+def prepare_training(config):
+    """Write random samples for the recipe, of max_length tokens each or of mixed lengths. Returns
+    the configuration of train.py."""
+    train_config = configure(vars(train), train_flags(config))
+    length = 0 if config.mixed else train_config.max_length
+    prepare.main([f"--target={config.target}", f"--out_dir={config.out_dir}/samples",
+                  f"--max_length={train_config.max_length}", f"--length={length}"])
+    return train_config
 
 
-def run_name(mode, source):
-    return mode.name if source is None else f"{source.name}-then-{mode.name}"
+def train_flags(config):
+    """Flags of train.py for the recipe on these samples."""
+    return [config.recipe, f"--target={config.target}", f"--device={config.device}",
+            f"--dtype={config.dtype}", f"--compile={config.compile}",
+            f"--data={config.out_dir}/samples", f"--out_dir={config.out_dir}/training-dflash"]
 
 
-def launch(config, mode, runs):
-    """Measure runs in new processes. Returns {name: result}; ValueError if a process fails."""
-    path = os.path.abspath(f"{config.out_dir}/{runs[0]['name']}")
-    job = {"device": config.device, "results": f"{path}.json", "runs": runs}
-    write_whole(f"{path}.job", json.dumps(job))
+def launch(config, grad_accum_steps, parallel, processes):
+    """Train in new processes. Returns their result. With fewer processes a step has more
+    micro-batches, so that it has the same samples."""
+    times_more = max(config.processes) // processes
+    flags = [*train_flags(config), f"--parallel={parallel}",
+             f"--grad_accum_steps={times_more * grad_accum_steps}"]
+    path = os.path.abspath(f"{config.out_dir}/{parallel}{processes}")
     command = [sys.executable]
-    if mode.processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone",
-                    f"--nproc_per_node={mode.processes}"]
-    command += ["-m", "benchmarks.scaling_worker", f"{path}.job"]
-    print(", ".join(run["name"] for run in runs), flush=True)
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command += ["-m", "benchmarks.scaling", f"{path}.json", str(config.steps), *flags]
     # one thread per process, which is also torchrun's default
     environment = {"OMP_NUM_THREADS": "1"} | os.environ
     with open(f"{path}.log", "w") as f:
         process = subprocess.run(command, cwd=ROOT, env=environment, stdout=f, stderr=f)
     if process.returncode != 0:
-        raise ValueError(f"{runs[0]['name']} failed: its output is in {path}.log")
+        raise ValueError(f"training with {processes} processes failed: see {path}.log")
     with open(f"{path}.json") as f:
         return json.load(f)
 
 
 # --------------------------------------------------------------------------------------------------
-# the report
+# in each process
 
 
-def mode_rows(modes, results):
-    """Speed, memory, and the largest relative difference from the losses of one process. scaling:
-    the fraction of N times the speed of one process."""
-    one = results["one"]
-    rows = []
-    for mode in modes:
-        result = results[mode.name]
-        rows.append({
-            "mode": mode.name,
-            "samples/s": result["samples_per_s"],
-            "tokens/s": result["tokens_per_s"],
-            "MFU": result["mfu"],
-            "scaling": result["samples_per_s"] / (mode.processes * one["samples_per_s"]),
-            "peak GB": result["peak_gb"],
-            "last loss": result["steps"][-1]["loss"],
-            "loss difference": largest_difference(result["steps"], one["steps"], "loss"),
-            "norm difference": largest_difference(result["steps"], one["steps"], "grad_norm")})
-    return rows
+def main():
+    """torchrun .. -m benchmarks.scaling RESULT STEPS FLAGS"""
+    path, steps, *flags = sys.argv[1:]
+    config = configure(vars(train), flags)
+    join_processes(config.device)
+    _, result = measure_steps(config, int(steps))
+    if rank() == 0:
+        write_whole(path, json.dumps(result) + "\n")
+    leave_processes()
 
 
-def resumed_rows(modes, results):
-    """Resumed runs, compared with the end of the run whose checkpoint they resumed from."""
-    rows = []
-    for several in modes[1:]:
-        for source, mode in ((ONE, several), (several, ONE)):
-            name = run_name(mode, source)
-            steps = results[name]["steps"]
-            source_steps = results[source.name]["steps"][-len(steps):]
-            rows.append({
-                "resumed": name,
-                "loss difference": largest_difference(steps, source_steps, "loss"),
-                "norm difference": largest_difference(steps, source_steps, "grad_norm")})
-    return rows
+def measure_steps(config, count):
+    """(run, result): steps of train.py without its estimates, log, checkpoints, and decoding. The
+    speed is that of all processes together. Tokens include padding. Peak memory is per process."""
+    # compile every sample length and load every kernel before the first step
+    training_run, _, _ = train.setup(config)
+    training_run.total_steps = count
+    if config.device == "cuda":
+        train.warm_up(training_run, train.micro_batch_loss)
+        torch.cuda.reset_peak_memory_stats()
+    wait_for_all()
 
-
-def largest_difference(steps, other_steps, key):
-    """The largest |a - b| / |b| over two lists of equally many steps."""
-    differences = []
-    for own, other in zip(steps, other_steps, strict=True):
-        differences.append(abs(own[key] - other[key]) / abs(other[key]))
-    return max(differences)
-
-
-def print_table(rows):
-    """Rows as a Markdown table."""
-    print(f"\n| {' | '.join(rows[0])} |\n|{'---|' * len(rows[0])}")
-    for row in rows:
-        cells = []
-        for value in row.values():
-            cells.append(f"{value:.4g}" if isinstance(value, float) else str(value))
-        print(f"| {' | '.join(cells)} |")
+    steps = []
+    for _ in range(count):
+        began = clock()
+        entry, sums = train.train_step(training_run)
+        steps.append({"loss": entry["loss"], "grad_norm": entry["grad_norm"],
+                      "seconds": clock() - began, "tokens": sums.tokens.item(),
+                      "operations": sums.operations.item()})
+    timed = steps[WARM_UP_STEPS:]
+    seconds = sum(step["seconds"] for step in timed)
+    operations = sum(step["operations"] for step in timed)
+    samples_per_step = config.batch_size * config.grad_accum_steps * world_size()
+    peak_gb = None
+    if config.device == "cuda":
+        peak_gb = gather_numbers(torch.cuda.max_memory_allocated() / 1e9, config.device)
+    return training_run, {
+        "parallel": config.parallel, "processes": world_size(),
+        "seconds": seconds / len(timed), "samples_per_s": len(timed) * samples_per_step / seconds,
+        "tokens_per_s": sum(step["tokens"] for step in timed) / seconds,
+        "mfu": mfu(operations / seconds, config.device, config.dtype),
+        "peak_gb": peak_gb, "steps": steps}
 
 
 if __name__ == "__main__":

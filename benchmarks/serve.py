@@ -2,9 +2,9 @@
 Compares two OpenAI-compatible servers, one with a drafter and one without, as their users see them.
 
 Each group of `concurrency` prompts goes to one server and then to the other, in alternating order
-after a warm-up. A request's clock starts when it is sent, so its time includes the
-prefill and the network. A request that fails is counted with its reason and is in no other figure.
-The speedup and the fraction of equal texts are over the prompts that both servers answered.
+after a warm-up. The time of a group includes the prefill and the network. A request that fails is
+counted with its reason. Throughput, speedup, and the fraction of equal texts are over the groups in
+which no request failed on either server.
 
 tau is the server's own figure. vLLM counts drafts and accepted tokens on /metrics. SGLang reports
 the mean length of all rounds since its start, avg_spec_accept_length, on /server_info (earlier
@@ -15,19 +15,20 @@ import http.client
 import json
 import re
 import time
-import urllib.error
 import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from statistics import mean
 
-from benchmarks.common import setup_of, share, write_rows
+from benchmarks.common import print_table, setup_of, share, text_of, write_rows
 from benchmarks.prompts import is_correct, load_questions
 from benchmarks.timing import alternating_order, progress
 
 MODES = ("speculative", "baseline")
+COLUMNS = ("server", "answered", "failed", "errors", "tau", "accuracy", "throughput")
 TIMEOUT = 600.0  # seconds until a request counts as failed
-FAILURES = (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError)
+FAILURES = (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError,
+            RecursionError)
 
 
 def run(config):
@@ -40,8 +41,10 @@ def run(config):
     results = ask_in_turns(config, urls, [question for question, _ in questions])
     report = report_of(results, [answer for _, answer in questions])
     write_rows(config, "serve", [results])
-    print_report(report)
-    return report, setup_of(config, questions, ())
+    print_table([{"server": mode} | report[mode] for mode in MODES], COLUMNS)
+    print(f"speedup {text_of(report['speedup'])}, {report['faster']} of {report['groups']} groups "
+          f"faster, fraction of equal texts {text_of(report['same_text'])}")
+    return report, setup_of(config, questions)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -49,17 +52,14 @@ def run(config):
 
 
 def ask(url, body, question):
-    """One answer: {"text", "tokens" as the server counts them, "seconds" since the request was
-    sent}, or {"error": the reason}."""
+    """One answer: {"text", "tokens" as the server counts them}, or {"error": the reason}."""
     messages = [{"role": "user", "content": question}]
     content = json.dumps(body | {"messages": messages}).encode()
     request = urllib.request.Request(
         f"{url}/chat/completions", content, {"Content-Type": "application/json"})
-    start = time.perf_counter()
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
             reply = json.load(response)
-        seconds = time.perf_counter() - start
         choice = reply["choices"][0]
         text = choice["message"]["content"]
         tokens = reply["usage"]["completion_tokens"]
@@ -67,14 +67,9 @@ def ask(url, body, question):
             raise ValueError(f"text {text!r}, finish_reason {choice['finish_reason']!r}")
         if not 1 <= tokens <= body["max_tokens"]:
             raise ValueError(f"{tokens} tokens in its usage; the limit is {body['max_tokens']}")
-    except urllib.error.HTTPError as error:
-        return {"error": f"status {error.code}"}
-    except TimeoutError:
-        return {"error": f"no answer within {TIMEOUT:g} s"}
     except FAILURES as error:
-        reason = f"{type(error).__name__}: {error}"
-        return {"error": " ".join(reason.split())[:100]}
-    return {"text": text, "tokens": tokens, "seconds": seconds}
+        return {"error": repr(error)[:100]}  # repr escapes what a server could put into it
+    return {"text": text, "tokens": tokens}
 
 
 def get(url):
@@ -86,58 +81,20 @@ def get(url):
         return ""
 
 
-def first_model(url):
-    """The first model that a server lists."""
+def request_body(config, url):
+    """A request in OpenAI's form, without its messages, for the first model that a server lists.
+    The engines add chat_template_kwargs and top_k to that form."""
     try:
-        return json.loads(get(f"{url}/models"))["data"][0]["id"]
+        model = json.loads(get(f"{url}/models"))["data"][0]["id"]
     except FAILURES:
         raise ValueError(f"{url} lists no model: is the server up, and does the address end in "
                          "/v1?") from None
-
-
-def request_body(config, model):
-    """A request in OpenAI's form, without its messages. The engines add chat_template_kwargs and
-    top_k to that form."""
     body = {"model": model, "max_tokens": config.max_new_tokens, "seed": config.seed,
             "temperature": config.temperature, "top_p": config.top_p,
             "chat_template_kwargs": {"enable_thinking": config.thinking}}
-    if config.top_k:
+    if config.top_k:  # 0 means all, which servers write in other ways
         body["top_k"] = config.top_k
     return body
-
-
-# ------------------------------------------------------------------------------------------------
-# groups of prompts, to one server and then to the other
-
-
-def ask_in_turns(config, urls, questions):
-    """{mode: {"answers": what ask() returned for each question, "groups": (tokens, seconds) of each
-    group in which no request failed, "before" and "after": acceptance_so_far()}}."""
-    results = {}
-    bodies = {}
-    for mode, url in urls.items():
-        bodies[mode] = request_body(config, first_model(url))
-        warm_up = ask(url, bodies[mode], questions[0])
-        if "error" in warm_up:
-            raise ValueError(f"the {mode} server {url} does not answer the first prompt: "
-                             f"{warm_up['error']}")
-        results[mode] = {"answers": [], "groups": [], "before": acceptance_so_far(url)}
-    starts = range(0, len(questions), config.concurrency)
-    with ThreadPoolExecutor(config.concurrency) as pool:
-        for turn, first in enumerate(progress(starts, unit="group")):
-            group = questions[first:first + config.concurrency]
-            for mode in alternating_order(urls, turn):
-                send = functools.partial(ask, urls[mode], bodies[mode])
-                start = time.perf_counter()
-                answers = list(pool.map(send, group))
-                seconds = time.perf_counter() - start
-                results[mode]["answers"] += answers
-                if not any("error" in answer for answer in answers):
-                    tokens = sum(answer["tokens"] for answer in answers)
-                    results[mode]["groups"].append((tokens, seconds))
-    for mode, url in urls.items():
-        results[mode]["after"] = acceptance_so_far(url)
-    return results
 
 
 def acceptance_so_far(url):
@@ -159,53 +116,80 @@ def acceptance_so_far(url):
 
 
 # ------------------------------------------------------------------------------------------------
-# the report
+# groups of prompts, to one server and then to the other
+
+
+def ask_in_turns(config, urls, questions):
+    """{mode: {"groups": those of ask_group(), "before" and "after": acceptance_so_far()}}."""
+    results = {}
+    bodies = {}
+    for mode, url in urls.items():
+        bodies[mode] = request_body(config, url)
+        warm_up = ask(url, bodies[mode], questions[0])
+        if "error" in warm_up:
+            raise ValueError(f"the {mode} server {url} does not answer the first prompt: "
+                             f"{warm_up['error']}")
+        results[mode] = {"groups": [], "before": acceptance_so_far(url)}
+    starts = range(0, len(questions), config.concurrency)
+    for turn, first in enumerate(progress(starts, unit="group")):
+        group = questions[first:first + config.concurrency]
+        for mode in alternating_order(urls, turn):
+            results[mode]["groups"].append(ask_group(urls[mode], bodies[mode], group))
+    for mode, url in urls.items():
+        results[mode]["after"] = acceptance_so_far(url)
+    return results
+
+
+def ask_group(url, body, questions):
+    """Ask all at once: {"answers", "seconds", "tokens": of all, or None if a request failed}."""
+    start = time.perf_counter()
+    with ThreadPoolExecutor(len(questions)) as pool:
+        answers = list(pool.map(functools.partial(ask, url, body), questions))
+    seconds = time.perf_counter() - start
+    tokens = None
+    if not any("error" in answer for answer in answers):
+        tokens = sum(answer["tokens"] for answer in answers)
+    return {"answers": answers, "seconds": seconds, "tokens": tokens}
 
 
 def report_of(results, known_answers):
     """The figures of a report, from the results of ask_in_turns() and the known answers."""
-    report = {"command": "serve", "prompts": len(known_answers)}
+    report = {"command": "serve", "prompts": len(known_answers), "speedup": None}
     for mode in MODES:
         report[mode] = figures_of(results[mode], known_answers)
-    ours = []
-    baseline = []
-    for a, b in zip(*[results[mode]["answers"] for mode in MODES]):
-        if "error" not in a and "error" not in b:
-            ours.append(a)
-            baseline.append(b)
-    speedup = rate(ours) / rate(baseline) if ours else None
-    same_text = share(a["text"] == b["text"] for a, b in zip(ours, baseline))
-    return report | {"pairs": len(ours), "speedup": speedup, "same_text": same_text}
+    pairs = []  # of groups in which no request failed
+    is_equal = []
+    for ours, theirs in zip(*[results[mode]["groups"] for mode in MODES]):
+        if ours["tokens"] and theirs["tokens"]:
+            pairs.append((ours, theirs))
+            texts = zip(ours["answers"], theirs["answers"])
+            is_equal += [a["text"] == b["text"] for a, b in texts]
+    for mode, groups in zip(MODES, zip(*pairs)):
+        report[mode]["throughput"] = throughput(groups)
+    if pairs:
+        ratio = report["speculative"]["throughput"] / report["baseline"]["throughput"]
+        report["speedup"] = ratio
+    faster = sum(throughput([ours]) > throughput([theirs]) for ours, theirs in pairs)
+    return report | {"groups": len(pairs), "faster": faster, "same_text": share(is_equal)}
+
+
+def throughput(groups):
+    """Tokens per second of all requests at once."""
+    return sum(group["tokens"] for group in groups) / sum(group["seconds"] for group in groups)
 
 
 def figures_of(result, known_answers):
-    """The figures of one server."""
-    good = []
+    """The figures of one server. accuracy is None if math-verify is needed and not installed."""
     verdicts = []
     errors = Counter()
-    for answer, known in zip(result["answers"], known_answers, strict=True):
+    answers = sum([group["answers"] for group in result["groups"]], [])
+    for answer, known in zip(answers, known_answers, strict=True):
         if "error" in answer:
             errors[answer["error"]] += 1
-            continue
-        good.append(answer)
-        if known is not None:
+        elif known is not None:
             verdicts.append(is_correct(answer["text"], known))
-    figures = {"answered": len(good), "failed": errors.total(), "errors": dict(errors),
-               "tau": tau_of(result), "accuracy": share(verdicts),
-               "need_math_verify": verdicts.count(None)}
-    if good:
-        figures["s_per_request"] = mean(answer["seconds"] for answer in good)
-        figures["tokens_per_s"] = rate(good)
-    if result["groups"]:
-        tokens, seconds = zip(*result["groups"])
-        figures["throughput"] = sum(tokens) / sum(seconds)
-    return figures
-
-
-def rate(answers):
-    """Tokens per second of a request."""
-    tokens = sum(answer["tokens"] for answer in answers)
-    return tokens / sum(answer["seconds"] for answer in answers)
+    return {"answered": len(answers) - errors.total(), "failed": errors.total(),
+            "errors": dict(errors), "tau": tau_of(result), "accuracy": share(verdicts)}
 
 
 def tau_of(result):
@@ -216,14 +200,3 @@ def tau_of(result):
     if drafts > 0:
         return 1 + (after["accepted_tokens"] - before.get("accepted_tokens", 0)) / drafts
     return after.get("mean")
-
-
-def print_report(report):
-    for mode in MODES:
-        for name, value in report[mode].items():
-            if isinstance(value, float):
-                value = f"{value:.3f}"
-            print(f"{mode:12} {name:17} {value}")
-    if report["speedup"]:
-        print(f"speedup {report['speedup']:.2f}x over the {report['pairs']} prompts that both "
-              f"servers answered; {report['same_text']:.1%} of them have equal texts")

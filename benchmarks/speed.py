@@ -3,10 +3,10 @@ The time of a 1-token forward, a 16-token forward, a round, the first token of a
 delta rule, and a training step.
 
 Times are medians of repeats in alternating order, next to transformers with the same weights; the
-delta rule also next to flash-linear-attention, if that is installed. Each row also has the
-roofline, which is the time at the best rate of this machine: bytes of weights at the copy
-bandwidth, or operations at the rate of a large product. Both rates are measured in the same run.
-`rate` is the rate that the row reached. On a GPU `kernels` is the time that its kernels take; the
+delta rule also next to flash-linear-attention, if that is installed. `rate` is the rate that a row
+reached: bytes of weights per second, or operations. `times_roofline` is the time divided by the
+time at the best rate of this machine, which is its copy bandwidth, or the rate of a large product.
+Both are measured in the same run. On a GPU `kernel_seconds` is the time that its kernels take; the
 rest of the time is the CPU's.
 """
 import copy
@@ -18,150 +18,111 @@ import torch
 import torch.nn.functional as F
 
 import train
-from benchmarks.common import load, setup_of
-from benchmarks.machine import bytes_read, copy_bandwidth, device_name, product_rate
-from benchmarks.reference import (delta_rule_references, transformers_name,
-                                  transformers_reference)
-from benchmarks.scaling_worker import WARM_UP_STEPS, make_samples, measure_run
-from benchmarks.timing import kernel_time, seconds_of, time_interleaved
+from benchmarks.common import check_finite, load, print_table, setup_of, text_of
+from benchmarks.reference import delta_rule_references, transformers_name, transformers_reference
+from benchmarks.scaling import measure_steps, prepare_training
+from benchmarks.timing import (copy_bandwidth, device_name, kernel_time, product_rate, seconds_of,
+                               time_interleaved)
 from delta_rule import chunk_length, gated_delta_rule
 from draft_decode import Decoder, round_up_to_power_of_two
 from sampling import Sampling
 from training.flops import delta_rule_operations, prefill_operations
 
-PARTS = ("decoding", "prefill", "kernel", "training")
 CONTEXT = 256  # tokens before each decoded one
-
-
-class RooflineCost(NamedTuple):
-    """The work of a row, and the best rate of this machine for it."""
-    amount: float
-    unit: str           # "bytes" or "operations"
-    best_rate: float    # bytes or operations per second
+COLUMNS = ("name", "seconds", "kernel_seconds", "kernels", "times_roofline", "rate", "unit",
+           "reference", "reference_seconds", "ratio", "samples_per_s", "mfu", "peak_gb")
 
 
 class Case(NamedTuple):
     """A row of the table before it is measured. Functions return their seconds per call."""
     name: str
-    cost: RooflineCost
+    work: float                         # bytes of weights to read, or operations
+    unit: str                           # of its rate: GB/s or GFLOP/s
     ours: Callable
     calls: int = 1                      # that ours() makes
-    reference: Callable | None = None
     reference_name: str | None = None
+    reference: Callable | None = None
 
 
 def run(config):
+    parts = {"decoding": decoding_cases, "prefill": prefill_cases, "kernel": kernel_cases}
     for part in config.parts:
-        if part not in PARTS:
-            raise ValueError(f"parts = {config.parts}: {part!r} is not one of {', '.join(PARTS)}")
+        if part not in parts and part != "training":
+            raise ValueError(f"parts = {config.parts}: {part!r} is not one of decoding, prefill, "
+                             "kernel, training")
     workload = load(config, default_count=1)
-    bandwidth = copy_bandwidth(config.device)
-    rate = product_rate(config.device, config.dtype)
-    print(f"{config.dtype} on {device_name(config.device)}, torch {torch.__version__}: "
-          f"copies {bandwidth / 1e9:,.0f} GB/s, products {rate / 1e12:.2f} TFLOP/s\n")
-    reference = None
-    if "decoding" in config.parts or "prefill" in config.parts:
-        reference = transformers_reference(workload.target)
+    best_rates = {"GB/s": copy_bandwidth(config.device) / 1e9,
+                  "GFLOP/s": product_rate(config.device, config.dtype) / 1e9}
+    print(f"{config.dtype} on {device_name(config.device)}, at most {text_of(best_rates)}\n")
     rows = []
     for part in config.parts:
-        if part == "decoding":
-            rows_of_part = decoding_rows(config, workload, reference, bandwidth)
-        elif part == "prefill":
-            rows_of_part = prefill_rows(config, workload.target, reference, rate)
-        elif part == "kernel":
-            rows_of_part = kernel_rows(config, rate)
+        if part == "training":
+            new_rows = [training_row(config)]
         else:
-            rows_of_part = training_rows(config, rate)
-        print_table(rows_of_part)  # now, because a part can take minutes
-        rows += rows_of_part
-    report = {
-        "command": "speed", "target": config.target, "compile": config.compile,
-        "device": device_name(config.device), "dtype": config.dtype, "torch": torch.__version__,
-        "copy_bytes_per_s": bandwidth, "operations_per_s": rate, "rows": rows}
-    return report, setup_of(config, workload.prompts, workload.stops)
+            with torch.inference_mode():
+                cases = parts[part](config, workload)
+                new_rows = [measure(case, best_rates, config.device) for case in cases]
+        print_table(new_rows, COLUMNS)  # now, because a part can take minutes
+        rows += new_rows
+    return {"command": "speed", "best_rates": best_rates, "rows": rows}, setup_of(config)
 
 
 # --------------------------------------------------------------------------------------------------
 # the table
 
 
-def measure(cases, device):
-    """Time all cases and their references in alternating order. Returns a row for each case."""
-    functions = {}
-    for number, case in enumerate(cases):
-        functions["ours", number] = case.ours
-        if case.reference is not None:
-            functions["reference", number] = case.reference
+def measure(case, best_rates, device):
+    """The row of a case: it is timed in alternating order with its reference."""
+    functions = {"ours": case.ours}
+    if case.reference is not None:
+        functions["reference"] = case.reference
     seconds = time_interleaved(functions)
-    rows = []
-    for number, case in enumerate(cases):
-        ours = seconds["ours", number]
-        row = new_row(case.name, case.cost, ours)
-        if case.reference is not None:
-            reference = seconds["reference", number]
-            row["reference"] = case.reference_name
-            row["reference_seconds"] = median(reference)
-            row["ratio"] = median([theirs / own for own, theirs in zip(ours, reference)])
-        if device.startswith("cuda"):
-            row |= kernel_time(case.ours, case.calls)
-        rows.append(row)
-    return rows
-
-
-def new_row(name, cost, seconds):
-    """seconds: those of each repeat."""
-    return {"name": name, "seconds": median(seconds),
-            "roofline_seconds": cost.amount / cost.best_rate,
-            f"{cost.unit}_per_s": cost.amount / median(seconds)}
-
-
-def print_table(rows):
-    print(f"{'':44} {'ms':>10} {'kernels':>17} {'x roofline':>10} {'rate':>14} {'reference':>11} "
-          f"{'ratio':>7}")
-    for row in rows:
-        times_roofline = row["seconds"] / row["roofline_seconds"]
-        kernels = "-"
-        if "kernel_seconds" in row:
-            kernels = f"{1e3 * row['kernel_seconds']:.3f} ({row['kernels']:,})"
-        line = (f"{row['name']:44} {1e3 * row['seconds']:10.3f} {kernels:>17} "
-                f"{times_roofline:10.2f} {rate_text(row):>14}")
-        if "reference" in row:
-            milliseconds = 1e3 * row["reference_seconds"]
-            line += f" {milliseconds:11.3f} {row['ratio']:6.2f}x  {row['reference']}"
-        print(line)
-    print(flush=True)
-
-
-def rate_text(row):
-    """The rate that a row reached, in GB or 10^12 operations per second."""
-    if "bytes_per_s" in row:
-        return f"{row['bytes_per_s'] / 1e9:,.2f} GB/s"
-    return f"{row['operations_per_s'] / 1e12:,.2f} TFLOP/s"
+    rate = case.work / median(seconds["ours"]) / 1e9
+    row = {"name": case.name, "seconds": median(seconds["ours"]), "rate": rate, "unit": case.unit,
+           "times_roofline": best_rates[case.unit] / rate}
+    if case.reference is not None:
+        ratios = [theirs / own for own, theirs in zip(seconds["ours"], seconds["reference"])]
+        row |= {"reference": case.reference_name, "ratio": median(ratios),
+                "reference_seconds": median(seconds["reference"])}
+    if device.startswith("cuda"):
+        row |= kernel_time(case.ours, case.calls)
+    return row
 
 
 # --------------------------------------------------------------------------------------------------
 # decoding
 
 
-@torch.inference_mode()
-def decoding_rows(config, workload, reference, bandwidth):
+def decoding_cases(config, workload):
     """Forwards of the target alone, next to transformers' forwards with a cache, and a round."""
     target = workload.target
     drafter = workload.drafter
+    reference = transformers_reference(target)
     K = drafter.block_size
     calls = 32 if config.device.startswith("cuda") else 8
-    size = bytes_read(target, drafter)
-    name = transformers_name()
+    target_bytes = weight_bytes(target)
     cases = []
     for length in (1, K):
         cases.append(Case(
-            f"{length}-token forward", RooflineCost(size["step"], "bytes", bandwidth),
-            timed_rounds(target, None, length, calls), calls,
-            timed_reference(reference, length, calls), name))
-    cases.append(Case(
-        "round of draft and verify", RooflineCost(size["round"], "bytes", bandwidth),
-        timed_rounds(target, drafter, K, calls), calls))
-    return measure(cases, config.device)
+            f"{length}-token forward", target_bytes, "GB/s",
+            timed_rounds(target, None, length, calls), calls, transformers_name(),
+            timed_reference(reference, length, calls)))
+    # a round reads the head twice: for the guesses and for their verification
+    round_bytes = target_bytes + weight_bytes(drafter) + target.head_weight.nbytes
+    cases.append(Case("round of draft and verify", round_bytes, "GB/s",
+                      timed_rounds(target, drafter, K, calls), calls))
+    return cases
+
+
+def weight_bytes(model):
+    """Bytes of the weights that a forward reads. It reads only a few rows of an embedding, unless
+    the embedding is also the head."""
+    total = 0
+    for name, weight in model.named_parameters():
+        if name == "embed_tokens.weight" and not model.config.tie_word_embeddings:
+            continue
+        total += weight.nbytes
+    return total
 
 
 def timed_rounds(target, drafter, tokens_per_forward, calls, slots=1):
@@ -174,7 +135,9 @@ def timed_rounds(target, drafter, tokens_per_forward, calls, slots=1):
 
     def seconds_per_round():
         decoder.state.position.fill_(CONTEXT)  # every repeat begins at the end of the prompt
-        return seconds_of(decoder.run_round, calls)
+        seconds = seconds_of(decoder.run_round, calls)
+        check_finite(all(getattr(decoder, "is_finite", [True])))
+        return seconds
 
     return seconds_per_round
 
@@ -201,23 +164,22 @@ def timed_reference(reference, length, calls):
 # the first token
 
 
-@torch.inference_mode()
-def prefill_rows(config, target, reference, rate):
+def prefill_cases(config, workload):
     """TTFT of the target alone: prefill a prompt and choose the next token."""
+    target = workload.target
+    reference = transformers_reference(target)
     lengths = (512, 4096, 16384) if config.device.startswith("cuda") else (512, 1024)
     values = torch.empty(
         0, target.config.linear_value_head_dim, device=target.embed_tokens.weight.device)
-    name = transformers_name()
     cases = []
     for length in lengths:
         if length + 512 > target.config.max_position_embeddings:
             continue
         operations = prefill_operations(target, length, chunk_length(values))
         cases.append(Case(
-            f"TTFT, {length:,} tokens", RooflineCost(operations, "operations", rate),
-            timed_ttft(target, length), reference=timed_reference_ttft(reference, length),
-            reference_name=name))
-    return measure(cases, config.device)
+            f"TTFT, {length:,} tokens", operations, "GFLOP/s", timed_ttft(target, length),
+            1, transformers_name(), timed_reference_ttft(reference, length)))
+    return cases
 
 
 def timed_ttft(target, length):
@@ -241,20 +203,18 @@ HEADS = 16   # of the 0.8B, for queries, keys and values
 WIDTH = 128  # of a head
 
 
-@torch.no_grad()
-def kernel_rows(config, rate):
+def kernel_cases(config, workload):
     """The forward of the chunked delta rule alone, next to each reference."""
     lengths = (512, 2048, 4096, 16384) if config.device.startswith("cuda") else (2048,)
     cases = []
     for length in lengths:
         inputs = delta_rule_inputs(length, config.device, config.dtype)
         operations = delta_rule_operations(length, HEADS, WIDTH, WIDTH, chunk_length(inputs[2]))
-        cost = RooflineCost(operations, "operations", rate)
         for name, reference in delta_rule_references(config.device).items():
             cases.append(Case(
-                f"delta rule, {length:,} tokens", cost, timed_kernel(gated_delta_rule, inputs),
-                reference=timed_kernel(reference, inputs), reference_name=name))
-    return measure(cases, config.device)
+                f"delta rule, {length:,} tokens", operations, "GFLOP/s",
+                timed_kernel(gated_delta_rule, inputs), 1, name, timed_kernel(reference, inputs)))
+    return cases
 
 
 def timed_kernel(kernel, inputs):
@@ -279,21 +239,10 @@ def delta_rule_inputs(length, device, dtype):
 # training
 
 
-def training_rows(config, rate):
-    """Steps of a run of train.py on random samples of its max_length."""
-    flags = [config.recipe, f"--target={config.target}", f"--device={config.device}",
-             f"--dtype={config.dtype}", f"--out_dir={config.out_dir}/training-dflash",
-             f"--data={config.out_dir}/samples"]
-    if config.compile:
-        flags.append("--compile")
-    make_samples(config.target, f"{config.out_dir}/samples", flags)
-    run, result = measure_run({"flags": flags, "steps": 10, "save_at": None})
-    steps = result["steps"][WARM_UP_STEPS:]
-    operations = sum(step["operations"] for step in steps) / len(steps)
-    row = new_row("training step", RooflineCost(operations, "operations", rate),
-                  [step["seconds"] for step in steps])
-    row |= {"samples_per_s": result["samples_per_s"], "mfu": result["mfu"]}
-    print(f"{row['samples_per_s']:.2f} samples/s")
+def training_row(config):
+    """The step of train.py on random samples of its max_length."""
+    training_run, result = measure_steps(prepare_training(config), 10)
+    row = {"name": "training step"} | result
     if config.device != "cpu":
-        row |= kernel_time(lambda: train.train_step(run))
-    return [row]
+        row |= kernel_time(lambda: train.train_step(training_run))
+    return row

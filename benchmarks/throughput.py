@@ -15,12 +15,12 @@ from statistics import median
 import torch
 
 from benchmarks import pictures
-from benchmarks.common import load, setup_of
-from benchmarks.machine import device_name
+from benchmarks.common import load, print_table, setup_of
 from benchmarks.speed import timed_rounds
-from benchmarks.timing import time_interleaved
+from benchmarks.timing import device_name, time_interleaved
 
 SLOTS = (1, 2, 4, 8, 16, 32)
+COLUMNS = ("slots", "tokens_per_s", "seconds", "speedup", "break_even_tau")
 
 
 def run(config):
@@ -30,54 +30,30 @@ def run(config):
     if config.assumed_tau < 1:
         raise ValueError(f"assumed_tau = {config.assumed_tau}: a round returns at least one token")
     workload = load(config, default_count=1)
-    print(f"{config.dtype} on {device_name(config.device)}, torch {torch.__version__}, "
-          f"tau {config.assumed_tau:.2f}\n")
-    print(f"{'':5} | {'drafter and target':^31} | {'target alone':^18} |")
-    print(f"{'slots':>5} | {'tokens/s':>9} {'each':>10} {'ms':>10} | {'tokens/s':>9} {'ms':>8} | "
-          f"{'speedup':>8} {'break-even tau':>14}")
+    print(f"{config.dtype} on {device_name(config.device)}, tau {config.assumed_tau:.2f}\n")
     rows = []
     for slots in all_slots:
-        row = new_row(slots, config.assumed_tau, round_seconds(config, workload, slots))
-        print_row(row)
-        rows.append(row)
-    for name, draw in (("throughput.png", pictures.throughput), ("curve.png", pictures.curve)):
-        path = os.path.join(config.out_dir, name)
-        draw(path, {config.target: rows})
-        print(f"wrote {path}")
-    report = {
-        "command": "throughput", "target": config.target, "compile": config.compile,
-        "device": device_name(config.device), "dtype": config.dtype, "torch": torch.__version__,
-        "rows": rows}
-    return report, setup_of(config, workload.prompts, workload.stops)
+        rows.append(measure(config, workload, slots))
+        print_table(rows[-1:], COLUMNS, header=len(rows) == 1)
+    pictures.throughput(os.path.join(config.out_dir, "throughput.png"), {config.target: rows})
+    return {"command": "throughput", "rows": rows}, setup_of(config)
 
 
 @torch.inference_mode()
-def round_seconds(config, workload, slots):
-    """{mode: seconds of a round}: drafter and target, and the target alone in 1-token forwards."""
+def measure(config, workload, slots):
+    """The row of a batch size: seconds of a round of drafter and target, and of the target alone in
+    1-token forwards; tokens/s of all sequences; the speedup, and the tau at which it is 1."""
     target = workload.target
     drafter = workload.drafter
     calls = 32 if config.device.startswith("cuda") else 8
-    seconds = time_interleaved({
+    repeats = time_interleaved({
         "speculative": timed_rounds(target, drafter, drafter.block_size, calls, slots),
         "target": timed_rounds(target, None, 1, calls, slots)})
-    return {mode: median(repeats) for mode, repeats in seconds.items()}
-
-
-def new_row(slots, tau, seconds):
-    """Tokens/s of all sequences together, the speedup, and the tau at which it is 1."""
-    tokens_per_s = {
-        "speculative": slots * tau / seconds["speculative"],
-        "target": slots / seconds["target"]}
+    seconds = {mode: median(repeats[mode]) for mode in repeats}
+    tau = config.assumed_tau
+    break_even_tau = seconds["speculative"] / seconds["target"]
     return {
-        "slots": slots, "tau": tau, "seconds": seconds, "tokens_per_s": tokens_per_s,
-        "speedup": tokens_per_s["speculative"] / tokens_per_s["target"],
-        "break_even_tau": seconds["speculative"] / seconds["target"]}
-
-
-def print_row(row):
-    speed = row["tokens_per_s"]
-    milliseconds = {mode: 1e3 * seconds for mode, seconds in row["seconds"].items()}
-    print(f"{row['slots']:5} | {speed['speculative']:9,.0f} "
-          f"{speed['speculative'] / row['slots']:10,.0f} {milliseconds['speculative']:10.2f} | "
-          f"{speed['target']:9,.0f} {milliseconds['target']:8.2f} | {row['speedup']:7.2f}x "
-          f"{row['break_even_tau']:14.2f}", flush=True)
+        "slots": slots, "tau": tau, "seconds": seconds,
+        "tokens_per_s": {"speculative": slots * tau / seconds["speculative"],
+                         "target": slots / seconds["target"]},
+        "speedup": tau / break_even_tau, "break_even_tau": break_even_tau}

@@ -1,25 +1,22 @@
 """Training with several processes: modes that do different work, samples and targets that train.py
 does not take, a lost process that nobody names."""
+import json
 import os
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
+import bench
 import checkpoint
 import train
-from benchmarks import scaling, scaling_worker
+from benchmarks import scaling
 from configurator import configure
 from data.samples import Samples
 from data.synthetic import prepare
 from tests.common import ROOT, read_jsonl, small_config, write_config
-
-
-@pytest.fixture
-def config(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    return configure(vars(scaling), [])
 
 
 @pytest.fixture
@@ -30,91 +27,67 @@ def tiny_target(monkeypatch):
 
 
 # --------------------------------------------------------------------------------------------------
-# modes
+# the command
 
 
-def test_scaling_modes_have_the_same_samples(config):
-    """Failure 15: two processes that see other samples than one, or resume from the wrong run."""
-    config.processes = (1, 2, 4)
-    train_config = configure(vars(train), list(config.train_args))
-    modes = scaling.all_modes(config)
-    assert [mode.name for mode in modes] == ["one", "ddp2", "fsdp2", "ddp4", "fsdp4"]
-    for mode in modes:
-        run = scaling.run_of(config, train_config, mode, source=modes[1])
-        settings = configure(vars(train), run["flags"])
-        batch = settings.batch_size * settings.grad_accum_steps * mode.processes
-        assert batch == 4 * train_config.batch_size * train_config.grad_accum_steps
-        assert settings.parallel == mode.parallel
-        source = scaling.run_of(config, train_config, modes[1])
-        source_dir = configure(vars(train), source["flags"]).out_dir
-        assert settings.resume_from == f"{source_dir}/step-{source['save_at']:06d}"
-        assert settings.out_dir != source_dir
+def test_scaling_compares_modes_with_the_same_samples(run_bench, monkeypatch, tmp_path):
+    """Failure 15: two processes see other samples than one, a speed is compared with the wrong run,
+    or losses are compared with other steps."""
+    results = {"ddp1": (10, [2.0, 4.0]), "ddp2": (19, [2.0, 5.0]), "fsdp2": (16, [1.0, 4.0]),
+               "ddp4": (40, [2.0, 4.0]), "fsdp4": (20, [2.0, 4.0])}
+    samples = []
+
+    def run(command, stdout, **options):
+        """Instead of training: write the result by hand."""
+        path, steps, *flags = command[command.index("benchmarks.scaling") + 1:]
+        config = configure(vars(train), flags)
+        name = os.path.basename(path).removesuffix(".json")
+        processes = int(name[-1])
+        assert name == f"{config.parallel}{processes}"
+        assert steps == "3"
+        assert (f"--nproc_per_node={processes}" in command) == (processes > 1)
+        samples.append(processes * config.batch_size * config.grad_accum_steps)
+        speed, losses = results[name]
+        row = {"processes": processes, "samples_per_s": speed, "mfu": None, "peak_gb": None,
+               "steps": [{"loss": loss, "grad_norm": 1.0} for loss in losses]}
+        with open(path, "w") as f:
+            json.dump(row, f)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(scaling, "subprocess", SimpleNamespace(run=run))
+    report = run_bench("scaling", "--processes=1,2,4", "--steps=3")
+    assert samples == [4 * 8] * 5  # config/nano.py has 8 samples per step
+    assert [row["scaling"] for row in report["rows"]] == [1, 0.95, 0.8, 1, 0.5]
+    assert [row["loss_difference"] for row in report["rows"]] == [0, 0.25, 0.5, 0, 0]
+    for flag, hint in (("--processes=3,4", "must divide the largest"),
+                       ("--processes=0,2", "must divide the largest"),
+                       ("--steps=2", "steps = 2: the warm-up alone has 2")):
+        with pytest.raises(SystemExit, match=hint):
+            run_bench("scaling", flag)
 
 
-def test_scaling_refuses_numbers_of_processes_without_the_same_samples(config):
-    """3 and 4 processes compared, although no step can have the same samples; too few steps."""
-    for processes in ((3, 4), (0, 2), (1,)):
-        config.processes = processes
-        with pytest.raises(ValueError, match="must divide the largest"):
-            scaling.all_modes(config)
-    config.steps = 4
-    with pytest.raises(ValueError, match="steps = 4"):
-        scaling.all_modes(config)
+def test_scaling_names_the_log_of_a_failed_process(tmp_path):
+    """A failed run whose empty result is compared with the others."""
+    config = configure(vars(bench), [f"--out_dir={tmp_path}", "--device=cpu", "--processes=1,"])
+    with pytest.raises(ValueError, match="training with 1 processes failed: see .*ddp1.log"):
+        scaling.launch(config, 1, "ddp", 1)  # without samples
+    assert "no meta.json" in (tmp_path / "ddp1.log").read_text()
 
 
 def test_scaling_measures_the_run_of_train_py(small_run, tmp_path):
-    """Failure 15: timed steps that differ from those of train.py."""
+    """Failure 15: timed steps that differ from those of train.py; a warm-up that counts."""
     settings, _ = small_run
-    config_file = write_config(tmp_path / "small.py", settings)
     run, held_out, _ = train.setup(settings)
     train.loop(run, held_out)
     log = read_jsonl(tmp_path / "run-dflash" / "log.jsonl")
     expected = [entry["loss"] for entry in log if entry["kind"] == "train"]
 
-    flags = [str(config_file), f"--out_dir={tmp_path}/other-dflash"]
-    _, result = scaling_worker.measure_run({"flags": flags, "steps": run.total_steps, "save_at": 3})
+    settings.out_dir = f"{tmp_path}/other-dflash"
+    _, result = scaling.measure_steps(settings, run.total_steps)
     assert [step["loss"] for step in result["steps"]] == expected
-    assert os.listdir(tmp_path / "other-dflash") == ["step-000003"]
     seconds = sum(step["seconds"] for step in result["steps"][2:])
     assert result["samples_per_s"] == pytest.approx(4 * (run.total_steps - 2) / seconds)
-
-
-def result_by_hand(samples_per_s, losses):
-    steps = [{"loss": loss, "grad_norm": 1.0} for loss in losses]
-    return {"samples_per_s": samples_per_s, "tokens_per_s": 1.0, "mfu": None, "peak_gb": None,
-            "steps": steps}
-
-
-def test_scaling_tables_by_hand(config):
-    """Failure 15: a speed compared with the wrong run, or losses that are compared with other
-    steps."""
-    results = {
-        "one": result_by_hand(10, [2.0, 4.0, 5.0]),
-        "ddp2": result_by_hand(19, [2.0, 4.0, 4.0]),
-        "fsdp2": result_by_hand(16, [1.0, 4.0, 5.0]),
-        "one-then-ddp2": result_by_hand(1, [4.0, 5.0]),
-        "ddp2-then-one": result_by_hand(1, [4.0, 5.0]),
-        "one-then-fsdp2": result_by_hand(1, [4.0, 4.0]),
-        "fsdp2-then-one": result_by_hand(1, [4.0, 5.0])}
-    modes = scaling.all_modes(config)
-    rows = scaling.mode_rows(modes, results)
-    assert [row["scaling"] for row in rows] == [1.0, 0.95, 0.8]
-    assert [row["loss difference"] for row in rows] == [0, 0.2, 0.5]
-    rows = scaling.resumed_rows(modes, results)
-    assert [(row["resumed"], row["loss difference"]) for row in rows] == [
-        ("one-then-ddp2", 0), ("ddp2-then-one", 0.25), ("one-then-fsdp2", 0.2),
-        ("fsdp2-then-one", 0)]
-    with pytest.raises(ValueError):
-        scaling.largest_difference([{"loss": 1.0}], results["one"]["steps"], "loss")
-
-
-def test_scaling_names_the_log_of_a_failed_process(config, tmp_path):
-    """A failed run whose empty result is compared with the others."""
-    config.out_dir = str(tmp_path)
-    config.device = "cpu"
-    run = {"name": "one", "flags": ["--data=no_such_folder"], "steps": 1, "save_at": None}
-    with pytest.raises(ValueError, match="one failed: its output is in .*one.log"):
-        scaling.launch(config, scaling.ONE, [run])
+    assert not os.path.exists(settings.out_dir)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ def reply_of(text="4", tokens=1, reason="stop"):
 
 BROKEN_REPLIES = {
     "garbage": "{nonsense",
+    "deep": "[" * 100_000,
     "number": "7",
     "html": "<html>It works</html>",
     "cut": json.dumps(reply_of(reason=None)),
@@ -35,35 +36,22 @@ BROKEN_REPLIES = {
     "too long": json.dumps(reply_of(tokens=73)),
     "no tokens": json.dumps(reply_of(tokens=0)),
 }
-FAULTS = ["busy", "dead", "slow", *BROKEN_REPLIES]
+FAULTS = ["busy", "dead", *BROKEN_REPLIES]
 
 
 class BrokenServer(http.server.BaseHTTPRequestHandler):
-    """Passes requests on to `upstream`, but a prompt that names a fault gets that fault.
-
-    Its /metrics are vLLM's: each request has a round of 4 tokens, and one of 2 in another
-    engine."""
+    """Passes requests on to `upstream`, but a prompt that names a fault gets that fault."""
     upstream = ""
-    requests = 0
 
     def do_GET(self):
         if self.path == "/v1/models":
             self.pass_on()
-        elif self.path == "/metrics":
-            n = BrokenServer.requests
-            lines = []
-            for name, engine, count in (("drafts", 0, n), ("drafts", 1, n),
-                                        ("accepted_tokens", 0, 3 * n), ("accepted_tokens", 1, n)):
-                metric = f"vllm:spec_decode_num_{name}_total"
-                lines.append(f'{metric}{{engine="{engine}"}} {count}.0\n')
-            self.reply("".join(lines))
         else:
             self.reply("[]")
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         question = json.loads(body)["messages"][0]["content"]
-        BrokenServer.requests += 1
         if question in BROKEN_REPLIES:
             self.reply(BROKEN_REPLIES[question])
         elif question == "busy":
@@ -71,7 +59,7 @@ class BrokenServer(http.server.BaseHTTPRequestHandler):
         elif question == "dead":
             self.close_connection = True
         elif question == "slow":
-            time.sleep(serve.TIMEOUT + 1)
+            time.sleep(2)
         else:
             self.pass_on(body)
 
@@ -102,20 +90,24 @@ def test_bench_serve(run_bench, monkeypatch, served, tmp_path):
     prompts = write_jsonl(tmp_path / "prompts.jsonl", rows)
     args = ["serve", f"--prompts={prompts}", "--limit=99", "--max_new_tokens=72",
             f"--baseline_url={served}", "--concurrency=2"]
-    monkeypatch.setattr(serve, "TIMEOUT", 5.0)
     monkeypatch.setattr(BrokenServer, "upstream", served)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), BrokenServer) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        report = run_bench(*args, f"--base_url=http://127.0.0.1:{server.server_port}/v1/")
+        url = f"http://127.0.0.1:{server.server_port}/v1"
+        report = run_bench(*args, f"--base_url={url}/")
+        monkeypatch.setattr(serve, "TIMEOUT", 0.5)
+        assert "timed out" in serve.ask(url, {"max_tokens": 1}, "slow")["error"]
         server.shutdown()
 
     # each failure is counted with its reason, for the server that failed
     ours = report["speculative"]
     baseline = report["baseline"]
-    assert ours["answered"] == report["pairs"] == 2
+    assert ours["answered"] == 2
+    assert report["groups"] == 1
     assert ours["failed"] == sum(ours["errors"].values()) == len(FAULTS)
     assert len(ours["errors"]) == len(FAULTS)
-    assert {"status 503", "no answer within 5 s"} < set(ours["errors"])
+    for reason in ("HTTPError 503", "RecursionError"):
+        assert any(reason in error for error in ours["errors"]), reason
     assert baseline["failed"] == 0
     assert baseline["answered"] == len(rows)
 
@@ -124,7 +116,7 @@ def test_bench_serve(run_bench, monkeypatch, served, tmp_path):
     right = 0
     target, tokenizer = nano()
     for number, (question, _, known) in enumerate(good):
-        text = results["speculative"]["answers"][number]["text"]
+        text = results["speculative"]["groups"][0]["answers"][number]["text"]
         ids = chat_prompt(tokenizer, question)
         answer = generate(
             target, shipped(), ids, max_new_tokens=72, stop_token_ids=stop_ids(tokenizer))
@@ -134,9 +126,8 @@ def test_bench_serve(run_bench, monkeypatch, served, tmp_path):
     assert ours["accuracy"] == right / 2 >= 0.5
     assert report["same_text"] == 1
     assert report["speedup"] > 0
-    assert ours["throughput"] > ours["tokens_per_s"] / 2
-    assert ours["tau"] == 3
-    assert baseline["tau"] is None
+    assert ours["throughput"] > 0
+    assert ours["tau"] is None
 
     for url, hint in (("http://127.0.0.1:9/v1", "http://127.0.0.1:9/v1 lists no model"),
                       ("", "give --base_url")):
@@ -144,79 +135,78 @@ def test_bench_serve(run_bench, monkeypatch, served, tmp_path):
             run_bench(*args, f"--base_url={url}")
 
 
-def test_bench_serve_requests_have_its_keys():
+def test_bench_serve_requests_have_its_keys(monkeypatch):
     """A key for sampling, thinking or the limit that does not arrive at the server."""
-    config = configure(vars(bench), [])
-    plain = serve.request_body(config, "m")
+    monkeypatch.setattr(serve, "get", lambda url: '{"data": [{"id": "m"}]}')
+    plain = serve.request_body(configure(vars(bench), []), "url")
     assert "top_k" not in plain  # 0 means all, which servers write in other ways
     assert plain["chat_template_kwargs"] == {"enable_thinking": False}
-    for key, value in (("max_new_tokens", 7), ("temperature", 0.7), ("top_k", 5), ("top_p", 0.9),
-                       ("seed", 3), ("thinking", True)):
-        setattr(config, key, value)
-    assert serve.request_body(config, "m") == {
+    config = configure(vars(bench), ["--max_new_tokens=7", "--temperature=0.7", "--top_k=5",
+                                     "--top_p=0.9", "--seed=3", "--thinking"])
+    assert serve.request_body(config, "url") == {
         "model": "m", "max_tokens": 7, "temperature": 0.7, "top_k": 5, "top_p": 0.9, "seed": 3,
         "chat_template_kwargs": {"enable_thinking": True}}
 
 
 def test_bench_serve_groups_take_turns(monkeypatch):
     """A server that is always asked first; more requests at once than the concurrency; a group with
-    a failed request in the throughput; a prompt that is asked twice or never."""
+    a failed request in the throughput; a prompt that is asked twice or never; a tau of the
+    warm-up."""
     asked = []
 
     def ask(url, body, question):
         asked.append((url, question))
         if question == "q4" and url == "a":
             return {"error": "dead"}
-        return {"text": question, "tokens": 4, "seconds": 1.0}
+        return {"text": question, "tokens": 4}
 
     now = iter(range(0, 1000, 2))  # each group takes 2 s
     monkeypatch.setattr(serve, "ask", ask)
     monkeypatch.setattr(serve, "get", lambda url: '{"data": [{"id": "m"}]}')
+    monkeypatch.setattr(serve, "acceptance_so_far", lambda url: len(asked))
     monkeypatch.setattr(serve.time, "perf_counter", lambda: next(now))
     config = configure(vars(bench), ["--concurrency=2"])
     questions = [f"q{number}" for number in range(5)]
     results = serve.ask_in_turns(config, {"speculative": "a", "baseline": "b"}, questions)
-    groups = [(asked[2][0], {question for _, question in asked[2:4]}),
-              (asked[4][0], {question for _, question in asked[4:6]}),
-              (asked[6][0], {question for _, question in asked[6:8]})]
+    groups = [(asked[first][0], {question for _, question in asked[first:first + 2]})
+              for first in (2, 4, 6)]
     assert groups == [("b", {"q0", "q1"}), ("a", {"q0", "q1"}), ("a", {"q2", "q3"})]
     assert [url for url, _ in asked[10:]] == ["b", "a"]
-    assert [answer["text"] for answer in results["baseline"]["answers"]] == questions
-    assert results["baseline"]["groups"] == [(8, 2), (8, 2), (4, 2)]
-    assert results["speculative"]["groups"] == [(8, 2), (8, 2)]
+    for mode, before, tokens in (("speculative", 1, [8, 8, None]), ("baseline", 2, [8, 8, 4])):
+        assert (results[mode]["before"], results[mode]["after"]) == (before, 12)
+        groups = results[mode]["groups"]
+        assert [group["tokens"] for group in groups] == tokens
+        assert [group["seconds"] for group in groups] == [2, 2, 2]
+    answers = sum([group["answers"] for group in results["baseline"]["groups"]], [])
+    assert [answer["text"] for answer in answers] == questions
 
 
-def test_bench_serve_report_by_hand(capsys):
-    """The inverse of a speedup, a mean of ratios, pairs in which one server failed; figures of the
+def test_bench_serve_report_by_hand():
+    """The inverse of a speedup, a mean of ratios, groups in which one server failed; figures of the
     other server."""
-    def answer(text, tokens, seconds):
-        return {"text": text, "tokens": tokens, "seconds": seconds}
+    def group(seconds, *answers):
+        answers = [{"text": text, "tokens": tokens} for text, tokens in answers]
+        tokens = sum(answer["tokens"] for answer in answers)
+        return {"answers": answers, "seconds": seconds, "tokens": tokens}
 
-    def result(*answers):
-        return {"answers": list(answers), "groups": [(20, 4.0), (10, 1.0)], "before": {},
-                "after": {"mean": 5.25}}
+    def result(*groups):
+        return {"groups": list(groups), "before": {}, "after": {"mean": 5.25}}
 
+    dead = {"answers": [{"error": "dead"}], "seconds": 1.0, "tokens": None}
     results = {
-        "speculative": result(answer("a", 9, 3.0), answer("\\boxed{7}", 6, 4.0),
-                              answer("d", 9, 3.0), answer("e", 5, 6.0)),
-        "baseline": result(answer("a", 9, 9.0), answer("c", 8, 4.0),
-                           answer("d", 6, 6.0), {"error": "dead"})}
+        "speculative": result(group(3.0, ("a", 9), ("\\boxed{7}", 6)), group(5.0, ("d", 9)),
+                              group(6.0, ("e", 5))),
+        "baseline": result(group(9.0, ("a", 9), ("c", 8)), group(4.0, ("d", 9)), dead)}
     report = serve.report_of(results, [None, "7", None, None])
-    assert (report["prompts"], report["pairs"]) == (4, 3)
-    assert report["speedup"] == pytest.approx((24 / 10) / (23 / 19))
+    assert (report["prompts"], report["groups"], report["faster"]) == (4, 2, 1)
+    assert report["speedup"] == pytest.approx((24 / 8) / (26 / 13))
     assert report["same_text"] == pytest.approx(2 / 3)
-    ours = report["speculative"]
-    assert ours == {
-        "answered": 4, "failed": 0, "errors": {}, "tau": 5.25, "accuracy": 1,
-        "need_math_verify": 0, "s_per_request": 4.0, "tokens_per_s": 29 / 16, "throughput": 6.0}
-    assert report["baseline"]["errors"] == {"dead": 1}
-    assert report["baseline"]["accuracy"] == 0
-
-    serve.print_report(report)
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["speculative", "s_per_request", "4.000"] in lines
-    assert ["baseline", "failed", "1"] in lines
-    assert lines[-1][:3] == ["speedup", "1.98x", "over"]
+    assert report["speculative"] == {
+        "answered": 4, "failed": 0, "errors": {}, "tau": 5.25, "accuracy": 1, "throughput": 3.0}
+    assert report["baseline"] == {
+        "answered": 3, "failed": 1, "errors": {"dead": 1}, "tau": 5.25, "accuracy": 0,
+        "throughput": 2.0}
+    assert serve.report_of({mode: result(dead) for mode in serve.MODES}, ["7"])["speedup"] is None
 
 
 def test_bench_serve_tau(monkeypatch):

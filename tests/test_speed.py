@@ -13,8 +13,8 @@ from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
 import bench
-from benchmarks import drafters, machine, reference, speed, throughput, timing
-from benchmarks.speed import Case, RooflineCost
+from benchmarks import common, drafters, reference, speed, throughput, timing
+from benchmarks.speed import Case
 from configurator import configure
 from delta_rule import gated_delta_rule
 from target import Target
@@ -32,13 +32,6 @@ def config():
     config.device = "cpu"
     config.dtype = "float32"
     return config
-
-
-@pytest.fixture
-def rates(monkeypatch):
-    """A machine that copies 1e9 bytes/s and does 1e9 operations/s."""
-    monkeypatch.setattr(speed, "copy_bandwidth", lambda device: 1e9)
-    monkeypatch.setattr(speed, "product_rate", lambda device, dtype: 1e9)
 
 
 @pytest.fixture
@@ -84,22 +77,10 @@ def test_clocks_by_hand(monkeypatch):
 
 def test_rates_by_hand(monkeypatch):
     """A copy's reads or its writes are not counted, or a multiply-add is one operation."""
-    monkeypatch.setattr(machine, "time_interleaved",
+    monkeypatch.setattr(timing, "time_interleaved",
                         lambda functions: dict.fromkeys(functions, [9.0, 0.5, 0.1]))
-    assert machine.copy_bandwidth("cpu") == 2 * (256 << 20) / 0.5
-    assert machine.product_rate("cpu", "float32") == 2 * 1024 * 1024 * 3584 / 0.5
-
-
-@pytest.mark.parametrize("shape", ("tied", "untied"))
-def test_bytes_by_hand(shape):
-    """The roofline lacks the head, which a round reads twice, or has an untied embedding."""
-    target = small_target(shape)
-    drafter = small_drafter()
-    head = 4 * V * HIDDEN
-    layers = 4 * sum(p.numel() for p in target.layers.parameters()) + 4 * HIDDEN  # and the norm
-    of_drafter = 4 * sum(p.numel() for p in drafter.parameters())
-    assert machine.bytes_read(target, drafter) == {
-        "step": layers + head, "round": layers + 2 * head + of_drafter}
+    assert timing.copy_bandwidth("cpu") == 2 * (256 << 20) / 0.5
+    assert timing.product_rate("cpu", "float32") == 2 * 1024 * 1024 * 3584 / 0.5
 
 
 def test_kernel_time_by_hand(monkeypatch):
@@ -129,64 +110,58 @@ def test_kernel_time_by_hand(monkeypatch):
 # the table
 
 
-def test_speed_rows_by_hand(monkeypatch):
+def test_speed_rows_by_hand(monkeypatch, capsys):
     """A roofline, rate, or ratio is upside down, or a time belongs to a different row."""
-    seconds = {("ours", 0): [0.001, 0.004, 0.002], ("reference", 0): [0.003, 0.004, 0.008],
-               ("ours", 1): [0.5]}
+    seconds = {"ours": [0.001, 0.004, 0.002], "reference": [0.003, 0.004, 0.008]}
     monkeypatch.setattr(speed, "time_interleaved", lambda functions: {
         name: seconds[name] for name in functions})
     monkeypatch.setattr(speed, "kernel_time", lambda function, calls: {
         "kernel_seconds": function() / calls, "kernels": 1572})
-    cases = [
-        Case("step", RooflineCost(4e6, "bytes", 4e9), lambda: 0.016, 10, lambda: None, "theirs"),
-        Case("rule", RooflineCost(3e12, "operations", 12e12), lambda: 0.4)]
-    step, rule = speed.measure(cases, "cuda")
-    assert step == {"name": "step", "seconds": 0.002, "roofline_seconds": 0.001, "bytes_per_s": 2e9,
-                    "reference": "theirs", "reference_seconds": 0.004, "ratio": 3.0,
-                    "kernel_seconds": 0.0016, "kernels": 1572}
-    assert rule == {"name": "rule", "seconds": 0.5, "roofline_seconds": 0.25,
-                    "operations_per_s": 6e12, "kernel_seconds": 0.4, "kernels": 1572}
-    assert "kernels" not in speed.measure(cases, "cpu")[0]
-
-
-def measured_cases(monkeypatch):
-    """A list that collects the cases which speed would measure."""
-    cases = []
-
-    def measure(new_cases, device):
-        cases.extend(new_cases)
-        return []
-
-    monkeypatch.setattr(speed, "measure", measure)
-    return cases
+    best_rates = {"GB/s": 4.0, "GFLOP/s": 12.0}
+    case = Case("step", 4e6, "GB/s", lambda: 0.016, 10, "theirs", lambda: None)
+    row = {"name": "step", "seconds": 0.002, "rate": 2.0, "unit": "GB/s", "times_roofline": 2.0,
+           "reference": "theirs", "reference_seconds": 0.004, "ratio": 3.0}
+    assert speed.measure(case, best_rates, "cpu") == row
+    row |= {"kernel_seconds": 0.0016, "kernels": 1572}
+    assert speed.measure(case, best_rates, "cuda") == row
+    rule = speed.measure(Case("rule", 12e6, "GFLOP/s", lambda: 0.4), best_rates, "cpu")
+    assert rule == {"name": "rule", "seconds": 0.002, "rate": 6.0, "unit": "GFLOP/s",
+                    "times_roofline": 2.0}
+    common.print_table([row, rule], ("name", "rate", "ratio"))
+    assert capsys.readouterr().out == (
+        "| name | rate | ratio |\n|---|---|---|\n| step | 2 | 3 |\n| rule | 6 |  |\n")
 
 
 def test_speed_decoding_compares_equal_work(config, monkeypatch):
-    """A reference processes other tokens than ours, or a roofline is of a different row."""
-    target, _ = nano()
-    workload = SimpleNamespace(target=target, drafter=shipped())
+    """A reference processes other tokens than ours; a roofline lacks the head, which a round reads
+    twice, or has an untied embedding."""
     lengths = []
+    timed = []
 
     def model(ids, **options):
         lengths.append(ids.shape[1])
         return SimpleNamespace(past_key_values=[])
 
-    model.device = "cpu"
-    timed = []
-
     def timed_rounds(target, drafter, tokens_per_forward, calls):
         timed.append((drafter, tokens_per_forward))
 
+    model.device = "cpu"
+    monkeypatch.setattr(speed, "transformers_reference", lambda target: model)
     monkeypatch.setattr(speed, "timed_rounds", timed_rounds)
     monkeypatch.setattr(speed, "seconds_of", lambda function, count: function())
-    cases = measured_cases(monkeypatch)
-    speed.decoding_rows(config, workload, model, bandwidth=1e9)
-    assert timed == [(None, 1), (None, K), (workload.drafter, K)]
+    for shape in ("tied", "untied"):
+        target = small_target(shape)
+        drafter = small_drafter()
+        cases = speed.decoding_cases(config, SimpleNamespace(target=target, drafter=drafter))
+        head = 4 * V * HIDDEN
+        layers = 4 * sum(p.numel() for p in target.layers.parameters()) + 4 * HIDDEN  # and the norm
+        of_drafter = 4 * sum(p.numel() for p in drafter.parameters())
+        assert [case.work for case in cases] == [
+            layers + head, layers + head, layers + 2 * head + of_drafter]
+        assert timed[-3:] == [(None, 1), (None, K), (drafter, K)]
     for case in cases[:2]:
         case.reference()
-    assert lengths == [speed.CONTEXT] * 2 + [1, K]
-    size = machine.bytes_read(target, workload.drafter)
-    assert [case.cost.amount for case in cases] == [size["step"], size["step"], size["round"]]
+    assert lengths[-3:] == [speed.CONTEXT, 1, K]
     assert cases[2].reference is None
 
 
@@ -199,24 +174,23 @@ def test_speed_rounds_stay_in_their_buffer(config):
 def test_speed_ttft_by_hand(config, monkeypatch):
     """TTFT excludes the choice of the next token, or has fewer operations."""
     target, _ = nano()
-    model = reference.transformers_reference(target)
     monkeypatch.setattr(speed, "seconds_of", lambda function: function())
-    cases = measured_cases(monkeypatch)
     with torch.inference_mode():
-        speed.prefill_rows(config, target, model, rate=1e6)
-        case = cases[0]
+        case = speed.prefill_cases(config, SimpleNamespace(target=target))[0]
         ids = torch.tensor([speed.example_ids(512)])
+        model = reference.transformers_reference(target)
         first = model(ids).logits[0, -1].argmax().item()
         assert case.ours() == case.reference() == first
-    assert case.cost.amount == prefill_operations(target, 512, chunk=16)
+    assert case.work == prefill_operations(target, 512, chunk=16)
 
 
-def test_speed_of_training(run_bench, rates):
-    """A row has other operations or samples than its steps."""
+def test_speed_of_training(run_bench, monkeypatch):
+    """A row has other samples than its steps; a part that does not exist is left out silently."""
+    monkeypatch.setattr(speed, "copy_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(speed, "product_rate", lambda device, dtype: 1e9)
     row, = run_bench("speed", "--parts=training", "--limit=1")["rows"]
     assert row["seconds"] > 0
     assert row["mfu"] is None
-    assert row["operations_per_s"] == pytest.approx(1e9 * row["roofline_seconds"] / row["seconds"])
     assert row["samples_per_s"] == pytest.approx(8 / row["seconds"], rel=1)  # steps of 8 samples
     with pytest.raises(SystemExit, match="is not one of"):
         run_bench("speed", "--parts=memory")
@@ -276,11 +250,9 @@ def test_speed_references_of_the_delta_rule(config, fla, monkeypatch, capsys):
     for output, expected in zip(outputs, gated_delta_rule(*inputs), strict=True):
         torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
 
-    cases = measured_cases(monkeypatch)
-    speed.kernel_rows(config, rate=1e9)
-    case, = cases
+    case, = speed.kernel_cases(config, None)
     assert case.reference_name == plain_name
-    assert case.cost.amount == delta_rule_operations(2048, 16, 128, 128, chunk=64)
+    assert case.work == delta_rule_operations(2048, 16, 128, 128, chunk=64)
 
     for name in ("fla", "fla.ops.gated_delta_rule"):
         monkeypatch.setitem(sys.modules, name, None)  # Python then takes the package for missing
@@ -336,7 +308,7 @@ def test_untrained_drafter_has_the_shape_of_phase_1_2():
     """A drafter of a different size or with different features takes a different time."""
     with torch.device("meta"):
         config, _ = phase_1_2()
-        drafter = drafters.untrained_drafter(Target(config).bfloat16())
+        drafter = drafters.random_drafter(Target(config).bfloat16(), block_size=K)
     assert sum(p.numel() for p in drafter.parameters()) == 86_522_368
     assert drafter.target_layer_ids == (3, 7, 11, 15, 19)
     assert (drafter.block_size, drafter.mask_token_id) == (16, 248_319)
@@ -361,8 +333,7 @@ def test_throughput(run_bench, monkeypatch, tmp_path):
             "speculative": pytest.approx(600), "target": pytest.approx(200)}
         assert row["speedup"] == pytest.approx(3)
         assert row["break_even_tau"] == pytest.approx(2)
-    for name in ("throughput.png", "curve.png"):
-        assert (tmp_path / name).stat().st_size > 1000
+    assert (tmp_path / "throughput.png").stat().st_size > 1000
     for flag, hint in (
             ("--slots=0", "at least one sequence"), ("--assumed_tau=0", "at least one token")):
         with pytest.raises(SystemExit, match=hint):
