@@ -37,9 +37,6 @@ def load_target(name, device="cpu", dtype="float32"):
     random weights in a published size; or random:SIZE:LAYERS for the first layers of one.
     """
     dtype = parse_dtype(device, dtype)
-    # A bf16 model multiplies in fp32 only inside the delta rule, whose inputs had 8 bits. So the
-    # 11 bits of TF32 are enough, and faster on a GPU (docs/speed.md).
-    torch.backends.cuda.matmul.allow_tf32 = dtype == torch.bfloat16
     config, folder = read_target_config(name)
     if folder is None:
         return random_target(config, device, dtype)
@@ -439,10 +436,11 @@ def save_weights(tensors, path):
         f.write(save(tensors, metadata={"format": "pt"}))
 
 
-def write_whole(path, text):
-    """Write a text file, complete or not at all."""
-    with open(path + ".tmp", "w") as f:
-        f.write(text)
+def write_whole(path, content):
+    """Write a file of text or bytes, complete or not at all."""
+    mode = "wb" if isinstance(content, bytes) else "w"
+    with open(path + ".tmp", mode) as f:
+        f.write(content)
     os.replace(path + ".tmp", path)
 
 

@@ -273,10 +273,10 @@ COUNTS = ("batch_size", "grad_accum_steps", "num_anchors", "pad_to_multiple_of")
     ("--target_layer_ids=1,11", "error: target_layer_ids = .*0 .. 10"),
     ("--target=nowhere", "error: no .* 'nowhere'"),
     ("--batch_size=64", "error: 20 samples make no step"),
-    *[(f"--{key}=0", f"error: {key} = 0: use 1 or more") for key in COUNTS],
+    *[(f"--{key}=0", f"error: {key} = 0: use 1 to ") for key in COUNTS],
     ("--device=gpu", "error: device = 'gpu': use cpu or cuda"),
     ("--weighting=linear", "error: weighting = 'linear': use decay or dpace"),
-    ("--initializer_range=-1", "error: initializer_range = -1.0: use a number above 0"),
+    ("--initializer_range=-1", "error: initializer_range = -1.0: use 1e-06 to 10"),
     ("--parallel=fsdp", "error: parallel = 'fsdp' .* torchrun"),
 ))
 def test_cli_training_mistakes(main, small_run, tmp_path, flag, hint):

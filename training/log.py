@@ -2,6 +2,7 @@
 The log of a training run: lines on the screen, log.jsonl, training.png, and on request Weights &
 Biases. Only process 0 writes.
 """
+import contextlib
 import json
 import os
 import time
@@ -14,6 +15,7 @@ from training.parallel import gather_numbers, rank
 from training.plot import plot_training
 
 SHOWN_POSITIONS = (1, 2, 4, 8, 15)  # of the K - 1, on the screen and in the plot
+ENTRY_KEYS = {"kind", "step", "loss", "tau", "accepted_up_to_slot"}     # of every entry
 
 
 class TrainingLog:
@@ -74,8 +76,8 @@ class TrainingLog:
     def write(self, run, kind, entry, line):
         self.file.write(json.dumps({"kind": kind, "step": run.step, **entry}) + "\n")
         print(f"step {run.step}/{run.total_steps} | {line}", flush=True)
-        if run.config.wandb_project and rank() == 0:
-            import wandb
+        wandb = import_wandb(run.config)
+        if wandb is not None:
             numbers = {}
             for key, value in entry.items():
                 if not isinstance(value, list):  # lists per position or process have no curve
@@ -87,22 +89,32 @@ class TrainingLog:
         self.file.close()
         if rank() != 0:
             return
-        with open(os.path.join(self.out_dir, "log.jsonl")) as f:
-            entries = [json.loads(line) for line in f]
+        entries = read_log(os.path.join(self.out_dir, "log.jsonl"))
         plot_training(os.path.join(self.out_dir, "training.png"), entries, self.shown)
 
 
-def start_wandb(config):
-    """Start a Weights & Biases run in process 0 if the configuration names a project."""
+def is_due(every, run):
+    """Whether something that happens every few steps and after the last one happens now."""
+    return every > 0 and (run.step % every == 0 or run.step == run.total_steps)
+
+
+def import_wandb(config):
+    """The package wandb in process 0 if the configuration names a project, else None."""
     if not config.wandb_project or rank() != 0:
-        return
+        return None
     try:
         import wandb
     except ImportError:
-        raise ValueError(f"wandb_project = {config.wandb_project!r} needs the package wandb: run "
-                         "pip install wandb or drop wandb_project") from None
-    name = os.path.basename(os.path.normpath(config.out_dir))
-    wandb.init(project=config.wandb_project, name=name, config=vars(config))
+        raise ValueError(f"wandb_project = {config.wandb_project!r:.60} needs the package wandb: "
+                         "run pip install wandb or drop wandb_project") from None
+    return wandb
+
+
+def start_wandb(config):
+    wandb = import_wandb(config)
+    if wandb is not None:
+        name = os.path.basename(os.path.normpath(config.out_dir))
+        wandb.init(project=config.wandb_project, name=name, config=vars(config))
 
 
 def peak_memory(device):
@@ -113,16 +125,29 @@ def peak_memory(device):
 
 
 def open_log(out_dir, step):
-    """out_dir/log.jsonl for appending, without what an interrupted run wrote after `step`."""
+    """out_dir/log.jsonl for appending, without what an interrupted run wrote after `step`.
+
+    An old file is replaced. So its last line is whole, and it is not a link to a file elsewhere.
+    """
     if rank() != 0:
         return open(os.devnull, "a")
     path = os.path.join(out_dir, "log.jsonl")
-    if os.path.isfile(path):
-        kept = []
-        with open(path) as f:
-            for line in f:
-                is_whole = line.endswith("\n")  # a crash can cut off the last line
-                if is_whole and json.loads(line)["step"] <= step:
-                    kept.append(line)
+    if os.path.lexists(path):
+        kept = [json.dumps(entry) + "\n" for entry in read_log(path) if entry["step"] <= step]
         write_whole(path, "".join(kept))
     return open(path, "a", buffering=1)
+
+
+def read_log(path):
+    """The entries of a log.jsonl, if there is one. Lines that are damaged are left out."""
+    if not os.path.isfile(path):
+        return []
+    entries = []
+    with open(path, errors="replace") as f:
+        for line in f:
+            # not JSON, or not an entry of ours
+            with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
+                entry = json.loads(line)
+                if ENTRY_KEYS <= entry.keys() and entry["step"] >= 0:
+                    entries.append(entry)
+    return entries
