@@ -166,7 +166,7 @@ def test_cli_ctrl_c_ends_the_comparison_only(main, monkeypatch):
     (["--drafter=nowhere"], "error: no drafter in 'nowhere'.*train.py"),
     (["--dtype=float16"], "error: dtype = 'float16'"),
     (["--max_new_tokens=0"], "error: max_new_tokens = 0"),
-    (["--top_p=0"], "error: .*top_p is above 0"),
+    (["--top_p=0"], "error: top_p = 0.0: use 1e-09 to 1"),
     (["--promt=x"], "command line: unknown key 'promt', did you mean 'prompt'"),
 ))
 def test_cli_decoding_mistakes(main, flags, hint):

@@ -1,6 +1,5 @@
 """
-The commands that train.py prints: to resume a run, and to use its drafter. A shell reads them as
-they are, also if a path contains a space.
+The commands that train.py prints. They can be pasted into a shell, also if a path has a space.
 """
 import json
 import os
@@ -22,34 +21,27 @@ def how_to_resume(step, folder):
 
 def how_to_use(config, folder):
     """The commands that decode with the drafter in a folder, measure it, and serve it."""
-    pair = [f"--target={config.target}", f"--drafter={folder}"]
-    if config.target.startswith("random:"):
-        command = ["python", "bench.py", "exactness", *pair, "--prompts=random:64:256"]
-        return f"measure: {shlex.join(command)}"
+    target = shlex.quote(config.target)
+    drafter = shlex.quote(folder)
+    if config.target.startswith("random:"):  # it has no text
+        return ("measure: python bench.py exactness --prompts=random:64:256 "
+                f"--target={target} --drafter={drafter}")
     meta = read_meta(config.data, "")
-    thinking = ["--thinking"] if meta.get("thinking") else []
-    server = [config.target, "--dtype", "bfloat16", "--port", "30000"]
+    pair = f"--target={target} --drafter={drafter}"
+    if meta.get("thinking"):
+        pair += " --thinking"
+    # the rows that the samples come from, or else a benchmark like them
+    prompts = str(meta.get("source"))
+    if not os.path.exists(prompts):
+        is_nano = os.path.basename(os.path.realpath(config.data)) == "nano"
+        prompts = "nano" if is_nano else "math500"
     vllm = {"method": "dflash", "model": folder, "num_speculative_tokens": config.block_size - 1}
-    commands = {
-        "decode": ["python", "draft_decode.py", *pair, *thinking, "--prompt=..."],
-        "measure": [
-            "python", "bench.py", "acceptance", *pair, *thinking,
-            f"--prompts={prompts_for(config.data, meta)}"],
-        "SGLang": [
-            "sglang", "serve", "--model-path", *server, "--attention-backend", "triton",
-            "--linear-attn-backend", "triton", "--mamba-radix-cache-strategy", "extra_buffer",
-            "--speculative-algorithm", "DFLASH", "--speculative-draft-model-path", folder,
-            "--speculative-num-draft-tokens", str(config.block_size)],
-        "vLLM": [
-            "vllm", "serve", *server, "--language-model-only", "--attention-backend", "flash_attn",
-            "--no-enable-prefix-caching", "--speculative-config", json.dumps(vllm)],
-    }
-    return "\n".join(f"{name}: {shlex.join(words)}" for name, words in commands.items())
-
-
-def prompts_for(data, meta):
-    """The prompts for bench.py: the rows that the samples come from, or a benchmark like them."""
-    source = str(meta.get("source"))
-    if os.path.exists(source):
-        return source
-    return "nano" if os.path.basename(os.path.realpath(data)) == "nano" else "math500"
+    return f"""decode: python draft_decode.py {pair} --prompt="..."
+measure: python bench.py acceptance {pair} --prompts={shlex.quote(prompts)}
+SGLang: sglang serve --model-path {target} --dtype bfloat16 --port 30000 \
+--attention-backend triton --linear-attn-backend triton \
+--mamba-radix-cache-strategy extra_buffer --speculative-algorithm DFLASH \
+--speculative-draft-model-path {drafter} --speculative-num-draft-tokens {config.block_size}
+vLLM: vllm serve {target} --dtype bfloat16 --port 30000 --language-model-only \
+--attention-backend flash_attn --no-enable-prefix-caching \
+--speculative-config {shlex.quote(json.dumps(vllm))}"""
