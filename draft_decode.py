@@ -103,9 +103,8 @@ class Decoder:
         self.graphs = Graphs(device)
 
     def round_kernels(self):
-        """One round on the device. Returns (B, 2 K + 1): the number of accepted guesses, the
-        target's choice after each of the K tokens, the K - 1 guesses, and whether the logits of the
-        last token are finite.
+        """One round on the device. Returns (B, 2 K + 1): the number of accepted guesses, the choice
+        of the target after each of the K tokens, the K - 1 guesses, and whether logits are finite.
 
         Positions, with p = state.position:
 
@@ -228,9 +227,8 @@ def count_accepted(guesses, choices):
 
 
 def chosen_are_finite(logits, choices):
-    """Whether the chosen of logits (..., V) are finite (...). If any logit of a token is NaN or
-    infinite, the chosen one is too, because it wins the argmax. So no pass over all V is needed,
-    and the answer travels to the host with the tokens."""
+    """Whether the chosen of logits (..., V) are finite. NaN and infinity win every argmax, so the
+    others need no check. The flag reaches the host with the tokens, without another sync."""
     return logits.gather(-1, choices[..., None])[..., 0].isfinite()
 
 # --------------------------------------------------------------------------------------------------
@@ -294,11 +292,9 @@ def generate_many(target, drafter, prompts, *, slots, max_new_tokens=2048, stop_
                         ("tokens_per_forward", tokens_per_forward)):
         if not isinstance(count, numbers.Integral) or count < 1:
             raise ValueError(f"{name} = {count!r:.60}: use an integer of at least 1")
-    if drafter is not None and tokens_per_forward != drafter.block_size:
-        raise ValueError(f"tokens_per_forward = {tokens_per_forward}: with this drafter use its "
-                         f"block size, {drafter.block_size}")
-    is_one = isinstance(stop_token_ids, int) or getattr(stop_token_ids, "ndim", 1) == 0
-    stops = set(token_list([stop_token_ids] if is_one else stop_token_ids, "stop_token_ids"))
+    if isinstance(stop_token_ids, int) or getattr(stop_token_ids, "ndim", 1) == 0:
+        stop_token_ids = [stop_token_ids]
+    stops = set(token_list(stop_token_ids, "stop_token_ids"))
     unknown = [token for token in stops if not 0 <= token < target.config.vocab_size]
     if unknown:
         raise ValueError(f"stop token id {unknown[0]} is outside the target's vocabulary of "
@@ -518,8 +514,10 @@ def decode(config):
     """Load the pair, stream the answer, compare it; returns the summary."""
     if not config.prompt.strip():
         raise ValueError("the prompt is empty: give one, e.g. --prompt=\"What is 7 * 34?\"")
-    if not is_unicode(config.prompt):
-        raise ValueError("the prompt is not valid UTF-8: give text in that encoding")
+    try:
+        config.prompt.encode()
+    except UnicodeEncodeError:  # Python marks the bytes that were not UTF-8
+        raise ValueError("the prompt is not valid UTF-8: give text in that encoding") from None
     check_ranges(config, RANGES)
     sampling = Sampling(config.temperature, config.top_k, config.top_p, config.seed,
                         config.draft_temperature)
@@ -561,8 +559,7 @@ def decode(config):
 
 
 def check_finite(outputs, name):
-    """Yields the outputs of one answer. ValueError if the logits of the target `name` are not
-    finite: tokens and tau would mean nothing, and two such outputs would be identical."""
+    """Yields outputs of generate(). ValueError if logits of the target `name` are not finite."""
     for output in outputs:
         if not output.is_finite:
             raise ValueError(f"the target in {name!r:.100} gives logits that are NaN or infinite: "
@@ -575,15 +572,6 @@ def bar(name, token_count):
     """Yields an on_output that draws a progress bar, if stderr is a terminal."""
     with tqdm(total=token_count, desc=name, unit="token", disable=None) as progress:
         yield lambda tokens, output: progress.update(len(output.tokens))
-
-
-def is_unicode(text):
-    """Whether a command-line argument was valid UTF-8. Python marks bytes that were not."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def main(argv=None):

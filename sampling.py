@@ -33,12 +33,10 @@ class Sampling:
     temperature        of the target's choice; 0 is greedy
     top_k, top_p       choose among the likeliest tokens only; 0 and 1.0 mean among all
     seed               of the noise
-    draft_temperature  of the drafter's guesses. At 0 they are greedy. Above 0 they take the
-                       target's own noise: similar logits and the same noise mostly have the same
-                       argmax (Gumbel coupling: Daliri, Musco, Suresh, arXiv 2408.07978). Greedy
-                       guesses are right more often where the target is sure and the drafter in
-                       doubt, coupled ones where the target itself is undecided. Ignored when
-                       temperature is 0.
+    draft_temperature  of the drafter's guesses. At 0 they are greedy. Above 0 they use the target's
+                       own noise: similar logits with the same noise mostly have the same argmax
+                       (Gumbel coupling: Daliri, Musco, Suresh, arXiv 2408.07978). That is better if
+                       the target itself is undecided. Ignored if temperature is 0.
 
     Raises ValueError for values out of range.
     """
@@ -67,7 +65,7 @@ def choose(logits, sampling, temperature, noise):
 
 
 def perturbed_scores(logits, sampling, temperature, noise):
-    """The sum of which the rule takes the argmax, (..., V)."""
+    """logits / temperature + noise without unlikely tokens, (..., V). The argmax is the choice."""
     if temperature == 0:
         return logits
     scores = logits.float() / temperature

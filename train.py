@@ -34,11 +34,10 @@ from model import DFlashDraftModel, masked_attend
 from tokenizer import load_tokenizer, stop_ids, tokenizer_fingerprint
 from training.checkpoints import load_moments, load_training_state, save_checkpoint
 from training.checks import check_anchors, check_config, check_out_dir
-from training.commands import how_to_resume, how_to_use
 from training.flops import training_operations
 from training.guard import GradientGuard, why_stopped
-from training.interruption import any_rank_received, stop_signals
-from training.log import TrainingLog, is_due, start_wandb
+from training.interruption import any_rank_received, how_to_resume, stop_signals
+from training.log import TrainingLog, how_to_use, start_wandb
 from training.optimizer import new_optimizer
 from training.parallel import (
     distribute, gather_full, gradient_exchange, is_lost_process, join_processes, leave_processes,
@@ -355,11 +354,12 @@ def loop(run, held_out):
                 # a signal reaches the processes at different times, so they agree on it
                 is_stopped = any_rank_received(received, config.device)
                 is_end = run.step == run.total_steps
-                if is_due(config.log_every, run):
+                if config.log_every and (run.step % config.log_every == 0 or is_end):
                     log.training(run, entry)
-                if is_due(config.eval_every, run):
+                if config.eval_every and (run.step % config.eval_every == 0 or is_end):
                     log.held_out(run, evaluate(run, held_out))
-                if is_due(config.save_every, run) or is_end or is_stopped:
+                is_save = config.save_every and run.step % config.save_every == 0
+                if is_save or is_end or is_stopped:
                     folder = save_checkpoint(run)
         finally:
             log.close()  # also after an error, because the plot shows what led to it
@@ -384,6 +384,7 @@ def setup(config):
         stops = stop_ids(tokenizer)
     target_config, _ = read_target_config(config.target)
     drafter = new_drafter(config, target_config, tokenizer)
+    start_wandb(config)
 
     # samples made with the tokenizer and the template of the target
     prepare_data(config)
@@ -439,8 +440,7 @@ def decode_held_out(config, folder, samples, stops):
         if 0 < response_start <= longest:
             prompts.append(tokens[:response_start].tolist())
         else:
-            print(f"held-out sample {i} is not decoded: its prompt has {response_start} tokens, "
-                  f"and the context has room for 1 to {longest}")
+            print(f"held-out prompt {i} has {response_start} tokens, not 1 to {longest}: skipped")
     outputs = generate_many(
         target, drafter, prompts, max_new_tokens=DECODE_TOKENS, slots=DECODE_SLOTS,
         stop_token_ids=stops)
@@ -461,7 +461,6 @@ def train(config):
     print(f"training a drafter of {drafter_size:,} parameters for a frozen target of "
           f"{target_size:,} | {len(run.micro_batches.samples):,} samples, {run.total_steps:,} "
           f"steps on {world_size()} x {config.device}", flush=True)
-    start_wandb(config)
     if config.compile:
         warm_up(run, micro_batch_loss)
     folder = loop(run, held_out)

@@ -1,8 +1,6 @@
 # Phase 1.2: the published drafter of Qwen3.5-0.8B (Moonlight556/Qwen3.5-0.8B-DFlash).
 # One GPU, hours. These values are train.py's defaults, written out.
 #
-# Time: one H100 trains 17.7 samples/s of 3,072 tokens with --compile, so at most 3.8 hours.
-#
 # Steps: 512 of 239,467 samples are held out, and 238,955 are trained on. A step is 2 samples x
 # 2 micro-batches = 4 samples, at most 4 x 3072 = 12,288 tokens. An epoch is 59,738 steps and at
 # most 734 M tokens. Warm-up is 4 % of the steps, 2,390.

@@ -19,16 +19,12 @@ import draft_decode
 import fast
 import train
 from checkpoint import load_target
-from configurator import script_keys
-from draft_decode import RoundOutput, generate, generate_many
+from configurator import check_ranges, script_keys
+from draft_decode import generate, generate_many
 from tests.common import (
     K, NANO_DRAFTER, NANO_TARGET, edit_json, nano, read_jsonl, shipped, small_target, write_config)
-from training import checks, commands
+from training import checks
 from training import log as training_log
-from training import setup as training_setup
-
-# ------------------------------------------------------------------------------------------------
-# keys
 
 
 @pytest.mark.parametrize("script, ranges", (
@@ -38,7 +34,7 @@ def test_every_number_has_a_range(script, ranges):
     types, _ = script_keys(vars(script))
     numbers = [key for key, kind in types.items() if "int" in kind or "float" in kind]
     assert sorted(ranges) == sorted(numbers)
-    draft_decode.check_ranges(SimpleNamespace(**vars(script)), ranges)
+    check_ranges(SimpleNamespace(**vars(script)), ranges)
 
 
 @pytest.mark.parametrize("key", checks.RANGES)
@@ -55,17 +51,13 @@ def test_numbers_out_of_range_are_refused_in_one_line(small_run, key):
 
 @pytest.mark.parametrize("flag, hint", (
     ("--block_size=1", "error: block_size = 1: use 2 to 1024"),
-    ("--num_heads=3", "error: num_heads = 3 must be a multiple of num_kv_heads = 2"),
     ("--num_kv_heads=3", "error: num_heads = 4 must be a multiple of num_kv_heads = 3"),
-    ("--head_dim=31", "error: head_dim = 31: use an even number"),
     ("--max_length=10", "error: max_length = 10 is shorter than a block"),
-    ("--betas=0.9", "error: betas = (0.9,): use two numbers"),
     ("--lr=" + "9" * 500, "error: lr = inf: use 1e-12 to 10"),
     ("--seed=" + "9" * 5000, "command line: seed = '999"),
     ("--wandb_project=x", "error: wandb_project = 'x' needs the package wandb"),
     ("--device=cuda", "error: device = 'cuda', but torch sees no GPU"),
     ("--out_dir={file}", "error: cannot write to out_dir"),
-    ("--out_dir={file}/below", "error: cannot write to out_dir"),
     ("--out_dir=/proc/run", "error: cannot write to out_dir"),
     ("--target_layer_ids=3,1", "error: target_layer_ids = (3, 1) must ascend"),
 ))
@@ -81,30 +73,21 @@ def test_training_is_refused_before_the_target_is_loaded(
     assert len(line) < 200
 
 
-@pytest.mark.parametrize("key, value", (
-    ("draft_temperature", "nan"), ("temperature", "-1"), ("top_p", "1.5"), ("top_k", "-1"),
-    ("seed", str(2**70)), ("max_new_tokens", "0")))
-def test_decoding_is_refused_before_the_target_is_loaded(main, monkeypatch, key, value):
+@pytest.mark.parametrize("flag", ("draft_temperature=nan", "top_p=1.5", "seed=-1e30"))
+def test_decoding_is_refused_before_the_target_is_loaded(main, monkeypatch, flag):
     monkeypatch.setattr(draft_decode, "load_tokenizer", None)
-    line = main(draft_decode, "--prompt=Hi", f"--{key}={value}")
-    assert line.startswith(f"error: {key} = ")
-    assert len(line) < 200
+    assert flag.split("=")[0] + " = " in main(draft_decode, "--prompt=Hi", f"--{flag}")
 
 
 def test_zero_means_never(small_run, monkeypatch):
     """A division by zero, or a run that keeps no checkpoint at all."""
     config, _ = small_run
     config.log_every = config.eval_every = config.save_every = 0
-    config.num_anchors = 4
     run, held_out, _ = train.setup(config)
     monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: None)
-    folder = train.loop(run, held_out)
+    assert train.loop(run, held_out).endswith("step-000006")
     assert read_jsonl(os.path.join(config.out_dir, "log.jsonl")) == []
-    assert os.listdir(config.out_dir).count("step-000006") == 1
-    assert folder.endswith("step-000006")
-
-# ------------------------------------------------------------------------------------------------
-# data
+    assert sorted(os.listdir(config.out_dir))[1] == "step-000006"
 
 
 @pytest.mark.parametrize("mask, max_length", (([0, 0, 1, 0, 1], 5), ([0, 0, 0, 1, 1], 4)))
@@ -124,27 +107,17 @@ def test_held_out_prompts_that_fill_the_context_are_skipped(small_run, monkeypat
     seen = []
 
     def keep(target, drafter, prompts, **options):
-        seen.extend(len(prompt) for prompt in prompts)
-        return iter([(0, RoundOutput([1]))])
+        seen.extend(prompts)
+        return []
 
     monkeypatch.setattr(train, "generate_many", keep)
     samples = []
-    for length in (0, 1, 1024 - K - 1, 1024 - K, 1024):
-        samples.append((np.zeros(length + 2, int), (np.arange(length + 2) >= length).astype(int)))
+    for length in (0, 1, 1024 - K - 1, 1024 - K):
+        samples.append((np.ones(length + 2, int), np.arange(length + 2) >= length))
     train.decode_held_out(config, NANO_DRAFTER, samples, {1})
-    assert seen == [1, 1024 - K - 1]
-    assert capsys.readouterr().out.count("is not decoded") == 3
-    target, _ = nano()
-    next(generate(target, shipped(), [1] * seen[1]))  # the longest that is kept can be decoded
-
-
-def test_only_our_own_scripts_prepare_data():
-    """A folder that someone unpacked into data/ runs its prepare.py."""
-    for folder in training_setup.OUR_DATA:
-        assert os.path.isfile(os.path.join(folder, "prepare.py"))
-
-# ------------------------------------------------------------------------------------------------
-# files and commands
+    assert [len(prompt) for prompt in seen] == [1, 1024 - K - 1]
+    assert capsys.readouterr().out.count(": skipped") == 2
+    next(generate(nano()[0], shipped(), seen[1]))  # the longest that is kept can be decoded
 
 
 def test_log_of_a_stranger_overwrites_nothing(tmp_path):
@@ -154,37 +127,31 @@ def test_log_of_a_stranger_overwrites_nothing(tmp_path):
     lines = ["\0\0", "[" * 10**5, "1", "{}", json.dumps(entry | {"step": "1"}),
              json.dumps(entry), json.dumps(entry | {"step": 2}), json.dumps(entry)[:-5]]
     outside.write_text("\n".join(lines))
+    log = tmp_path / "log.jsonl"
     for target, kept in ((outside, [entry]), (tmp_path / "missing", [])):
-        run = tmp_path / f"run {target.name}"
-        run.mkdir()
-        (run / "log.jsonl").symlink_to(target)
-        training_log.open_log(str(run), step=1).close()
-        assert training_log.read_log(run / "log.jsonl") == kept
-        assert not (run / "log.jsonl").is_symlink()
+        log.unlink(missing_ok=True)
+        log.symlink_to(target)
+        training_log.open_log(str(tmp_path), step=1).close()
+        assert training_log.read_log(log) == kept
+        assert not log.is_symlink()
     assert outside.read_text() == "\n".join(lines)
     assert not (tmp_path / "missing").exists()
 
 
-def test_printed_commands_can_be_pasted(small_run, monkeypatch):
+def test_printed_commands_can_be_pasted(small_run):
     """A path with a space is two words; a command names another folder or another block size."""
     config, _ = small_run
     folder = "out/my runs/a-dflash/step-000006"
     source = config.data
     edit_json(Path(config.data) / "meta.json", source=source, thinking=True)
-    lines = commands.how_to_use(config, folder).splitlines()
+    lines = training_log.how_to_use(config, folder).splitlines()
     decode, measure, sglang, vllm = [shlex.split(line)[1:] for line in lines]
     pair = [f"--target={NANO_TARGET}", f"--drafter={folder}", "--thinking"]
     assert decode[:5] == ["python", "draft_decode.py", *pair]
     assert measure == ["python", "bench.py", "acceptance", *pair, f"--prompts={source}"]
-    assert sglang[sglang.index("--speculative-draft-model-path") + 1] == folder
-    assert sglang[-1] == "16"
+    assert sglang[-3:] == [folder, "--speculative-num-draft-tokens", "16"]
     assert json.loads(vllm[-1]) == {
         "method": "dflash", "model": folder, "num_speculative_tokens": 15}
-    monkeypatch.setattr(sys, "argv", ["train.py", "--out_dir=out/my runs/a-dflash", "--resume"])
-    assert commands.how_to_resume(6, folder).endswith("'--out_dir=out/my runs/a-dflash' --resume")
-
-# ------------------------------------------------------------------------------------------------
-# arguments
 
 
 @pytest.mark.parametrize("change, hint", (
@@ -197,44 +164,39 @@ def test_printed_commands_can_be_pasted(small_run, monkeypatch):
     ({"stop_token_ids": np.int64(300)}, "stop token id 300 is outside"),
     ({"max_new_tokens": math.nan}, "max_new_tokens = nan: use an integer"),
     ({"slots": 0}, "slots = 0: use an integer"),
-    ({"tokens_per_forward": 0}, "tokens_per_forward = 0: use an integer"),
 ))
 def test_arguments_that_make_no_sense_are_named(change, hint):
     """A bare error of Python or torch, an endless loop, or stop ids that never stop."""
     arguments = {"prompts": [[1]], "slots": 1} | change
-    prompts = arguments.pop("prompts")
     with pytest.raises(ValueError, match=hint):
-        next(generate_many(small_target(), None, prompts, **arguments))
+        next(generate_many(small_target(), None, **arguments))
 
 
 def test_prompts_and_stops_of_all_kinds_are_read():
     """A tensor of stop ids never stops, because tensors are equal to no int."""
     target = small_target()
     first = next(generate(target, None, [1, 2])).tokens[0]
-    for prompt in (torch.tensor([1, 2]), np.array([1, 2]), (1, 2)):
-        for stops in (first, np.int64(first), torch.tensor(first), torch.tensor([first]), {first}):
+    for prompt in (torch.tensor([1, 2]), np.array([1, 2])):
+        for stops in (first, np.int64(first), torch.tensor(first), torch.tensor([first])):
             output, = generate(target, None, prompt, stop_token_ids=stops)
             assert output.tokens == [first]
 
 
 def test_logits_that_are_not_finite_are_an_error(main, monkeypatch):
     """Broken weights write "!!!!!" with a tau of 15.75, identical to the target alone."""
-    def broken(*arguments):
-        target = load_target(*arguments)
-        target.norm.weight.data[0] = math.nan
-        return target
-
-    monkeypatch.setattr(draft_decode, "load_target", broken)
+    broken = load_target(NANO_TARGET)
+    broken.norm.weight.data[0] = math.nan
+    monkeypatch.setattr(draft_decode, "load_target", lambda *_: broken)
     line = main(draft_decode, "--prompt=Hi", "--device=cpu")
     assert line.startswith("error: the target in 'data/nano/target' gives logits that are NaN")
 
     # later too: a token of the answer has a broken embedding
     target = copy.deepcopy(small_target("untied"))
     answer = [output.tokens[0] for output in generate(target, None, [1, 2], max_new_tokens=9)]
-    bad = next(i for i in range(3, 9) if answer[i] not in [0, 1, 2, *answer[:i]])
+    bad = next(i for i in range(3, 8) if answer[i] not in [0, 1, 2, *answer[:i]])
     target.embed_tokens.weight.data[answer[bad]] = math.nan
     are_finite = [output.is_finite for output in generate(target, None, [1, 2], max_new_tokens=9)]
-    assert are_finite[:bad + 2] == [True] * (bad + 1) + [False] * (bad < 8)
+    assert are_finite[:bad + 2] == [True] * (bad + 1) + [False]
 
 
 @pytest.mark.parametrize("before", ("none", "tf32"))

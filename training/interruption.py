@@ -6,6 +6,7 @@ which waits for the dead process. Then each of them ends with one line.
 """
 import contextlib
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -80,3 +81,12 @@ def any_rank_received(received, device):
     if world_size() == 1:
         return bool(received)  # without waiting for the GPU
     return bool(sum_over_ranks(torch.tensor(len(received), device=device)))
+
+
+def how_to_resume(step, folder):
+    """The message of a stopped run, with its own command and --resume."""
+    words = [word for word in sys.argv[1:] if word != "--resume"]
+    arguments = shlex.join([*words, "--resume"])
+    command = "python" if world_size() == 1 else "torchrun ... (same options)"
+    return (f"stopped at step {step}, checkpoint saved to {folder}. "
+            f"To resume: {command} train.py {arguments}")

@@ -5,11 +5,13 @@ Biases. Only process 0 writes.
 import contextlib
 import json
 import os
+import shlex
 import time
 
 import torch
 
 from checkpoint import write_whole
+from data.samples import read_meta
 from training.flops import mfu
 from training.parallel import gather_numbers, rank
 from training.plot import plot_training
@@ -76,8 +78,8 @@ class TrainingLog:
     def write(self, run, kind, entry, line):
         self.file.write(json.dumps({"kind": kind, "step": run.step, **entry}) + "\n")
         print(f"step {run.step}/{run.total_steps} | {line}", flush=True)
-        wandb = import_wandb(run.config)
-        if wandb is not None:
+        if run.config.wandb_project and rank() == 0:
+            import wandb
             numbers = {}
             for key, value in entry.items():
                 if not isinstance(value, list):  # lists per position or process have no curve
@@ -93,28 +95,17 @@ class TrainingLog:
         plot_training(os.path.join(self.out_dir, "training.png"), entries, self.shown)
 
 
-def is_due(every, run):
-    """Whether something that happens every few steps and after the last one happens now."""
-    return every > 0 and (run.step % every == 0 or run.step == run.total_steps)
-
-
-def import_wandb(config):
-    """The package wandb in process 0 if the configuration names a project, else None."""
+def start_wandb(config):
+    """Start a Weights & Biases run in process 0 if the configuration names a project."""
     if not config.wandb_project or rank() != 0:
-        return None
+        return
     try:
         import wandb
     except ImportError:
         raise ValueError(f"wandb_project = {config.wandb_project!r:.60} needs the package wandb: "
                          "run pip install wandb or drop wandb_project") from None
-    return wandb
-
-
-def start_wandb(config):
-    wandb = import_wandb(config)
-    if wandb is not None:
-        name = os.path.basename(os.path.normpath(config.out_dir))
-        wandb.init(project=config.wandb_project, name=name, config=vars(config))
+    name = os.path.basename(os.path.normpath(config.out_dir))
+    wandb.init(project=config.wandb_project, name=name, config=vars(config))
 
 
 def peak_memory(device):
@@ -132,22 +123,46 @@ def open_log(out_dir, step):
     if rank() != 0:
         return open(os.devnull, "a")
     path = os.path.join(out_dir, "log.jsonl")
-    if os.path.lexists(path):
+    if os.path.isfile(path):
         kept = [json.dumps(entry) + "\n" for entry in read_log(path) if entry["step"] <= step]
         write_whole(path, "".join(kept))
+    elif os.path.islink(path):
+        os.remove(path)  # it leads nowhere, and appending would make a file there
     return open(path, "a", buffering=1)
 
 
 def read_log(path):
-    """The entries of a log.jsonl, if there is one. Lines that are damaged are left out."""
-    if not os.path.isfile(path):
-        return []
+    """The entries of a log.jsonl. Damaged lines, and lines that are not ours, are left out."""
     entries = []
     with open(path, errors="replace") as f:
         for line in f:
-            # not JSON, or not an entry of ours
             with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
                 entry = json.loads(line)
                 if ENTRY_KEYS <= entry.keys() and entry["step"] >= 0:
                     entries.append(entry)
     return entries
+
+
+def how_to_use(config, folder):
+    """The commands that decode with the drafter in a folder, measure it, and serve it."""
+    target = shlex.quote(config.target)
+    drafter = shlex.quote(folder)
+    pair = f"--target={target} --drafter={drafter}"
+    if config.target.startswith("random:"):  # it has no text
+        return f"measure: python bench.py exactness {pair} --prompts=random:64:256"
+    meta = read_meta(config.data, "")
+    if meta.get("thinking"):
+        pair += " --thinking"
+    prompts = meta.get("source", "nano")  # the rows that the samples come from
+    if prompts != "nano" and not os.path.exists(prompts):
+        prompts = "math500"
+    vllm = {"method": "dflash", "model": folder, "num_speculative_tokens": config.block_size - 1}
+    return f"""decode: python draft_decode.py {pair} --prompt="..."
+measure: python bench.py acceptance {pair} --prompts={shlex.quote(prompts)}
+SGLang: sglang serve --model-path {target} --dtype bfloat16 --port 30000 \
+--attention-backend triton --linear-attn-backend triton \
+--mamba-radix-cache-strategy extra_buffer --speculative-algorithm DFLASH \
+--speculative-draft-model-path {drafter} --speculative-num-draft-tokens {config.block_size}
+vLLM: vllm serve {target} --dtype bfloat16 --port 30000 --language-model-only \
+--attention-backend flash_attn --no-enable-prefix-caching \
+--speculative-config {shlex.quote(json.dumps(vllm))}"""

@@ -17,7 +17,7 @@ KINDS = ("adamw", "muon")
 
 
 def new_optimizer(kind, parameters, lr, betas, weight_decay):
-    """An optimizer of one of the KINDS; betas belong to AdamW."""
+    """An optimizer of one of the KINDS; betas are those of AdamW."""
     if kind == "adamw":
         return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
     return MuonAndAdamW(parameters, lr, betas, weight_decay)
