@@ -56,6 +56,8 @@ def load_target(name, device="cpu", dtype="float32"):
 
 def parse_dtype(device, dtype):
     """The torch dtype of a name. ValueError if we do not run in it, or if there is no such GPU."""
+    if device.split(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"device = {device!r:.60}: use cpu or cuda")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device = {device!r}, but torch sees no GPU here: use --device=cpu")
     if dtype not in ("float32", "bfloat16"):

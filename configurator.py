@@ -130,7 +130,7 @@ def check_ranges(config, ranges):
         value = getattr(config, key)
         for number in value if isinstance(value, tuple) else (value,):
             if number is not None and not lowest <= number <= highest:  # also if it is NaN
-                raise ValueError(f"{key} = {value!r:.60}: use {lowest:g} to {highest:g}")
+                raise ValueError(f"{key} = {value!r:.60}: use {lowest} to {highest}")
 
 
 def survive_closed_output():

@@ -67,7 +67,7 @@ def gated_delta_rule(q, k, v, g, beta, *, S=None, chunk=None):
 
     If v is bf16, inputs and outputs of most matmuls are bf16, as in the rest of the model. Decays,
     A, its inverse, and S stay in fp32. (fp32 matmuls of a bf16 model use TF32 on a GPU, see
-    load_target.)
+    fast/decoding.py.)
 
     How it works. All vectors are rows. Let S be the state before a chunk, and let token t write
     W_t: it adds k_t^T W_t to the state. First, take a chunk of two tokens. By definition

@@ -51,7 +51,7 @@ class Sampling:
             value = getattr(self, name)
             kind = numbers.Integral if isinstance(lowest, int) else numbers.Real
             if not isinstance(value, kind) or not lowest <= value <= highest:  # also if it is NaN
-                raise ValueError(f"{name} = {value!r:.60}: use {lowest:g} to {highest:g}")
+                raise ValueError(f"{name} = {value!r:.60}: use {lowest} to {highest}")
 
 
 def choose(logits, sampling, temperature, noise):

@@ -73,12 +73,6 @@ def test_training_is_refused_before_the_target_is_loaded(
     assert len(line) < 200
 
 
-@pytest.mark.parametrize("flag", ("draft_temperature=nan", "top_p=1.5", "seed=-1e30"))
-def test_decoding_is_refused_before_the_target_is_loaded(main, monkeypatch, flag):
-    monkeypatch.setattr(draft_decode, "load_tokenizer", None)
-    assert flag.split("=")[0] + " = " in main(draft_decode, "--prompt=Hi", f"--{flag}")
-
-
 def test_zero_means_never(small_run, monkeypatch):
     """A division by zero, or a run that keeps no checkpoint at all."""
     config, _ = small_run
@@ -90,14 +84,13 @@ def test_zero_means_never(small_run, monkeypatch):
     assert sorted(os.listdir(config.out_dir))[1] == "step-000006"
 
 
-@pytest.mark.parametrize("mask, max_length", (([0, 0, 1, 0, 1], 5), ([0, 0, 0, 1, 1], 4)))
-def test_samples_without_an_anchor_are_refused(mask, max_length):
+def test_samples_without_an_anchor_are_refused():
     """A run in which all losses are 0.0000 ends with a checkpoint and status 0."""
-    samples = [(np.arange(5), np.array(mask))] * 3
-    config = SimpleNamespace(data="rows", max_length=max_length)
-    with pytest.raises(ValueError, match="no val sample in 'rows' .*max_length = "):
+    samples = [(np.arange(6), np.array(mask)) for mask in ([0, 0, 1, 0, 1, 0], [0, 0, 0, 0, 1, 1])]
+    config = SimpleNamespace(data="rows", max_length=5)
+    with pytest.raises(ValueError, match="no val sample in 'rows' .*max_length = 5"):
         checks.check_anchors(samples, "val", config)
-    samples.append((np.arange(5), np.array([0, 1, 1, 0, 0])))
+    config.max_length = 6
     checks.check_anchors(samples, "val", config)
 
 

@@ -12,7 +12,6 @@ CHOICES = {
     "weighting": ("decay", "dpace"),
     "optimizer": KINDS,
     "parallel": ("ddp", "fsdp"),
-    "device": ("cpu", "cuda"),
 }
 
 # the lowest and the highest value of every number
@@ -46,7 +45,7 @@ def check_config(config):
     if config.max_length < config.block_size:
         raise ValueError(f"max_length = {config.max_length} is shorter than a block: use "
                          f"block_size = {config.block_size} or more")
-    parse_dtype(config.device, config.dtype)  # is there a GPU?
+    parse_dtype(config.device, config.dtype)
 
 
 def check_out_dir(folder):

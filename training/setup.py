@@ -67,11 +67,15 @@ def new_drafter(config, target_config, tokenizer):
     Its mask is by default the first id after the tokenizer's, where embeddings have some unused
     rows, or without a tokenizer the last row.
     """
+    vocab_size = target_config.vocab_size
     mask_token_id = config.mask_token_id
     if mask_token_id is None and tokenizer is None:
-        mask_token_id = target_config.vocab_size - 1
+        mask_token_id = vocab_size - 1
     elif mask_token_id is None:
         mask_token_id = len(tokenizer)
+    if not 0 <= mask_token_id < vocab_size:
+        raise ValueError(f"mask_token_id = {mask_token_id} is outside the target's vocabulary of "
+                         f"{vocab_size}: give an id from 0 to {vocab_size - 1}")
     shape = drafter_config(
         target_config,
         num_hidden_layers=config.num_layers,
