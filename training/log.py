@@ -153,7 +153,7 @@ def how_to_use(config, folder):
     meta = read_meta(config.data, "")
     if meta.get("thinking"):
         pair += " --thinking"
-    prompts = meta.get("source", "nano")  # the rows that the samples come from
+    prompts = str(meta.get("source", "nano"))  # the rows that the samples come from
     if prompts != "nano" and not os.path.exists(prompts):
         prompts = "math500"
     vllm = {"method": "dflash", "model": folder, "num_speculative_tokens": config.block_size - 1}
