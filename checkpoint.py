@@ -37,9 +37,6 @@ def load_target(name, device="cpu", dtype="float32"):
     random weights in a published size; or random:SIZE:LAYERS for the first layers of one.
     """
     dtype = parse_dtype(device, dtype)
-    # A bf16 model multiplies in fp32 only inside the delta rule, whose inputs had 8 bits. So the
-    # 11 bits of TF32 are enough, and faster on a GPU (docs/speed.md).
-    torch.backends.cuda.matmul.allow_tf32 = dtype == torch.bfloat16
     config, folder = read_target_config(name)
     if folder is None:
         return random_target(config, device, dtype)
@@ -59,6 +56,8 @@ def load_target(name, device="cpu", dtype="float32"):
 
 def parse_dtype(device, dtype):
     """The torch dtype of a name. ValueError if we do not run in it, or if there is no such GPU."""
+    if device.split(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"device = {device!r:.60}: use cpu or cuda")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device = {device!r}, but torch sees no GPU here: use --device=cpu")
     if dtype not in ("float32", "bfloat16"):
@@ -439,10 +438,11 @@ def save_weights(tensors, path):
         f.write(save(tensors, metadata={"format": "pt"}))
 
 
-def write_whole(path, text):
-    """Write a text file, complete or not at all."""
-    with open(path + ".tmp", "w") as f:
-        f.write(text)
+def write_whole(path, content):
+    """Write a file of text or bytes, complete or not at all."""
+    mode = "wb" if isinstance(content, bytes) else "w"
+    with open(path + ".tmp", mode) as f:
+        f.write(content)
     os.replace(path + ".tmp", path)
 
 

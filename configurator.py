@@ -19,7 +19,7 @@ from types import SimpleNamespace
 TYPES = {"int": int, "float": float, "bool": bool, "str": str, "tuple": tuple}
 BOOLEANS = {"True": True, "true": True, "1": True, "False": False, "false": False, "0": False}
 # a line of a script: name: annotation = default  # comment
-KEY = re.compile(r"([a-z][a-z0-9_]*)(?:: ([^=]+))? = .*?(?:  # (.*))?")
+KEY = re.compile(r"^([a-z][a-z0-9_]*)(?:: ([^=\n]+))? = .*?(?:  # (.*?))?[ ]*$", re.MULTILINE)
 
 
 def configure(namespace, argv=None):
@@ -29,15 +29,18 @@ def configure(namespace, argv=None):
     values = {name: namespace[name] for name in types}
     if "--help" in words or "-h" in words:
         print((namespace.get("__doc__") or "").strip().split("\n\n")[0])
-        print("\nconfig files (*.py) and then flags (--key=value) set:")
+        print("\nconfig files (they run: use only files you have read), then --key=value, set:")
         for name, default in values.items():
             print(f"  --{name:21} = {default!r:24}  {comments[name]}".rstrip())
         sys.exit(0)
     for source, name, value in read_command_line(words, types):
+        if name not in types:  # a misspelled key, and the run would use the default
+            near = [f", did you mean {x!r}?" for x in get_close_matches(name.lower(), types, 1)]
+            sys.exit(f"{source}: unknown key {name!r:.60}{''.join(near) or '.'} See --help")
         try:
             values[name] = convert(value, types[name])
-        except (ValueError, KeyError):
-            sys.exit(f"{source}: {name} = {value!r}, expected {types[name]}")
+        except (ValueError, KeyError, OverflowError):
+            sys.exit(f"{source}: {name} = {value!r:.60}, expected {types[name]}")
         print(f"{source}: {name} = {values[name]!r}")
     return SimpleNamespace(**values)
 
@@ -47,11 +50,10 @@ def script_keys(namespace):
     types = {}
     comments = {}
     with open(namespace["__file__"], encoding="utf-8") as f:
-        matches = [KEY.fullmatch(line.rstrip()) for line in f]
-    for match in filter(None, matches):
-        name, annotation, comment = match.groups()
+        source = f.read()
+    for name, annotation, comment in KEY.findall(source):
         default = namespace.get(name, ...)
-        if annotation is None:
+        if not annotation:
             annotation = type(default).__name__
             if annotation == "tuple":
                 annotation = f"tuple[{type(default[0]).__name__}]"
@@ -62,7 +64,7 @@ def script_keys(namespace):
 
 
 def read_command_line(words, types):
-    """All settings as a list of (source, name, value): first of config files, then of flags."""
+    """All settings as (source, name, value): first those of config files, then those of flags."""
     from_files = []
     from_flags = []
     while words:
@@ -74,19 +76,18 @@ def read_command_line(words, types):
             sys.exit(f"command line: stray {word!r}; a flag is --key=value, a config file is *.py")
         name, equals, value = word[2:].partition("=")
         name = name.replace("-", "_")
-        check_name(name, types, "command line")
-        if not equals and types[name] == "bool":
+        if not equals and types.get(name) == "bool":
             value = "True"
         elif not equals:
-            if not words or words[0].startswith("--"):
+            if name in types and (not words or words[0].startswith("--")):
                 sys.exit(f"command line: {word} needs a value: {word}=...")
-            value = words.pop(0)
+            value = words.pop(0) if words else ""
         from_flags.append(("command line", name, value))
     return from_files + from_flags
 
 
 def read_config_file(path, types):
-    """The settings of a config file. Its helper variables have names with a leading underscore."""
+    """Yields the settings of a config file. Names of its helper variables begin with "_"."""
     if not os.path.isfile(path):
         sys.exit(f"{path}: no such config file; config/ has those that ship")
     try:
@@ -96,21 +97,11 @@ def read_config_file(path, types):
         lines = [frame.lineno for frame in frames if frame.filename == path]
         line = lines[-1] if lines else getattr(error, "lineno", "?")  # a SyntaxError has no frame
         message = " ".join(str(error).split())
-        sys.exit(f"{path}, line {line}: {type(error).__name__}: {message}")
-    settings = []
+        sys.exit(f"{path}, line {line}: {type(error).__name__}: {message:.100}")
     for name, value in variables.items():
         is_plain = isinstance(value, (*TYPES.values(), list))  # not a module or a function
         if name in types or (is_plain and not name.startswith("_")):
-            check_name(name, types, path)
-            settings.append((path, name, value))
-    return settings
-
-
-def check_name(name, types, source):
-    """Refuse a misspelled key, because the run would use the default."""
-    if name not in types:
-        hint = [f", did you mean {key!r}?" for key in get_close_matches(name.lower(), types, 1)]
-        sys.exit(f"{source}: unknown key {name!r}{''.join(hint) or '.'} See --help")
+            yield path, name, value
 
 
 def convert(value, annotation):
@@ -131,6 +122,15 @@ def convert(value, annotation):
     if type(value) is not TYPES[kind]:
         raise ValueError
     return value
+
+
+def check_ranges(config, ranges):
+    """ValueError for a number outside of its range. ranges: {key: (lowest, highest)}."""
+    for key, (lowest, highest) in ranges.items():
+        value = getattr(config, key)
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and not lowest <= number <= highest:  # also if it is NaN
+                raise ValueError(f"{key} = {value!r:.60}: use {lowest} to {highest}")
 
 
 def survive_closed_output():

@@ -119,7 +119,7 @@ def gated_delta_rule(q, k, v, g, beta, *, S=None, chunk=None):
 
     If v is bf16, inputs and outputs of most matmuls are bf16, as in the rest of the model. Decays,
     A, its inverse, and S stay in fp32. (fp32 matmuls of a bf16 model use TF32 on a GPU, see
-    load_target.) The equations above are numbered (1) to (6).
+    fast/decoding.py.) The equations above are numbered (1) to (6).
     """
     B, T, Hv, Dv = v.shape
     D = q.shape[-1]

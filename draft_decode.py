@@ -21,6 +21,8 @@ docs/exactness.md has the full argument.
 """
 import contextlib
 import itertools
+import numbers
+import operator
 import sys
 import time
 from collections import deque
@@ -32,10 +34,10 @@ from tqdm import tqdm
 
 import fast
 from checkpoint import load_drafter, load_target
-from configurator import configure, survive_closed_output
+from configurator import check_ranges, configure, survive_closed_output
 from decode_state import DecodeState, prefill
 from fast.cuda_graph import Graphs
-from sampling import Sampling, choose, gumbel_noise
+from sampling import SAMPLING_RANGES, Sampling, choose, gumbel_noise
 from tokenizer import chat_prompt, load_tokenizer, stop_ids
 
 # keys of the command line, which main() reads
@@ -55,6 +57,8 @@ dtype = "float32" if device == "cpu" else "bfloat16"     # of weights and activa
 compile = False                             # compile: a minute or two once, then faster
 compare = True                              # also run the target alone, for speed and equality
 color = sys.stdout.isatty()                 # accepted guesses green, the target's tokens blue
+
+RANGES = SAMPLING_RANGES | {"max_new_tokens": (1, 10**9)}
 
 # --------------------------------------------------------------------------------------------------
 # the round
@@ -95,11 +99,12 @@ class Decoder:
         self.anchor = torch.zeros(batch, dtype=torch.long, device=device)
         self.is_active = torch.zeros(batch, dtype=torch.long, device=device)  # 1, or 0 if idle
         self.offsets = torch.arange(tokens_per_forward, device=device)
+        self.is_finite = [True] * batch     # whether the logits of each slot's last token were
         self.graphs = Graphs(device)
 
     def round_kernels(self):
-        """One round on the device. Returns (B, 2 K): the number of accepted guesses, the target's
-        choice after each of the K tokens, and the K - 1 guesses.
+        """One round on the device. Returns (B, 2 K + 1): the number of accepted guesses, the choice
+        of the target after each of the K tokens, the K - 1 guesses, and whether logits are finite.
 
         Positions, with p = state.position:
 
@@ -110,10 +115,11 @@ class Decoder:
         """
         noise = self.noise_at(self.state.position[:, None] + 1 + self.offsets)  # (B, K, V) or None
         self.draft(noise)
-        features, choices = self.verify(noise)
+        features, choices, are_finite = self.verify(noise)
         accepted = self.accept(choices)
         self.commit(accepted, features)
-        return torch.cat((accepted[:, None], choices, self.block[:, 1:]), 1)
+        is_finite = are_finite.gather(1, accepted[:, None])
+        return torch.cat((accepted[:, None], choices, self.block[:, 1:], is_finite), 1)
 
     def draft(self, noise):
         """Fill the block: the anchor and K - 1 guesses. Without a drafter, token 0 is padding."""
@@ -130,10 +136,12 @@ class Decoder:
                 logits, self.sampling, self.sampling.draft_temperature, noise[:, :-1])
 
     def verify(self, noise):
-        """The target's forward over the block: features, and its choice after each token (B, K)."""
+        """The target's forward over the block: features, its choice after each token (B, K), and
+        whether the logits of these choices are finite."""
         features, hidden = self.target(self.block, self.state, self.layer_ids)
         logits = self.target.logits(hidden)                                  # (B, K, V)
-        return features, choose(logits, self.sampling, self.sampling.temperature, noise)
+        choices = choose(logits, self.sampling, self.sampling.temperature, noise)
+        return features, choices, chosen_are_finite(logits, choices)
 
     def accept(self, choices):
         """How many guesses are accepted (B,). The choice after them is the next anchor."""
@@ -183,7 +191,9 @@ class Decoder:
         first = choose(logits, self.sampling, self.sampling.temperature, noise)
         self.anchor[slot] = first[0]
         self.is_active[slot] = 1
-        return first.item()
+        are_finite = chosen_are_finite(logits, first)
+        token, self.is_finite[slot] = torch.cat((first, are_finite)).tolist()
+        return token
 
     def release_slot(self, slot):
         """Free a slot. It keeps running at position 0, because a block at its old position might
@@ -197,9 +207,10 @@ class Decoder:
         result = self.graphs.run("round", self.round_kernels)
         K = self.block.shape[1]
         outputs = []
-        for accepted, *rest in result.tolist():  # the one sync with the device
+        for slot, (accepted, *rest) in enumerate(result.tolist()):  # the one sync with the device
             choices = rest[:K]
-            guesses = rest[K:]
+            guesses = rest[K:-1]
+            self.is_finite[slot] = rest[-1]
             # accepted guesses equal the target's choices, so the choices contain all tokens
             rejected = guesses[accepted:] if self.drafter is not None else []
             outputs.append((choices[:accepted + 1], rejected))
@@ -214,25 +225,33 @@ def count_accepted(guesses, choices):
     right = guesses == choices[:, :guesses.shape[1]]
     return right.long().cumprod(-1).sum(-1)
 
+
+def chosen_are_finite(logits, choices):
+    """Whether the chosen of logits (..., V) are finite. NaN and infinity win every argmax, so the
+    others need no check. The flag reaches the host with the tokens, without another sync."""
+    return logits.gather(-1, choices[..., None])[..., 0].isfinite()
+
 # --------------------------------------------------------------------------------------------------
 # the loop
 
 
 @dataclass
 class RoundOutput:
-    """What a round adds to one answer. The first output of an answer comes from the prefill.
+    """The result of a round for one answer. The first output of an answer comes from the prefill.
 
     tokens      new tokens; those after a stop id or past the limit are dropped
     accepted    how many of the tokens were guesses
     rejected    the guesses that were not accepted, the first mismatch first
     seconds     wall-clock time of the round, divided by the number of sequences in it
     is_last     whether the answer ends here
+    is_finite   false if the target's logits were NaN or infinite: then the tokens mean nothing
     """
     tokens: list
     accepted: int = 0
     rejected: list = field(default_factory=list)
     seconds: float = field(default=0.0, compare=False)
     is_last: bool = False
+    is_finite: bool = True
 
 
 def generate(target, drafter, prompt_ids, *, max_new_tokens=2048, stop_token_ids=(),
@@ -269,7 +288,13 @@ def generate_many(target, drafter, prompts, *, slots, max_new_tokens=2048, stop_
         tokens_per_forward = drafter.block_size if drafter is not None else 16
     if decoders is None:
         decoders = {}
-    stops = {stop_token_ids} if isinstance(stop_token_ids, int) else set(stop_token_ids)
+    for name, count in (("max_new_tokens", max_new_tokens), ("slots", slots),
+                        ("tokens_per_forward", tokens_per_forward)):
+        if not isinstance(count, numbers.Integral) or count < 1:
+            raise ValueError(f"{name} = {count!r:.60}: use an integer of at least 1")
+    if isinstance(stop_token_ids, int) or getattr(stop_token_ids, "ndim", 1) == 0:
+        stop_token_ids = [stop_token_ids]
+    stops = set(token_list(stop_token_ids, "stop_token_ids"))
     unknown = [token for token in stops if not 0 <= token < target.config.vocab_size]
     if unknown:
         raise ValueError(f"stop token id {unknown[0]} is outside the target's vocabulary of "
@@ -309,7 +334,7 @@ def decode_in_slots(decoder, waiting, slots):
                 began = time.perf_counter()
                 token = decoder.start_sequence(slot, request.prompt_ids)
                 seconds = time.perf_counter() - began
-                yield request.index, request.add([token], [], seconds)
+                yield request.index, request.add([token], [], seconds, decoder.is_finite[slot])
                 if request.has_ended:
                     decoder.release_slot(slot)
                 else:
@@ -325,7 +350,7 @@ def decode_in_slots(decoder, waiting, slots):
             if slot not in running:
                 continue
             request = running[slot]
-            yield request.index, request.add(tokens, rejected, seconds)
+            yield request.index, request.add(tokens, rejected, seconds, decoder.is_finite[slot])
             if request.has_ended:
                 decoder.release_slot(slot)
                 del running[slot]
@@ -345,11 +370,11 @@ class Request:
         block_room = max(tokens_per_forward, 16)
         longest = config.max_position_embeddings
         self.tokens_left = min(max_new_tokens, longest - len(self.prompt_ids) - block_room)
-        check_request(self.prompt_ids, max_new_tokens, self.tokens_left, config)
+        check_request(self.prompt_ids, self.tokens_left, config)
         needed = len(self.prompt_ids) + self.tokens_left + block_room
         self.buffer_length = min(max(256, round_up_to_power_of_two(needed)), longest)
 
-    def add(self, tokens, rejected, seconds):
+    def add(self, tokens, rejected, seconds, is_finite):
         """The RoundOutput for a round's tokens. Tokens past the end are dropped."""
         accepted = len(tokens) - 1
         tokens = tokens[:self.tokens_left]
@@ -362,18 +387,17 @@ class Request:
         if self.tokens_left == 0:
             self.has_ended = True
         accepted = min(accepted, len(tokens))
-        return RoundOutput(tokens, accepted, rejected, seconds, self.has_ended)
+        return RoundOutput(tokens, accepted, rejected, seconds, self.has_ended, bool(is_finite))
 
 
-def token_list(prompt_ids):
+def token_list(token_ids, name="a prompt"):
     """Token ids as a flat list of ints, from a list, a tensor, or an array."""
-    if hasattr(prompt_ids, "tolist"):
-        prompt_ids = prompt_ids.tolist()
+    if hasattr(token_ids, "tolist"):
+        token_ids = token_ids.tolist()
     try:
-        prompt_ids = list(prompt_ids)
-        return [int(token) for token in prompt_ids]
+        return [operator.index(token) for token in token_ids]  # refuses 1.5 and text
     except TypeError:
-        raise ValueError("a prompt must be one flat sequence of token ids") from None
+        raise ValueError(f"{name} must be one flat sequence of token ids") from None
 
 
 def round_up_to_power_of_two(n):
@@ -381,10 +405,8 @@ def round_up_to_power_of_two(n):
     return 1 << (n - 1).bit_length()
 
 
-def check_request(prompt_ids, max_new_tokens, limit, config):
+def check_request(prompt_ids, limit, config):
     """ValueError with one clear line for a prompt that cannot be continued."""
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens = {max_new_tokens}: ask for at least one token")
     if not prompt_ids:
         raise ValueError("the prompt is empty: give at least one token")
     if limit < 1:
@@ -492,8 +514,11 @@ def decode(config):
     """Load the pair, stream the answer, compare it; returns the summary."""
     if not config.prompt.strip():
         raise ValueError("the prompt is empty: give one, e.g. --prompt=\"What is 7 * 34?\"")
-    if not is_unicode(config.prompt):
-        raise ValueError("the prompt is not valid UTF-8: give text in that encoding")
+    try:
+        config.prompt.encode()
+    except UnicodeEncodeError:  # Python marks the bytes that were not UTF-8
+        raise ValueError("the prompt is not valid UTF-8: give text in that encoding") from None
+    check_ranges(config, RANGES)
     sampling = Sampling(config.temperature, config.top_k, config.top_p, config.seed,
                         config.draft_temperature)
     tokenizer = load_tokenizer(config.target)  # before the weights, because it fails sooner
@@ -507,10 +532,11 @@ def decode(config):
     decoders = {}
 
     def run(drafter, tokens_per_forward=None):
-        return generate(
+        outputs = generate(
             target, drafter, prompt_ids, max_new_tokens=config.max_new_tokens,
             stop_token_ids=stop_ids(tokenizer), tokens_per_forward=tokens_per_forward,
             sampling=sampling, decoders=decoders)
+        return check_finite(outputs, config.target)
 
     if config.compare:
         # warm up both timed modes with a few rounds
@@ -532,20 +558,20 @@ def decode(config):
     return summary(ours, same_shape, one_token)
 
 
+def check_finite(outputs, name):
+    """Yields outputs of generate(). ValueError if logits of the target `name` are not finite."""
+    for output in outputs:
+        if not output.is_finite:
+            raise ValueError(f"the target in {name!r:.100} gives logits that are NaN or infinite: "
+                             "its weights or its config.json are broken")
+        yield output
+
+
 @contextlib.contextmanager
 def bar(name, token_count):
     """Yields an on_output that draws a progress bar, if stderr is a terminal."""
     with tqdm(total=token_count, desc=name, unit="token", disable=None) as progress:
         yield lambda tokens, output: progress.update(len(output.tokens))
-
-
-def is_unicode(text):
-    """Whether a command-line argument was valid UTF-8. Python marks bytes that were not."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def main(argv=None):

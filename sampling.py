@@ -11,12 +11,19 @@ trick.
 The noise of a token depends on nothing but the seed, the absolute position and the token's id. It
 is the same whether a position is computed alone or in a block of sixteen rows, today or in a second
 run. Therefore the target has exactly one choice at each position, sampled or not, and verification
-only has to compare tokens: what is returned is what the target alone returns in forwards of the
-same shape, whatever the drafter guessed.
+only has to compare tokens. The drafter's guesses cannot change the output: it is the target's own,
+if the target alone runs forwards with the same shape.
 """
+import numbers
 from dataclasses import dataclass
 
 import torch
+
+# the lowest and the highest value of each field of Sampling
+SAMPLING_RANGES = {
+    "temperature": (0.0, 1e6), "top_k": (0, 10**9), "top_p": (1e-9, 1.0),
+    "seed": (1 - 2**63, 2**63 - 1), "draft_temperature": (0.0, 1e6),
+}
 
 
 @dataclass(frozen=True)
@@ -26,12 +33,10 @@ class Sampling:
     temperature        of the target's choice; 0 is greedy
     top_k, top_p       choose among the likeliest tokens only; 0 and 1.0 mean among all
     seed               of the noise
-    draft_temperature  of the drafter's guesses. At 0 they are greedy. Above 0 they take the
-                       target's own noise: similar logits and the same noise mostly have the same
-                       argmax (Gumbel coupling: Daliri, Musco, Suresh, arXiv 2408.07978). Greedy
-                       guesses are right more often where the target is sure and the drafter in
-                       doubt, coupled ones where the target itself is undecided. Ignored when
-                       temperature is 0.
+    draft_temperature  of the drafter's guesses. At 0 they are greedy. Above 0 they use the target's
+                       own noise: similar logits with the same noise mostly have the same argmax
+                       (Gumbel coupling: Daliri, Musco, Suresh, arXiv 2408.07978). That is better if
+                       the target itself is undecided. Ignored if temperature is 0.
 
     Raises ValueError for values out of range.
     """
@@ -42,12 +47,11 @@ class Sampling:
     draft_temperature: float = 0.0
 
     def __post_init__(self):
-        smallest = min(self.temperature, self.draft_temperature, self.top_k)
-        in_range = smallest >= 0 and 0 < self.top_p <= 1 and abs(self.seed) < 1 << 63
-        if not in_range:
-            raise ValueError(
-                f"{self}: temperatures and top_k are 0 or more, top_p is above 0 and at most 1, "
-                "seed fits in 64 bits")
+        for name, (lowest, highest) in SAMPLING_RANGES.items():
+            value = getattr(self, name)
+            kind = numbers.Integral if isinstance(lowest, int) else numbers.Real
+            if not isinstance(value, kind) or not lowest <= value <= highest:  # also if it is NaN
+                raise ValueError(f"{name} = {value!r:.60}: use {lowest} to {highest}")
 
 
 def choose(logits, sampling, temperature, noise):
@@ -61,7 +65,7 @@ def choose(logits, sampling, temperature, noise):
 
 
 def perturbed_scores(logits, sampling, temperature, noise):
-    """What the rule takes the argmax of, (..., V)."""
+    """logits / temperature + noise without unlikely tokens, (..., V). The argmax is the choice."""
     if temperature == 0:
         return logits
     scores = logits.float() / temperature

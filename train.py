@@ -23,7 +23,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from checkpoint import load_drafter, load_target, newest_checkpoint
+from checkpoint import load_drafter, load_target, newest_checkpoint, read_target_config
 from configurator import configure, survive_closed_output
 from data.samples import Samples
 from draft_decode import generate_many
@@ -33,11 +33,11 @@ from loss import Targets, block_labels, block_loss, chunk_loss, sample_anchors
 from model import DFlashDraftModel, masked_attend
 from tokenizer import load_tokenizer, stop_ids, tokenizer_fingerprint
 from training.checkpoints import load_moments, load_training_state, save_checkpoint
-from training.checks import check_config
+from training.checks import check_anchors, check_config, check_out_dir
 from training.flops import training_operations
 from training.guard import GradientGuard, why_stopped
 from training.interruption import any_rank_received, how_to_resume, stop_signals
-from training.log import TrainingLog, start_wandb
+from training.log import TrainingLog, how_to_use, start_wandb
 from training.optimizer import new_optimizer
 from training.parallel import (
     distribute, gather_full, gradient_exchange, is_lost_process, join_processes, leave_processes,
@@ -80,9 +80,9 @@ weight_decay = 0.0                          # of AdamW and Muon
 grad_clip = 1.0                             # maximum norm of the gradient
 seed = 0                                    # of weights, sample order, and anchors
 # logging
-log_every = 10                              # steps per line of the log
-eval_every = 500                            # steps between evaluations on held-out samples
-save_every = 1000                           # steps between checkpoints
+log_every = 10                              # steps per line of the log; 0: never
+eval_every = 500                            # steps between evaluations on held-out data; 0: never
+save_every = 1000                           # steps between checkpoints; 0: never before the end
 decode_prompts = 64                         # held-out prompts to decode after training
 wandb_project: str | None = None            # Weights & Biases project; None: wandb is not needed
 # the machine
@@ -315,8 +315,8 @@ def evaluate(run, samples):
     It can overestimate: anchors are random here, but in decoding they follow a failed guess. It
     underestimates near the end of a response, where positions after the end count as wrong.
 
-    Batch size and grad mode are those of training, because compiled code would compile again for
-    others. So samples that do not fill a batch are left out, unless there are no others.
+    Batch size and grad mode are the same as in training, because compiled code would compile again
+    for others. So samples that do not fill a batch are left out, unless there are no others.
     """
     batch_size = run.config.batch_size
     count = min(EVAL_SAMPLES, len(samples))
@@ -343,7 +343,6 @@ def loop(run, held_out):
     SystemExit with the command that resumes it.
     """
     config = run.config
-    os.makedirs(config.out_dir, exist_ok=True)
     folder = newest_checkpoint(config.out_dir)  # the result if no step is left
     log = TrainingLog(run)
     is_stopped = False
@@ -355,11 +354,12 @@ def loop(run, held_out):
                 # a signal reaches the processes at different times, so they agree on it
                 is_stopped = any_rank_received(received, config.device)
                 is_end = run.step == run.total_steps
-                if run.step % config.log_every == 0 or is_end:
+                if config.log_every and (run.step % config.log_every == 0 or is_end):
                     log.training(run, entry)
-                if run.step % config.eval_every == 0 or is_end:
+                if config.eval_every and (run.step % config.eval_every == 0 or is_end):
                     log.held_out(run, evaluate(run, held_out))
-                if run.step % config.save_every == 0 or is_end or is_stopped:
+                is_save = config.save_every and run.step % config.save_every == 0
+                if is_save or is_end or is_stopped:
                     folder = save_checkpoint(run)
         finally:
             log.close()  # also after an error, because the plot shows what led to it
@@ -373,28 +373,32 @@ def loop(run, held_out):
 
 def setup(config):
     """(run, held-out samples, stop ids), new or from a checkpoint."""
-    check_config(config)  # before anything large is loaded
-    deterministic_kernels()
+    check_config(config)  # all checks come before anything large is loaded
     checkpoint = checkpoint_to_resume(config)
+    check_out_dir(config.out_dir)
+    deterministic_kernels()
     tokenizer = None  # random:... targets measure speed and have none
     stops = set()
     if not config.target.startswith("random:"):
         tokenizer = load_tokenizer(config.target)
         stops = stop_ids(tokenizer)
+    target_config, _ = read_target_config(config.target)
+    drafter = new_drafter(config, target_config, tokenizer)
+    start_wandb(config)
 
-    # the target, and samples made with its tokenizer and template
-    target = load_target(config.target, config.device, config.dtype)
+    # samples made with the tokenizer and the template of the target
     prepare_data(config)
-    vocab_size = target.config.vocab_size
     fingerprint = tokenizer_fingerprint(config.target)
-    samples = Samples(config.data, "train", vocab_size, fingerprint)
-    held_out = Samples(config.data, "val", vocab_size, fingerprint)
+    samples = Samples(config.data, "train", target_config.vocab_size, fingerprint)
+    held_out = Samples(config.data, "val", target_config.vocab_size, fingerprint)
+    check_anchors(samples, "train", config)
+    check_anchors(held_out, "val", config)
 
-    # The drafter, new or saved. Its weights are loaded before sharding, its moments after.
-    drafter = new_drafter(config, target.config, tokenizer)
+    # A saved drafter's weights are loaded before sharding, its moments after.
     saved = None
     if checkpoint is not None:
-        saved = load_training_state(checkpoint, drafter, target.config, config)
+        saved = load_training_state(checkpoint, drafter, target_config, config)
+    target = load_target(config.target, config.device, config.dtype)
     run = new_run(config, target, drafter, samples)
     if saved is not None:
         load_moments(run.optimizer, saved.moments)
@@ -421,29 +425,31 @@ def new_run(config, target, drafter, samples):
 
 
 def decode_held_out(config, folder, samples, stops):
-    """tau of greedy decoding on held-out prompts: all tokens over all rounds.
+    """(tau, prompts) of greedy decoding on held-out prompts. tau is all tokens over all rounds.
 
     It loads the target again, because the target of the run can be sharded or compiled.
     """
     target = load_target(config.target, config.device, config.dtype)
     drafter = load_drafter(folder, target.config, config.device, config.dtype)
     prepare_for_decoding(target, drafter)
+    longest = target.config.max_position_embeddings - max(16, drafter.block_size) - 1
     prompts = []
     for i in range(min(config.decode_prompts, len(samples))):
         tokens, mask = samples[i]
         response_start = int(mask.argmax())
-        prompts.append(tokens[:response_start].tolist())
-    token_count = 0
-    round_count = 0
-    has_begun = set()
-    for index, output in generate_many(
-            target, drafter, prompts, max_new_tokens=DECODE_TOKENS, slots=DECODE_SLOTS,
-            stop_token_ids=stops):
-        if index in has_begun:
-            round_count += 1
-            token_count += len(output.tokens)
-        has_begun.add(index)  # the first output is the token of the prefill, which is no round
-    return token_count / max(1, round_count)
+        if 0 < response_start <= longest:
+            prompts.append(tokens[:response_start].tolist())
+        else:
+            print(f"held-out prompt {i} has {response_start} tokens, not 1 to {longest}: skipped")
+    outputs = generate_many(
+        target, drafter, prompts, max_new_tokens=DECODE_TOKENS, slots=DECODE_SLOTS,
+        stop_token_ids=stops)
+    lengths = [len(output.tokens) for _, output in outputs]
+    # the first output of each answer is the one token of its prefill, which is no round
+    round_count = len(lengths) - len(prompts)
+    token_count = sum(lengths) - len(prompts)
+    tau = token_count / round_count if round_count else math.nan
+    return tau, len(prompts)
 
 
 def train(config):
@@ -452,11 +458,9 @@ def train(config):
     run, held_out, stops = setup(config)
     drafter_size = sum(p.numel() for p in run.drafter.parameters())
     target_size = sum(p.numel() for p in run.target.parameters())
-    sample_count = len(run.micro_batches.samples)
     print(f"training a drafter of {drafter_size:,} parameters for a frozen target of "
-          f"{target_size:,} | {sample_count:,} samples, {run.total_steps:,} steps on "
-          f"{world_size()} x {config.device}", flush=True)
-    start_wandb(config)
+          f"{target_size:,} | {len(run.micro_batches.samples):,} samples, {run.total_steps:,} "
+          f"steps on {world_size()} x {config.device}", flush=True)
     if config.compile:
         warm_up(run, micro_batch_loss)
     folder = loop(run, held_out)
@@ -467,12 +471,10 @@ def train(config):
     if not is_writer:
         return
     del run  # frees its memory
-    tau = decode_held_out(config, folder, held_out, stops)
-    prompts = min(config.decode_prompts, len(held_out))
-    print(f"wrote {folder} and {config.out_dir}/training.png\n"
-          f"try it: python draft_decode.py --target={config.target} --drafter={folder} "
-          f"--prompt \"...\"\n"
-          f"held-out tau from real decoding: {tau:.3f} ({prompts} prompts)")
+    tau, prompts = decode_held_out(config, folder, held_out, stops)
+    print(f"wrote {folder} and {config.out_dir}/training.png")
+    print(f"held-out tau from real decoding: {tau:.3f} ({prompts} prompts)")
+    print(how_to_use(config, folder))
 
 
 def main(argv=None):

@@ -1,15 +1,9 @@
 # Phase 1.2: the published drafter of Qwen3.5-0.8B (Moonlight556/Qwen3.5-0.8B-DFlash).
 # One GPU, hours. These values are train.py's defaults, written out.
 #
-# Time: one H100 trains 17.7 samples/s of 3,072 tokens with --compile, so at most 3.8 hours.
-#
 # Steps: 512 of 239,467 samples are held out, and 238,955 are trained on. A step is 2 samples x
 # 2 micro-batches = 4 samples, at most 4 x 3072 = 12,288 tokens. An epoch is 59,738 steps and at
 # most 734 M tokens. Warm-up is 4 % of the steps, 2,390.
-#
-# Logits: a step has at most 4 x 512 = 2,048 blocks of 16, so 2,048 x 15 = 30,720 guesses. Their
-# logits over 248,320 ids would take 15.3 GB in bfloat16. The loss computes 1,024 at a time in
-# float32, 1.0 GB.
 #
 # Parameters: 5 layers of 16,255,488 (attention 5,242,880, MLP 11,010,048, norms 2,560),
 # fc 5 x 1024 x 1024 = 5,242,880, two norms of 1,024: 86,522,368, in 3 + 11 x 5 = 58 tensors.

@@ -12,8 +12,4 @@
 target = "Qwen/Qwen3.5-2B"
 data = "data/math2b"
 out_dir = "out/qwen3_5_2b-dflash"
-num_heads = 8
-num_kv_heads = 2
-head_dim = 256
-intermediate_size = 6144
-target_layer_ids = (3, 7, 11, 15, 19)
+intermediate_size = 6144                    # all else is Phase 1.2's

@@ -16,6 +16,8 @@ names and their values, and decoding returns the same tokens.
     1-token matmuls  In compiled code for a GPU, the matmul of one token is written as a sum.
     compiled layers  torch.compile for the forwards whose shapes never change.
 """
+import contextlib
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -130,10 +132,35 @@ class FastTarget(Target):
     def prepare(self):
         self.packed_head = pack_weight(self.head_weight)
 
+    def forward(self, tokens, state=None, target_layer_ids=(), features_only=False, segment=None):
+        with tf32_if_bfloat16(self):
+            return super().forward(tokens, state, target_layer_ids, features_only, segment)
+
     def logits(self, hidden):
         if self.packed_head is not None:
             return self.packed_head.product(hidden)
         return super().logits(hidden)
+
+
+@contextlib.contextmanager
+def tf32_if_bfloat16(target):
+    """Let a bf16 target multiply fp32 numbers in TF32 in a `with` block. Otherwise change nothing.
+
+    A bf16 target multiplies in fp32 only inside the delta rule, whose inputs had 8 bits. So the
+    11 bits of TF32 are enough, and faster on a GPU (docs/speed.md). The setting is one of the
+    process, so it is put back for the caller's own code.
+    """
+    setting = torch.backends.cuda.matmul
+    before = setting.fp32_precision
+    if target.embed_tokens.weight.dtype != torch.bfloat16 or before == "tf32":
+        yield
+        return
+    setting.allow_tf32 = True
+    try:
+        yield
+    finally:
+        setting.allow_tf32 = False       # puts back what allow_tf32 changes besides
+        setting.fp32_precision = before
 
 # --------------------------------------------------------------------------------------------------
 # activation functions on a CPU

@@ -11,7 +11,7 @@ import torch
 
 from fast.attention import flex_attend, grouped_attend
 from fast.cuda_graph import Graphs
-from fast.decoding import join_projections
+from fast.decoding import join_projections, tf32_if_bfloat16
 
 
 def prepare_for_training(run):
@@ -24,6 +24,7 @@ def prepare_for_training(run):
     # FSDP shards the weights, so they cannot be joined.
     if config.parallel != "fsdp":
         join_projections(run.target.layers)
+    run.target_features = tf32_if_bfloat16(run.target)(run.target_features)
 
     # torch.compile gives up after 8 versions of a function, but every length of samples and every
     # kind of layer needs one. flex_attention is compiled even without --compile.

@@ -161,6 +161,7 @@ def test_config_help_lists_all_keys(script, capsys, flag):
     assert end.value.code == 0
     out = capsys.readouterr().out
     assert out.startswith("Trains a thing.\n\n")
+    assert "they run: use only files you have read" in out  # config files
     rows = [line for line in out.splitlines() if line.startswith("  --")]
     assert [row.split()[0] for row in rows] == [f"--{name}" for name in KEYS]
     # one column of values and one of comments

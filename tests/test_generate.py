@@ -225,7 +225,7 @@ def test_generate_ends_at_the_context(monkeypatch):
         next(generate(target, None, [1] * 40))
     with pytest.raises(ValueError, match="vocabulary of 300"):
         next(generate(target, None, [V]))
-    with pytest.raises(ValueError, match="at least one token"):
+    with pytest.raises(ValueError, match="max_new_tokens = 0: use an integer of at least 1"):
         next(generate(target, None, [1], max_new_tokens=0))
     with pytest.raises(ValueError, match=f"stop token id {V} is outside"):
         next(generate(target, None, [1], stop_token_ids=V))

@@ -85,11 +85,13 @@ def test_top_p_sums_probabilities_in_fp64(top_p, kept):
 
 @pytest.mark.parametrize("values", (
     {"temperature": -0.1}, {"draft_temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0},
-    {"top_p": 1.1}, {"seed": 1 << 63}))
+    {"top_p": 1.1}, {"seed": 1 << 63}, {"draft_temperature": float("nan")}, {"top_k": 1.5},
+    {"temperature": "1"}))
 def test_sampling_refuses_values_out_of_range(values):
-    """An impossible temperature or probability generates tokens, or a value at the end of a range,
-    such as the default top_p = 1, is refused."""
-    with pytest.raises(ValueError, match="temperatures and top_k are 0 or more"):
+    """A temperature or a probability that no distribution has generates tokens all the same, or a
+    value at the edge of the range, such as the default top_p = 1, is refused."""
+    name, = values
+    with pytest.raises(ValueError, match=f"^{name} = .*: use .* to "):
         Sampling(**values)
     Sampling(temperature=0.0, top_k=0, top_p=1.0, seed=(1 << 63) - 1)
     Sampling(top_p=1e-9, seed=1 - (1 << 63))

@@ -384,11 +384,3 @@ def test_target_configs_have_rope_keys_in_either_place(place):
     rope = {"rope_theta": 5e5, "partial_rotary_factor": 0.5}
     parsed = parse_target_config(needed_keys() | {place: rope, "num_experts": 0})
     assert (parsed.rope_theta, parsed.partial_rotary_factor) == (5e5, 0.5)
-
-
-def test_only_bf16_models_multiply_in_tf32():
-    """A float32 target that is loaded after a bfloat16 one multiplies with 11 bits, or the delta
-    rule of a bfloat16 one runs at half its speed."""
-    for dtype, is_tf32 in (("bfloat16", True), ("float32", False)):
-        load_target(NANO_TARGET, dtype=dtype)
-        assert torch.backends.cuda.matmul.allow_tf32 == is_tf32

@@ -2,18 +2,22 @@
 The log of a training run: lines on the screen, log.jsonl, training.png, and on request Weights &
 Biases. Only process 0 writes.
 """
+import contextlib
 import json
 import os
+import shlex
 import time
 
 import torch
 
 from checkpoint import write_whole
+from data.samples import read_meta
 from training.flops import mfu
 from training.parallel import gather_numbers, rank
 from training.plot import plot_training
 
 SHOWN_POSITIONS = (1, 2, 4, 8, 15)  # of the K - 1, on the screen and in the plot
+ENTRY_KEYS = {"kind", "step", "loss", "tau", "accepted_up_to_slot"}     # of every entry
 
 
 class TrainingLog:
@@ -87,8 +91,7 @@ class TrainingLog:
         self.file.close()
         if rank() != 0:
             return
-        with open(os.path.join(self.out_dir, "log.jsonl")) as f:
-            entries = [json.loads(line) for line in f]
+        entries = read_log(os.path.join(self.out_dir, "log.jsonl"))
         plot_training(os.path.join(self.out_dir, "training.png"), entries, self.shown)
 
 
@@ -99,8 +102,8 @@ def start_wandb(config):
     try:
         import wandb
     except ImportError:
-        raise ValueError(f"wandb_project = {config.wandb_project!r} needs the package wandb: run "
-                         "pip install wandb or drop wandb_project") from None
+        raise ValueError(f"wandb_project = {config.wandb_project!r:.60} needs the package wandb: "
+                         "run pip install wandb or drop wandb_project") from None
     name = os.path.basename(os.path.normpath(config.out_dir))
     wandb.init(project=config.wandb_project, name=name, config=vars(config))
 
@@ -113,16 +116,53 @@ def peak_memory(device):
 
 
 def open_log(out_dir, step):
-    """out_dir/log.jsonl for appending, without what an interrupted run wrote after `step`."""
+    """out_dir/log.jsonl for appending, without what an interrupted run wrote after `step`.
+
+    An old file is replaced. So its last line is whole, and it is not a link to a file elsewhere.
+    """
     if rank() != 0:
         return open(os.devnull, "a")
     path = os.path.join(out_dir, "log.jsonl")
     if os.path.isfile(path):
-        kept = []
-        with open(path) as f:
-            for line in f:
-                is_whole = line.endswith("\n")  # a crash can cut off the last line
-                if is_whole and json.loads(line)["step"] <= step:
-                    kept.append(line)
+        kept = [json.dumps(entry) + "\n" for entry in read_log(path) if entry["step"] <= step]
         write_whole(path, "".join(kept))
+    elif os.path.islink(path):
+        os.remove(path)  # it leads nowhere, and appending would make a file there
     return open(path, "a", buffering=1)
+
+
+def read_log(path):
+    """The entries of a log.jsonl. Damaged lines, and lines that are not ours, are left out."""
+    entries = []
+    with open(path, errors="replace") as f:
+        for line in f:
+            with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
+                entry = json.loads(line)
+                if ENTRY_KEYS <= entry.keys() and entry["step"] >= 0:
+                    entries.append(entry)
+    return entries
+
+
+def how_to_use(config, folder):
+    """The commands that decode with the drafter in a folder, measure it, and serve it."""
+    target = shlex.quote(config.target)
+    drafter = shlex.quote(folder)
+    pair = f"--target={target} --drafter={drafter}"
+    if config.target.startswith("random:"):  # it has no text
+        return f"measure: python bench.py exactness {pair} --prompts=random:64:256"
+    meta = read_meta(config.data, "")
+    if meta.get("thinking"):
+        pair += " --thinking"
+    prompts = str(meta.get("source", "nano"))  # the rows that the samples come from
+    if prompts != "nano" and not os.path.exists(prompts):
+        prompts = "math500"
+    vllm = {"method": "dflash", "model": folder, "num_speculative_tokens": config.block_size - 1}
+    return f"""decode: python draft_decode.py {pair} --prompt="..."
+measure: python bench.py acceptance {pair} --prompts={shlex.quote(prompts)}
+SGLang: sglang serve --model-path {target} --dtype bfloat16 --port 30000 \
+--attention-backend triton --linear-attn-backend triton \
+--mamba-radix-cache-strategy extra_buffer --speculative-algorithm DFLASH \
+--speculative-draft-model-path {drafter} --speculative-num-draft-tokens {config.block_size}
+vLLM: vllm serve {target} --dtype bfloat16 --port 30000 --language-model-only \
+--attention-backend flash_attn --no-enable-prefix-caching \
+--speculative-config {shlex.quote(json.dumps(vllm))}"""

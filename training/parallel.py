@@ -15,7 +15,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 
-
 def join_processes(device):
     """Join the processes of torchrun, if it started this one."""
     if "RANK" not in os.environ:
@@ -61,7 +60,7 @@ def sum_over_ranks(x):
 
 
 def gather_numbers(number, device):
-    """A number of every process, as a list by rank."""
+    """The numbers of all processes in a list, by rank."""
     numbers = torch.zeros(world_size(), dtype=torch.float64, device=device)
     numbers[rank()] = number
     return sum_over_ranks(numbers).tolist()

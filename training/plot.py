@@ -1,7 +1,9 @@
 """
 The plot of a training run: loss, tau, and acceptance on held-out samples.
 """
-import os
+import io
+
+from checkpoint import write_whole
 
 
 def plot_training(path, log, positions):
@@ -27,5 +29,6 @@ def plot_training(path, log, positions):
     acceptance_axis.set(xlabel="step", ylabel="held out: accepted up to position")
     for axis in (loss_axis, tau_axis, acceptance_axis):
         axis.legend()
-    figure.savefig(path + ".tmp", format="png", dpi=120)
-    os.replace(path + ".tmp", path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    write_whole(path, picture.getvalue())

@@ -1,7 +1,8 @@
 """
-What a run needs before its first step: rows, a checkpoint to resume from, kernels, a drafter.
+Before the first step of a run: samples, a checkpoint to resume from, kernels, a drafter.
 """
 import os
+import shlex
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ from model import DFlashDraftModel
 from training.parallel import rank, wait_for_all
 
 ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
-DATA = os.path.join(ROOT, "data")
+OUR_DATA = [os.path.join(ROOT, "data", name) for name in ("math240k", "nano", "synthetic")]
 
 
 def deterministic_kernels():
@@ -50,11 +51,12 @@ def prepare_data(config):
     script = os.path.join(config.data, "prepare.py")
     is_missing = not os.path.exists(os.path.join(config.data, "meta.json"))
     if rank() == 0 and is_missing and os.path.exists(script):
-        command = [sys.executable, script, f"--target={config.target}"]
-        if os.path.dirname(os.path.realpath(config.data)) != DATA:
-            raise ValueError(f"no training data in {config.data}: if you trust {script}, run it")
+        arguments = [script, f"--target={config.target}"]
+        if os.path.realpath(config.data) not in OUR_DATA:
+            raise ValueError(f"no training data in {config.data}. If you trust its script, run it: "
+                             f"{shlex.join(['python', *arguments])}")
         print(f"no training data in {config.data}: running {script}", flush=True)
-        if subprocess.run(command).returncode != 0:
+        if subprocess.run([sys.executable, *arguments]).returncode != 0:
             raise ValueError(f"{script} failed; see its error above")
     wait_for_all()
 

@@ -1,0 +1,214 @@
+"""
+Numbers, folders, and arguments that make no sense end in one line, before a model is loaded.
+"""
+import copy
+import json
+import math
+import os
+import shlex
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+import draft_decode
+import fast
+import train
+from checkpoint import load_target
+from configurator import check_ranges, script_keys
+from draft_decode import generate, generate_many
+from tests.common import (
+    K, NANO_DRAFTER, NANO_TARGET, edit_json, nano, read_jsonl, shipped, small_target, write_config)
+from training import checks
+from training import log as training_log
+
+
+@pytest.mark.parametrize("script, ranges", (
+    (train, checks.RANGES), (draft_decode, draft_decode.RANGES)))
+def test_every_number_has_a_range(script, ranges):
+    """A new key is not checked, or a default is refused."""
+    types, _ = script_keys(vars(script))
+    numbers = [key for key, kind in types.items() if "int" in kind or "float" in kind]
+    assert sorted(ranges) == sorted(numbers)
+    check_ranges(SimpleNamespace(**vars(script)), ranges)
+
+
+@pytest.mark.parametrize("key", checks.RANGES)
+def test_numbers_out_of_range_are_refused_in_one_line(small_run, key):
+    """A run of hours with a value that no run can have, or an error about something else."""
+    config, _ = small_run
+    lowest, highest = checks.RANGES[key]
+    for value in (lowest - 1, highest * 10 + 1, math.nan, math.inf, 10**400):
+        wrong = (value, value) if isinstance(getattr(config, key), tuple) else value
+        with pytest.raises(ValueError, match=f"^{key} = .*: use .* to ") as error:
+            checks.check_config(SimpleNamespace(**vars(config) | {key: wrong}))
+        assert len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize("flag, hint", (
+    ("--block_size=1", "error: block_size = 1: use 2 to 1024"),
+    ("--num_kv_heads=3", "error: num_heads = 4 must be a multiple of num_kv_heads = 3"),
+    ("--max_length=10", "error: max_length = 10 is shorter than a block"),
+    ("--lr=" + "9" * 500, "error: lr = inf: use 1e-12 to 10"),
+    ("--seed=" + "9" * 5000, "command line: seed = '999"),
+    ("--wandb_project=x", "error: wandb_project = 'x' needs the package wandb"),
+    ("--device=cuda", "error: device = 'cuda', but torch sees no GPU"),
+    ("--out_dir={file}", "error: cannot write to out_dir"),
+    ("--out_dir=/proc/run", "error: cannot write to out_dir"),
+    ("--target_layer_ids=3,1", "error: target_layer_ids = (3, 1) must ascend"),
+))
+def test_training_is_refused_before_the_target_is_loaded(
+        main, small_run, monkeypatch, tmp_path, flag, hint):
+    config, _ = small_run
+    config_file = write_config(tmp_path / "small.py", config)
+    monkeypatch.setattr(train, "load_target", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "wandb", None)  # then its import fails
+    line = main(train, str(config_file), flag.format(file=config_file))
+    assert line.startswith(hint)
+    assert len(line) < 200
+
+
+def test_zero_means_never(small_run, monkeypatch):
+    """A division by zero, or a run that keeps no checkpoint at all."""
+    config, _ = small_run
+    config.log_every = config.eval_every = config.save_every = 0
+    run, held_out, _ = train.setup(config)
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: None)
+    assert train.loop(run, held_out).endswith("step-000006")
+    assert read_jsonl(os.path.join(config.out_dir, "log.jsonl")) == []
+    assert sorted(os.listdir(config.out_dir))[1] == "step-000006"
+
+
+def test_samples_without_an_anchor_are_refused():
+    """A run in which all losses are 0.0000 ends with a checkpoint and status 0."""
+    samples = [(np.arange(6), np.array(mask)) for mask in ([0, 0, 1, 0, 1, 0], [0, 0, 0, 0, 1, 1])]
+    config = SimpleNamespace(data="rows", max_length=5)
+    with pytest.raises(ValueError, match="no val sample in 'rows' .*max_length = 5"):
+        checks.check_anchors(samples, "val", config)
+    config.max_length = 6
+    checks.check_anchors(samples, "val", config)
+
+
+def test_held_out_prompts_that_fill_the_context_are_skipped(small_run, monkeypatch, capsys):
+    """A run of hours ends in an error, and without its tau."""
+    config, _ = small_run
+    seen = []
+
+    def keep(target, drafter, prompts, **options):
+        seen.extend(prompts)
+        return []
+
+    monkeypatch.setattr(train, "generate_many", keep)
+    samples = []
+    for length in (0, 1, 1024 - K - 1, 1024 - K):
+        samples.append((np.ones(length + 2, int), np.arange(length + 2) >= length))
+    train.decode_held_out(config, NANO_DRAFTER, samples, {1})
+    assert [len(prompt) for prompt in seen] == [1, 1024 - K - 1]
+    assert capsys.readouterr().out.count(": skipped") == 2
+    next(generate(nano()[0], shipped(), seen[1]))  # the longest that is kept can be decoded
+
+
+def test_log_of_a_stranger_overwrites_nothing(tmp_path):
+    """A link in a run folder leads to a file of the user; a damaged line stops --resume."""
+    entry = {"kind": "val", "step": 1, "loss": 1.0, "tau": 2.0, "accepted_up_to_slot": [0.5]}
+    outside = tmp_path / "outside"
+    lines = ["\0\0", "[" * 10**5, "1", "{}", json.dumps(entry | {"step": "1"}),
+             json.dumps(entry), json.dumps(entry | {"step": 2}), json.dumps(entry)[:-5]]
+    outside.write_text("\n".join(lines))
+    log = tmp_path / "log.jsonl"
+    for target, kept in ((outside, [entry]), (tmp_path / "missing", [])):
+        log.unlink(missing_ok=True)
+        log.symlink_to(target)
+        training_log.open_log(str(tmp_path), step=1).close()
+        assert training_log.read_log(log) == kept
+        assert not log.is_symlink()
+    assert outside.read_text() == "\n".join(lines)
+    assert not (tmp_path / "missing").exists()
+
+
+def test_printed_commands_can_be_pasted(small_run):
+    """A path with a space is two words; a command names another folder or another block size."""
+    config, _ = small_run
+    folder = "out/my runs/a-dflash/step-000006"
+    source = config.data
+    edit_json(Path(config.data) / "meta.json", source=source, thinking=True)
+    lines = training_log.how_to_use(config, folder).splitlines()
+    decode, measure, sglang, vllm = [shlex.split(line)[1:] for line in lines]
+    pair = [f"--target={NANO_TARGET}", f"--drafter={folder}", "--thinking"]
+    assert decode[:5] == ["python", "draft_decode.py", *pair]
+    assert measure == ["python", "bench.py", "acceptance", *pair, f"--prompts={source}"]
+    assert sglang[-3:] == [folder, "--speculative-num-draft-tokens", "16"]
+    assert json.loads(vllm[-1]) == {
+        "method": "dflash", "model": folder, "num_speculative_tokens": 15}
+
+
+@pytest.mark.parametrize("change, hint", (
+    ({"prompts": [1, 2]}, "prompt 0: a prompt must be one flat sequence"),
+    ({"prompts": torch.ones(1, 2, 3)}, "a prompt must be one flat sequence"),
+    ({"prompts": ["Hi"]}, "a prompt must be one flat sequence"),
+    ({"prompts": [np.ones(3)]}, "a prompt must be one flat sequence"),
+    ({"stop_token_ids": "<|im_end|>"}, "stop_token_ids must be one flat sequence"),
+    ({"stop_token_ids": None}, "stop_token_ids must be one flat sequence"),
+    ({"stop_token_ids": np.int64(300)}, "stop token id 300 is outside"),
+    ({"max_new_tokens": math.nan}, "max_new_tokens = nan: use an integer"),
+    ({"slots": 0}, "slots = 0: use an integer"),
+))
+def test_arguments_that_make_no_sense_are_named(change, hint):
+    """A bare error of Python or torch, an endless loop, or stop ids that never stop."""
+    arguments = {"prompts": [[1]], "slots": 1} | change
+    with pytest.raises(ValueError, match=hint):
+        next(generate_many(small_target(), None, **arguments))
+
+
+def test_prompts_and_stops_of_all_kinds_are_read():
+    """A tensor of stop ids never stops, because tensors are equal to no int."""
+    target = small_target()
+    first = next(generate(target, None, [1, 2])).tokens[0]
+    for prompt in (torch.tensor([1, 2]), np.array([1, 2])):
+        for stops in (first, np.int64(first), torch.tensor(first), torch.tensor([first])):
+            output, = generate(target, None, prompt, stop_token_ids=stops)
+            assert output.tokens == [first]
+
+
+def test_logits_that_are_not_finite_are_an_error(main, monkeypatch):
+    """Broken weights write "!!!!!" with a tau of 15.75, identical to the target alone."""
+    broken = load_target(NANO_TARGET)
+    broken.norm.weight.data[0] = math.nan
+    monkeypatch.setattr(draft_decode, "load_target", lambda *_: broken)
+    line = main(draft_decode, "--prompt=Hi", "--device=cpu")
+    assert line.startswith("error: the target in 'data/nano/target' gives logits that are NaN")
+
+    # later too: a token of the answer has a broken embedding
+    target = copy.deepcopy(small_target("untied"))
+    answer = [output.tokens[0] for output in generate(target, None, [1, 2], max_new_tokens=9)]
+    bad = next(i for i in range(3, 8) if answer[i] not in [0, 1, 2, *answer[:i]])
+    target.embed_tokens.weight.data[answer[bad]] = math.nan
+    are_finite = [output.is_finite for output in generate(target, None, [1, 2], max_new_tokens=9)]
+    assert are_finite[:bad + 2] == [True] * (bad + 1) + [False]
+
+
+@pytest.mark.parametrize("before", ("none", "tf32"))
+def test_only_bf16_forwards_multiply_in_tf32(before):
+    """A caller's own code multiplies with 11 bits after it has loaded a bf16 target, or between
+    two rounds; the delta rule of a bf16 target runs at half its speed."""
+    setting = torch.backends.cuda.matmul
+    setting.fp32_precision = before
+    seen = []
+    try:
+        for dtype in ("bfloat16", "float32"):
+            target = load_target(NANO_TARGET, dtype=dtype)
+            fast.prepare_for_decoding(target)
+            target.norm.register_forward_hook(lambda *_: seen.append(setting.fp32_precision))
+            for _ in generate(target, None, [1, 2, 3], max_new_tokens=3):
+                assert setting.fp32_precision == before
+        assert setting.fp32_precision == before
+    finally:
+        setting.allow_tf32 = False
+        setting.fp32_precision = "none"
+    half = len(seen) // 2
+    assert seen == ["tf32"] * half + [before] * half
