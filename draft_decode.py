@@ -81,19 +81,18 @@ class Decoder:
         self.drafter = drafter
         self.sampling = sampling
         self.state = DecodeState(target, batch, length, tokens_per_forward)
-        # Prompts are prefilled one at a time into this state, and copied from there into a slot.
-        self.reader = self.state
-        if batch > 1:
-            self.reader = DecodeState(target, 1, length, tokens_per_forward)
         self.layer_ids = ()                 # the target's layers that give the features
+        self.cache = None                   # the drafter's
         if drafter is not None:
             assert tokens_per_forward == drafter.block_size
             self.layer_ids = drafter.target_layer_ids
             self.cache = drafter.new_cache(batch, length)
+        self.readers = {}                   # see new_reader()
         device = target.embed_tokens.weight.device
         self.block = torch.zeros(batch, tokens_per_forward, dtype=torch.long, device=device)
         self.anchor = torch.zeros(batch, dtype=torch.long, device=device)
         self.is_active = torch.zeros(batch, dtype=torch.long, device=device)  # 1, or 0 if idle
+        self.sequence_ids = torch.zeros(batch, dtype=torch.long, device=device)  # for the noise
         self.offsets = torch.arange(tokens_per_forward, device=device)
         self.graphs = Graphs(device)
 
@@ -108,7 +107,8 @@ class Decoder:
             choice after             token 0   token 1       token K-2    token K-1
             noise                    0         1             K-2          K-1
         """
-        noise = self.noise_at(self.state.position[:, None] + 1 + self.offsets)  # (B, K, V) or None
+        positions = self.state.position[:, None] + 1 + self.offsets          # (B, K)
+        noise = self.noise_at(self.sequence_ids[:, None], positions)         # (B, K, V) or None
         self.draft(noise)
         features, choices = self.verify(noise)
         accepted = self.accept(choices)
@@ -162,28 +162,107 @@ class Decoder:
             self.drafter.write_context(features, self.cache, self.state.position)
         self.state.commit((accepted + 1) * self.is_active)
 
-    def noise_at(self, positions):
-        """Noise (..., V) for positions (...), or None if tokens are chosen greedily."""
+    def noise_at(self, sequence_ids, positions):
+        """Noise (..., V) for positions (...) of sequences, or None if choices are greedy."""
         if self.sampling.temperature == 0:
             return None
-        return gumbel_noise(self.sampling.seed, positions, self.target.config.vocab_size)
+        vocab_size = self.target.config.vocab_size
+        return gumbel_noise(self.sampling.seed, sequence_ids, positions, vocab_size)
 
-    def start_sequence(self, slot, prompt_ids):
-        """Prefill a prompt into one slot. Returns the target's token after it, the first anchor."""
-        reader = self.reader
-        prompt = torch.tensor([prompt_ids], device=self.anchor.device)
-        features, logits = prefill(self.target, prompt, reader, self.layer_ids, self.graphs.run)
-        if reader is not self.state:
-            self.state.put(slot, reader)
+    def start_sequences(self, requests):
+        """Prefill prompts into free slots: requests {slot: Request}. Returns {slot: first token}.
+
+        Prompts of similar length are prefilled together. Each is prefilled elsewhere, see
+        new_reader(), and then copied into its slot.
+        """
+        first_tokens = {}
+        groups = {}
+        for slot, request in requests.items():
+            segment_length = self.segment_length(len(request.prompt_ids))
+            groups.setdefault(segment_length, []).append(slot)
+        for segment_length, slots in groups.items():
+            if segment_length not in self.readers:
+                self.readers[segment_length] = self.new_reader(segment_length)
+            reader = self.readers[segment_length]
+            rows = len(reader.state.position)
+            for first in range(0, len(slots), rows):
+                some = slots[first:first + rows]
+                tokens = self.prefill_together(reader, some, [requests[slot] for slot in some])
+                first_tokens.update(zip(some, tokens))
+        return first_tokens
+
+    def prefill_together(self, reader, slots, requests):
+        """Prefill at most as many prompts as the reader has rows. Returns their first tokens."""
+        prompts = [request.prompt_ids for request in requests]
+        rows = list(range(len(prompts)))
+        unused = len(reader.state.position) - len(prompts)
+        prompts += prompts[:1] * unused  # results of the last rows are dropped
+        features, logits = prefill(
+            self.target, prompts, reader.state, self.layer_ids, self.graphs.run)
+        if reader.state is not self.state:
+            self.state.put(slots, reader.state, rows)
         if self.drafter is not None:
-            here = slice(slot, slot + 1)
-            cache = [(keys[here], values[here]) for keys, values in self.cache]
-            self.drafter.write_context(features, cache, torch.zeros_like(reader.position))
-        noise = self.noise_at(reader.position)  # the token at this position is chosen now
-        first = choose(logits, self.sampling, self.sampling.temperature, noise)
-        self.anchor[slot] = first[0]
-        self.is_active[slot] = 1
-        return first.item()
+            self.write_prompt_context(reader, features, slots, rows)
+
+        # the tokens at these positions are chosen now
+        self.sequence_ids[slots] = torch.tensor(
+            [request.sequence_id for request in requests], device=self.anchor.device)
+        noise = self.noise_at(self.sequence_ids[slots], self.state.position[slots])
+        first_tokens = choose(logits[rows], self.sampling, self.sampling.temperature, noise)
+        self.anchor[slots] = first_tokens
+        self.is_active[slots] = 1
+        return first_tokens.tolist()
+
+    def write_prompt_context(self, reader, features, slots, rows):
+        """Write the features of prompts into the drafter's cache.
+
+        The rest of the cache becomes 0, because NaN of an earlier sequence would spread.
+        """
+        length = reader.state.length
+        start = torch.zeros_like(reader.state.position)
+        for keys, values in reader.cache:
+            keys.zero_()
+            values.zero_()
+        self.drafter.write_context(features[:, :length], reader.cache, start)
+        if reader.cache is self.cache:
+            return
+        for buffers, new_buffers in zip(self.cache, reader.cache):
+            for buffer, new in zip(buffers, new_buffers):
+                buffer[slots] = 0
+                buffer[slots, :, :length] = new[rows]
+
+    def segment_length(self, prompt_length):
+        """Tokens per segment of a prompt's prefill. It depends on nothing but the prompt's length.
+
+        A GPU takes as long for one prompt of 256 tokens as for several. So short prompts have short
+        segments, and several of them are prefilled together.
+        """
+        if not self.state.pads_segments:
+            return self.state.segment_length
+        power = round_up_to_power_of_two(prompt_length)
+        return min(max(256, power), self.state.segment_length)
+
+    def new_reader(self, segment_length):
+        """Where prompts with segments of this length are prefilled.
+
+        Its rows and the length of its segments never change, and unused rows are padding. So all
+        shapes are static, and the bits of a prompt do not depend on the prompts next to it.
+        """
+        B = len(self.state.position)
+        is_longest = segment_length == self.state.segment_length
+        if is_longest and B == 1:
+            return Reader(self.state, self.cache)
+        rows = 1
+        length = self.state.length
+        if not is_longest:
+            rows = min(B, self.state.segment_length // segment_length)
+            length = min(length, segment_length + self.state.tokens_per_forward)
+        state = DecodeState(self.target, rows, length, self.state.tokens_per_forward)
+        state.segment_length = segment_length
+        cache = None
+        if self.drafter is not None:
+            cache = self.drafter.new_cache(rows, length)
+        return Reader(state, cache)
 
     def release_slot(self, slot):
         """Free a slot. It keeps running at position 0, because a block at its old position might
@@ -204,6 +283,12 @@ class Decoder:
             rejected = guesses[accepted:] if self.drafter is not None else []
             outputs.append((choices[:accepted + 1], rejected))
         return outputs
+
+
+class Reader(NamedTuple):
+    """Where prompts are prefilled: a state and a cache of the drafter for a few sequences."""
+    state: DecodeState
+    cache: list | None
 
 
 def count_accepted(guesses, choices):
@@ -236,19 +321,19 @@ class RoundOutput:
 
 
 def generate(target, drafter, prompt_ids, *, max_new_tokens=2048, stop_token_ids=(),
-             tokens_per_forward=None, sampling=Sampling(), decoders=None):
+             tokens_per_forward=None, sampling=Sampling(), sequence_id=0, decoders=None):
     """Yields the answer to one prompt as RoundOutputs. For the arguments see generate_many()."""
     outputs = generate_many(
         target, drafter, [prompt_ids], slots=1, max_new_tokens=max_new_tokens,
         stop_token_ids=stop_token_ids, tokens_per_forward=tokens_per_forward, sampling=sampling,
-        decoders=decoders)
+        sequence_ids=[sequence_id], decoders=decoders)
     for _, output in outputs:
         yield output
 
 
 @torch.inference_mode()
 def generate_many(target, drafter, prompts, *, slots, max_new_tokens=2048, stop_token_ids=(),
-                  tokens_per_forward=None, sampling=Sampling(), decoders=None):
+                  tokens_per_forward=None, sampling=Sampling(), sequence_ids=None, decoders=None):
     """Decodes many prompts, up to `slots` at once. Yields (index of the prompt, RoundOutput).
 
     drafter               a DFlashDraftModel, or an object with block_size, target_layer_ids,
@@ -258,6 +343,7 @@ def generate_many(target, drafter, prompts, *, slots, max_new_tokens=2048, stop_
     tokens_per_forward    None: the drafter's block size, or 16 without a drafter. 1 is the fastest
                           mode of the target alone. Its matmuls have a different shape, so its
                           logits match only up to rounding.
+    sequence_ids          an int for each prompt, part of the seed of its noise. None: its index
     decoders              a dict that keeps Decoders, and with them their CUDA graphs, for later
                           calls with the same target; only one generation at a time can use it
 
@@ -269,6 +355,8 @@ def generate_many(target, drafter, prompts, *, slots, max_new_tokens=2048, stop_
         tokens_per_forward = drafter.block_size if drafter is not None else 16
     if decoders is None:
         decoders = {}
+    if sequence_ids is None:
+        sequence_ids = range(len(prompts))
     stops = {stop_token_ids} if isinstance(stop_token_ids, int) else set(stop_token_ids)
     unknown = [token for token in stops if not 0 <= token < target.config.vocab_size]
     if unknown:
@@ -281,7 +369,9 @@ def generate_many(target, drafter, prompts, *, slots, max_new_tokens=2048, stop_
     for index, prompt_ids in enumerate(prompts):
         try:
             request = Request(
-                index, prompt_ids, max_new_tokens, stops, (target.config, tokens_per_forward))
+                index, prompt_ids, sequence_id=sequence_ids[index], stops=stops,
+                max_new_tokens=max_new_tokens, config=target.config,
+                tokens_per_forward=tokens_per_forward)
         except ValueError as error:
             which = f"prompt {index}: " if len(prompts) > 1 else ""
             raise ValueError(f"{which}{error}") from None
@@ -303,12 +393,14 @@ def decode_in_slots(decoder, waiting, slots):
     running = {}  # the Request in each busy slot
     while waiting or running:
         # fill free slots; a prompt whose first token ends its answer leaves the slot free
-        for slot in range(slots):
-            while waiting and slot not in running:
-                request = waiting.popleft()
-                began = time.perf_counter()
-                token = decoder.start_sequence(slot, request.prompt_ids)
-                seconds = time.perf_counter() - began
+        while waiting and len(running) < slots:
+            free = [slot for slot in range(slots) if slot not in running]
+            starting = {slot: waiting.popleft() for slot in free[:len(waiting)]}
+            began = time.perf_counter()
+            first_tokens = decoder.start_sequences(starting)
+            seconds = (time.perf_counter() - began) / len(starting)
+            for slot, token in first_tokens.items():
+                request = starting[slot]
                 yield request.index, request.add([token], [], seconds)
                 if request.has_ended:
                     decoder.release_slot(slot)
@@ -334,9 +426,10 @@ def decode_in_slots(decoder, waiting, slots):
 class Request:
     """A prompt and its answer so far: how long it may become, and whether it has ended."""
 
-    def __init__(self, index, prompt_ids, max_new_tokens, stops, shape):
-        config, tokens_per_forward = shape
+    def __init__(self, index, prompt_ids, *, sequence_id, stops, max_new_tokens, config,
+                 tokens_per_forward):
         self.index = index
+        self.sequence_id = sequence_id
         self.prompt_ids = token_list(prompt_ids)
         self.stops = stops
         self.has_ended = False

@@ -92,14 +92,16 @@ def mask_unlikely(scores, top_k, top_p):
     return scores
 
 
-def gumbel_noise(seed, positions, vocab_size):
-    """Standard Gumbel noise (..., vocab_size) in fp32 for absolute positions (...).
+def gumbel_noise(seed, sequence_ids, positions, vocab_size):
+    """Standard Gumbel noise (..., vocab_size) in fp32 for absolute positions (...) of sequences.
 
-    A pure function of (seed, position, token id), like a hash: no generator has a state that a
-    different order of calls could change.
+    A pure function of (seed, sequence, position, token id), like a hash. No generator has a state
+    that a different order of calls could change. So equal prompts that are decoded together get
+    different samples, and a sequence gets the same sample when it is decoded alone.
     """
-    seeds = torch.full_like(positions, seed)
-    position_keys = mix_bits(mix_bits(seeds) + positions)
+    keys = mix_bits(torch.full_like(positions, seed))
+    keys = mix_bits(keys + sequence_ids)
+    position_keys = mix_bits(keys + positions)
     # token id i adds i times 2^64 / golden ratio, which as a signed number is negative
     token_ids = torch.arange(vocab_size, device=positions.device)
     token_offsets = token_ids * -0x61c8864680b583eb
