@@ -77,8 +77,9 @@ class DecodeState:
     reads them. Those after the next block cannot affect it, because the delta rule is causal.
 
     tokens_per_forward, K, plays three roles: tokens per forward, tokens per chunk, and block size.
-    K = 1 is the fastest mode of the target alone. Then a chunk is one token, and delta_step runs
-    without a window.
+    K = 1 is the exception, and the fastest mode of the target alone. There are no guesses, so
+    delta_step runs without a window and changes the only S in place, and commit(1) must follow.
+    (Idle slots commit 0 instead. Their S means nothing.)
 
     For a fixed K, results after the prompt are bitwise the same however tokens are split into
     blocks. Chunks start at multiples of K, so a token always has the same place in its chunk and
@@ -110,9 +111,13 @@ class DecodeState:
         kv_shape = (full_layers, batch, config.num_key_value_heads, length, config.head_dim)
         self.keys = weight.new_zeros(kv_shape)
         self.values = weight.new_zeros(kv_shape)
-        S_shape = (linear_layers, 2, batch, config.linear_num_value_heads,
+        self.S_count = 1 if tokens_per_forward == 1 else 2
+        S_shape = (linear_layers, self.S_count, batch, config.linear_num_value_heads,
                    config.linear_key_head_dim, config.linear_value_head_dim)
         self.S = weight.new_zeros(S_shape, dtype=dtype)
+        if tokens_per_forward == 1:
+            # stored as S^T, so that the numbers that delta_step adds are next to each other
+            self.S = self.S.mT.contiguous().mT
         window_shape = (linear_layers, batch, self.window_length, sum(delta_rule_widths(config)))
         self.delta_inputs = weight.new_zeros(window_shape, dtype=dtype)
         conv_shape = (linear_layers, batch, self.conv_length, conv_channels(config))
@@ -177,13 +182,13 @@ class DecodeState:
 
         # where S is read and written, and the convolution's earlier tokens
         chunk = self.position // K
-        self.S_place = chunk % 2                                             # (B,)
+        self.S_place = chunk % self.S_count                                  # (B,)
         past = self.all_positions[:self.past_length] - self.past_length      # -3, -2, -1
         past_places = (start + past) % self.conv_length                      # (B, 3)
 
         if self.forward_is_block:
             assert T == K, (T, K)
-            self.next_S_place = 1 - self.S_place
+            self.next_S_place = (chunk + 1) % self.S_count
             self.conv_places = self.token_positions % self.conv_length       # (B, K)
             self.conv_read_places = torch.cat((past_places, self.conv_places), 1)
             self.mask = self.all_positions <= self.token_positions[..., None]  # (B, K, length)
@@ -198,7 +203,7 @@ class DecodeState:
             # as tensors, because a compiled layer that reads an int is compiled for each value
             token_count = segment.token_count
             end = self.position + token_count                                # (B,)
-            self.next_S_place = end // K % 2
+            self.next_S_place = end // K % self.S_count
             self.is_padding = offsets >= token_count[:, None]                # (B, T)
             self.conv_places = (end[:, None] + past) % self.conv_length      # (B, 3)
             self.conv_read_places = past_places
@@ -245,6 +250,11 @@ class LinearLayerState:
         Stores the state at the end of the first chunk, or after a segment of a prompt.
         """
         state = self.state
+        if state.forward_is_block and state.tokens_per_forward == 1:
+            o, S = delta_step(q, k, v, g, beta, S=self.S[0])
+            self.S[0].copy_(S)
+            return o.to(v.dtype)
+
         S = self.S[state.S_place, state.sequences]                           # (B, Hv, D, Dv)
         if not state.forward_is_block:
             # a segment of a prompt; padding causes no decay and writes nothing
@@ -252,8 +262,6 @@ class LinearLayerState:
             g = g.masked_fill(is_padding, 0)
             beta = beta.masked_fill(is_padding, 0)
             o, S = gated_delta_rule(q, k, v, g, beta, S=S)  # in longer chunks
-        elif state.tokens_per_forward == 1:
-            o, S = delta_step(q, k, v, g, beta, S=S)
         else:
             o, S = self.delta_rule_of_block(q, k, v, g, beta, S)
         self.S[state.next_S_place, state.sequences] = S

@@ -197,8 +197,12 @@ class Decoder:
         rows = list(range(len(prompts)))
         unused = len(reader.state.position) - len(prompts)
         prompts += prompts[:1] * unused  # results of the last rows are dropped
-        features, logits = prefill(
-            self.target, prompts, reader.state, self.layer_ids, self.graphs.run)
+
+        def run(name, function, *inputs):  # each reader has graphs of its own
+            name = (reader.state.segment_length, name)
+            return self.graphs.run(name, function, *inputs)
+
+        features, logits = prefill(self.target, prompts, reader.state, self.layer_ids, run)
         if reader.state is not self.state:
             self.state.put(slots, reader.state, rows)
         if self.drafter is not None:
