@@ -1,22 +1,21 @@
 """
-What each silent bug costs. Each bug is injected into the real code, and the same figures are
-measured with and without it.
+Measures what each silent bug costs: it injects the bug into the real code, and measures the same
+figures with and without it.
 
     python bench.py bugs                        # all of them, about an hour on two cores
     python bench.py bugs --only=decoding        # a few minutes; or training, or names of bugs
 
-Bugs of decoding run on the shipped pair, or on the pair of the keys `target` and `drafter`. Bugs of
-training run on a drafter that is trained for a short while with three seeds, next to clean runs.
-They are off again when that drafter decodes, because only its training is wrong.
+Decoding bugs run on the pair of the keys `target` and `drafter`. Training bugs run on a drafter
+that is trained briefly with three seeds, next to clean runs. When that drafter decodes, the bug is
+off, because only its training is wrong. Its data is data/nano, so it needs nano's target.
 
-Each output is compared with the output of the target alone, whose forwards have the same shape and
-not the bug. Training needs the rows of data/nano, so the target must be nano's.
+Each output is compared with the output of the target alone, without the bug and with
+16-token forwards.
 """
 import contextlib
 import io
 import os
 import time
-from typing import NamedTuple
 
 import torch
 
@@ -33,14 +32,13 @@ from data.nano import prepare
 from draft_decode import collect, first_difference, generate
 from sampling import Sampling
 
-PROMPTS = 24                # of the test split, if the key limit does not say how many
+PROMPTS = 24                # of the test split, unless the key `limit` is set
 TRAINED_PROMPTS = 12        # of them for a drafter that was trained here
 SEEDS = (0, 1, 2)           # of training
 SHIFTS = (-1, 0, 1)         # is a guess right one token early, in its place, one token late?
 STEPS = 1200                # of training
 ROWS = 800                  # of training data; each is read three times
-# Nano's settings with a smaller drafter, smaller steps, AdamW, which needs less time per step, and
-# the paper's weights of slots, because some bugs change them
+# nano's settings with a smaller drafter, faster steps, and the paper's weights of positions
 FLAGS = ("config/nano.py", "--num_layers=2", "--batch_size=2", "--optimizer=adamw", "--lr=1.8e-3",
          "--weighting=decay", "--max_length=192", "--pad_to_multiple_of=192")
 
@@ -66,22 +64,21 @@ def run(config):
 
 
 def chosen_bugs(only):
-    """(bugs of decoding, bugs of training) that the key `only` names, each with its clean runs."""
+    """(decoding bugs, training bugs) that the key `only` names, each with its clean runs."""
     names = {bug.name for bug in (*DECODING, *TRAINING)}
     unknown = set(only) - names - {"decoding", "training"}
     if unknown:
         unknown_names = ",".join(sorted(unknown))
         raise ValueError(f"--only={unknown_names} is not a bug: use decoding, training, "
                          "or names in docs/bugs.md")
-    chosen = {}
+    chosen = []
     for kind, bugs in (("decoding", DECODING), ("training", TRAINING)):
-        chosen[kind] = list(bugs)
         if only and kind not in only:
-            chosen[kind] = [bug for bug in bugs if bug.name in only]
-        temperatures = sorted({bug.temperature for bug in chosen[kind]})
+            bugs = [bug for bug in bugs if bug.name in only]
+        temperatures = sorted({bug.temperature for bug in bugs})
         clean = [Bug("clean", None, temperature=temperature) for temperature in temperatures]
-        chosen[kind] = clean + chosen[kind]
-    return chosen["decoding"], chosen["training"]
+        chosen.append([*clean, *bugs])
+    return chosen
 
 
 def print_row(row):
@@ -89,10 +86,6 @@ def print_row(row):
     if row["kind"] == "training":
         line += f" | seed {row['seed']}, estimate {row['estimate']:.2f}"
     print(line, flush=True)
-
-
-# --------------------------------------------------------------------------------------------------
-# one bug
 
 
 class Museum:
@@ -104,47 +97,45 @@ class Museum:
         self.answers = {}
 
     def of_decoding(self, bug):
-        """The row of a bug of decoding. The broken code also loads the pair and the prompts."""
-        sampling = Sampling(bug.temperature)
+        """The row of a decoding bug. The broken code also loads the pair and the prompts."""
         with bug.injected():
             workload = load(self.config, PROMPTS)
-        answers = [self.answer(prompt, sampling) for prompt in workload.prompts]
-        with bug.injected():
-            torch.manual_seed(0)  # for a bug that samples
-            outputs = decode(workload, workload.prompts, answers, sampling)
         row = {"kind": "decoding", "bug": bug.name, "temperature": bug.temperature}
-        return row | self.figures(workload.prompts, answers, outputs, sampling)
+        return row | self.figures(workload, bug)
 
     def of_training(self, bug, seed):
-        """The row of one training run with a bug."""
+        """The row of one training run with a bug, whose drafter decodes without it."""
         with bug.injected():
-            run, estimate = train_briefly(self.config, seed)
+            drafter, estimate = train_briefly(self.config, seed)
         prompts = self.workload.prompts[:TRAINED_PROMPTS]
-        answers = [self.answer(prompt, Sampling()) for prompt in prompts]
-        drafter = run.drafter.requires_grad_(False).eval()
-        workload = self.workload._replace(drafter=drafter)
-        outputs = decode(workload, prompts, answers, Sampling())
         row = {"kind": "training", "bug": bug.name, "seed": seed, "estimate": estimate["tau"],
                "estimated_loss": estimate["loss"]}
-        return row | self.figures(prompts, answers, outputs, Sampling())
+        workload = self.workload._replace(drafter=drafter, prompts=prompts)
+        return row | self.figures(workload, Bug("clean", None))
 
     def answer(self, prompt, sampling):
-        """The target's own answer, from forwards with the same shape and without a bug."""
+        """The target's own answer, without a bug."""
         key = (tuple(prompt.ids), sampling)
         if key not in self.answers:
-            self.answers[key] = collect(generate(
-                self.workload.target, None, prompt.ids, max_new_tokens=self.config.max_new_tokens,
-                stop_token_ids=self.workload.stops,
-                tokens_per_forward=self.workload.drafter.block_size, sampling=sampling))
+            self.answers[key] = decode(
+                self.workload, None, prompt, self.config.max_new_tokens, sampling)
         return self.answers[key]
 
-    def figures(self, prompts, answers, outputs, sampling):
-        """Figures of outputs next to the target's own answers to the same prompts."""
-        of_prompts = []
+    def figures(self, workload, bug):
+        """Decodes the prompts of a workload with the bug. Returns figures of the outputs, next to
+        the target's own answers."""
+        sampling = Sampling(bug.temperature)
+        answers = [self.answer(prompt, sampling) for prompt in workload.prompts]
+        outputs = []
+        with bug.injected():
+            torch.manual_seed(0)  # for a bug that samples
+            for prompt, answer in zip(workload.prompts, answers):
+                longest = len(answer.tokens)  # because a wrong output may never end
+                outputs.append(decode(workload, workload.drafter, prompt, longest, sampling))
+
         verdicts = []
         margins = []  # [position, margin] if an output differs from the target's answer
-        for prompt, answer, output in zip(prompts, answers, outputs.generations):
-            of_prompts.append(pairs_of(output.rounds))
+        for prompt, answer, output in zip(workload.prompts, answers, outputs):
             if prompt.answer is not None:
                 text = self.workload.tokenizer.decode(output.tokens, skip_special_tokens=True)
                 verdicts.append(is_correct(text, prompt.answer))
@@ -153,53 +144,44 @@ class Museum:
                 margin = margin_of(self.workload.target, sampling, prompt.ids, output.tokens,
                                    answer.tokens)
                 margins.append([position, margin])
-        figures = round_figures(of_prompts, self.workload.drafter.block_size)
+        of_prompts = [pairs_of(output.rounds) for output in outputs]
+        figures = round_figures(of_prompts, workload.drafter.block_size)
         return {
-            "prompts": len(prompts), "rounds": figures["rounds"], "tokens": figures["tokens"],
+            "prompts": len(outputs), "rounds": figures["rounds"], "tokens": figures["tokens"],
             "tau": figures["tau_micro"], "accepted_up_to_slot": figures["accepted_up_to_slot"],
-            "right_at_shift": outputs.right_at_shift, "margins": margins,
-            "identical": 1 - len(margins) / len(prompts), "accuracy": share(verdicts)}
+            "right_at_shift": right_at_shift(outputs, answers), "margins": margins,
+            "identical": 1 - len(margins) / len(outputs), "accuracy": share(verdicts)}
 
 
-class Outputs(NamedTuple):
-    generations: list           # of the prompts
-    right_at_shift: list        # for each of SHIFTS, the fraction of guesses that are right there
+def decode(workload, drafter, prompt, max_new_tokens, sampling):
+    """The Generation of a prompt. All forwards have the same shape, even without a drafter."""
+    return collect(generate(
+        workload.target, drafter, prompt.ids, max_new_tokens=max_new_tokens,
+        stop_token_ids=workload.stops, tokens_per_forward=workload.drafter.block_size,
+        sampling=sampling))
 
 
-def decode(workload, prompts, answers, sampling):
-    """The Outputs of a workload's pair. An output is not longer than the target's answer, because
-    a wrong output may never end."""
-    generations = []
+def right_at_shift(outputs, answers):
+    """For each of SHIFTS, the fraction of guesses that equal the answer's token at that shift from
+    their own place. Guesses after a wrong one count too."""
     right = dict.fromkeys(SHIFTS, 0)
     compared = dict.fromkeys(SHIFTS, 0)
-    for prompt, answer in zip(prompts, answers):
-        generation = collect(generate(
-            workload.target, workload.drafter, prompt.ids, max_new_tokens=len(answer.tokens),
-            stop_token_ids=workload.stops, tokens_per_forward=workload.drafter.block_size,
-            sampling=sampling))
-        generations.append(generation)
-
-        # compare all guesses of each round with the target's answer
+    for output, answer in zip(outputs, answers):
         first = 1  # the place of a round's first token in the answer
-        for output in generation.rounds:
-            guesses = output.tokens[:output.accepted] + output.rejected
+        for one_round in output.rounds:
+            guesses = one_round.tokens[:one_round.accepted] + one_round.rejected
             for place, guess in enumerate(guesses, first):
                 for shift in SHIFTS:
                     if place + shift < len(answer.tokens):
                         compared[shift] += 1
                         right[shift] += guess == answer.tokens[place + shift]
-            first += len(output.tokens)
-    shares = [right[shift] / max(1, compared[shift]) for shift in SHIFTS]
-    return Outputs(generations, shares)
-
-
-# --------------------------------------------------------------------------------------------------
-# a short training
+            first += len(one_round.tokens)
+    return [right[shift] / max(1, compared[shift]) for shift in SHIFTS]
 
 
 def train_briefly(config, seed):
-    """(run, estimate) of a new drafter, on rows that are written here, because a bug can be in
-    them."""
+    """(drafter, estimate) after a short training, on rows that are written here, because a bug can
+    be in them."""
     folder = os.path.join(config.out_dir, "bugs")
     rows_folder = os.path.join(folder, "rows")
     flags = [*FLAGS, f"--target={config.target}", f"--device={config.device}", "--dtype=float32",
@@ -213,4 +195,5 @@ def train_briefly(config, seed):
     run.total_steps = STEPS
     while run.step < run.total_steps:
         train.train_step(run)
-    return run, train.evaluate(run, held_out)
+    estimate = train.evaluate(run, held_out)
+    return run.drafter.requires_grad_(False).eval(), estimate

@@ -1,5 +1,5 @@
 """
-From the report of `bench.py bugs` to the table of docs/bugs.md. The rest of that page is written by
+The table of docs/bugs.md, from the report of `bench.py bugs`. The rest of that page is written by
 hand.
 """
 from statistics import mean
@@ -43,49 +43,40 @@ class Summary(NamedTuple):
 
 def summaries(report):
     """The Summary of each bug in a report, the most harmful first."""
-    rows_of = {}
-    for row in report["rows"]:
-        key = (row["kind"], row.get("bug"), row.get("temperature"))
-        rows_of.setdefault(key, []).append(row)
     result = []
     for kind, bugs in (("decoding", DECODING), ("training", TRAINING)):
+        of_kind = [row for row in report["rows"] if row["kind"] == kind]
         for bug in bugs:
-            temperature = bug.temperature if kind == "decoding" else None
-            rows = rows_of.get((kind, bug.name, temperature))
+            rows = [row for row in of_kind if row["bug"] == bug.name]
+            clean_rows = [row for row in of_kind if row["bug"] == "clean"
+                          and row.get("temperature", 0.0) == bug.temperature]
             if rows:
-                clean_rows = rows_of[kind, "clean", temperature]
                 result.append(Summary(bug, kind == "training", rows, clean_rows))
     return sorted(result, key=lambda summary: summary.left)
 
 
 def table(report):
     """The bugs as markdown, the most harmful first."""
-    lines = [markdown_row(HEADER), markdown_row(["---"] * len(HEADER))]
+    lines = [HEADER, ["---"] * len(HEADER)]
     for summary in summaries(report):
         estimates = "-"  # a drafter that was trained without the bug
         if summary.is_of_training:
             clean_estimate = mean(row["estimate"] for row in summary.clean_rows)
             estimates = f"{clean_estimate:.2f} -> {summary.mean('estimate'):.2f}"
-        shifts = []
-        for place in range(3):
-            shifts.append(mean(row["right_at_shift"][place] for row in summary.rows))
+        shifts = zip(*[row["right_at_shift"] for row in summary.rows])
         margins = []
         for row in summary.rows:
             margins += [margin for _, margin in row["margins"] if margin is not None]
-        caught_by = f"`{summary.bug.caught_by}`" if summary.bug.caught_by else "not a bug"
-        lines.append(markdown_row((
+        caught_by = summary.bug.caught_by
+        lines.append((
             f"`{summary.bug.name}`",
             f"{mean(summary.clean_taus):.2f} -> {summary.mean('tau'):.2f}",
             estimates,
-            " / ".join(f"{shift:.2f}" for shift in shifts),
+            " / ".join(f"{mean(shift):.2f}" for shift in shifts),
             f"{summary.mean('identical'):.0%}",
             f"{min(margins):.2f} to {max(margins):.2f}" if margins else "-",
-            caught_by)))
-    return "\n".join(lines)
-
-
-def markdown_row(cells):
-    return f"| {' | '.join(cells)} |"
+            f"`{caught_by}`" if caught_by else "not a bug"))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def write_table(report, path="docs/bugs.md"):
@@ -95,6 +86,6 @@ def write_table(report, path="docs/bugs.md"):
     if page.count(BEGIN) != 1 or page.count(END) != 1:
         raise ValueError(f"{path} does not contain {BEGIN!r} and {END!r} once each: "
                          "put them around the table")
-    before, rest = page.split(BEGIN)
-    _, after = rest.split(END)
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
     write_whole(path, f"{before}{BEGIN}\n\n{table(report)}\n\n{END}{after}")

@@ -8,36 +8,33 @@ import contextlib
 import inspect
 import textwrap
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import CodeType
-from typing import NamedTuple
 
 
-class Edit(NamedTuple):
-    """In the source of `function`, the text `right` becomes `wrong`."""
-    function: Callable
-    right: str
-    wrong: str
-
-
+@dataclass
 class Bug:
-    """A named bug of one or more edits.
+    """In the source of `function`, the text `right` becomes `wrong`.
 
     caught_by: the test that fails while the bug is on; tests/test_bugs.py checks that it does.
-    temperature: the temperature at which the bug's cost is measured.
+    also: a second edit (function, right, wrong). temperature: that of the measurement.
     """
-
-    def __init__(self, name, caught_by, *edits, temperature=0.0):
-        self.name = name
-        self.caught_by = caught_by
-        self.edits = edits
-        self.temperature = temperature
+    name: str
+    caught_by: str | None
+    function: Callable | None = None    # None: no bug, to measure the correct code
+    right: str = ""
+    wrong: str = ""
+    also: tuple | None = None
+    temperature: float = 0.0
 
     @contextlib.contextmanager
     def injected(self):
-        """The bug is on inside of the `with` block."""
+        """The bug is on inside the `with` block."""
         with contextlib.ExitStack() as stack:
-            for edit in self.edits:
-                stack.enter_context(inject_bug(*edit))
+            if self.function is not None:
+                stack.enter_context(inject_bug(self.function, self.right, self.wrong))
+            if self.also is not None:
+                stack.enter_context(inject_bug(*self.also))
             yield
 
 
@@ -56,15 +53,11 @@ def inject_bug(function, right, wrong):
         raise ValueError(f"{function.__qualname__} contains {right!r} {count} times instead of "
                          "once: adapt the bug to the changed code")
     right_code = function.__code__
-    function.__code__ = code_of(source.replace(right, wrong), function.__name__)
+    module_code = compile(source.replace(right, wrong), "<a bug>", "exec")
+    for constant in module_code.co_consts:
+        if isinstance(constant, CodeType) and constant.co_name == function.__name__:
+            function.__code__ = constant
     try:
         yield
     finally:
         function.__code__ = right_code
-
-
-def code_of(source, name):
-    """The code object of the function `name` in a source."""
-    for constant in compile(source, "<a bug>", "exec").co_consts:
-        if isinstance(constant, CodeType) and constant.co_name == name:
-            return constant

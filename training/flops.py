@@ -1,9 +1,10 @@
 """
-Floating-point operations of a training step, of prefill, and of the delta rule, and the fraction of
-a GPU's peak that they reach. A multiply-add counts as two operations.
+Counts the floating-point operations of a training step, of prefill, and of the delta rule, and
+compares them with a GPU's peak. A multiply-add counts as two operations.
 """
 import torch
 
+from delta_rule import chunk_length
 from training.parallel import world_size
 
 # dense bf16 operations per second, from data sheets; names are matched in this order
@@ -16,7 +17,7 @@ def training_operations(drafter, B, T, A, target=None):
 
     A weight matrix costs two operations per entry and token in the forward and four in the
     backward, but only two in the backward if its input needs no gradient. With `target`, its
-    forward up to the last feature layer counts too.
+    forward up to the last feature layer counts too. The target is frozen, so it has no backward.
     """
     c = drafter.config
     K = drafter.block_size
@@ -39,33 +40,39 @@ def training_operations(drafter, B, T, A, target=None):
 
     features = 0
     if target is not None:
-        used_layers = target.layers[:max(drafter.target_layer_ids) + 1]
-        features = 2 * parameter_count(used_layers) * T
+        used_layers = max(drafter.target_layer_ids) + 1
+        device = target.embed_tokens.weight.device
+        v = torch.empty(0, target.config.linear_value_head_dim, device=device)
+        features = target_operations(target, T, chunk_length(v), used_layers)
     return int(B * (layers + attention + head + features))
 
 
 def prefill_operations(target, T, chunk):
-    """Operations of the prefill of T tokens, up to the logits of the last one.
+    """Operations of the prefill of T tokens, including the head for the last token."""
+    return target_operations(target, T, chunk, len(target.layers)) + 2 * target.head_weight.numel()
 
-        2 * weights * T                 the layers' matmuls
-        2 * H * D * T * (T + 1)         a full layer: q k^T and the product with v, 2 D operations
-                                        each, per head and pair of a token and one that it sees
-        the delta rule                  of a linear layer, in chunks of this many tokens
-        2 * V * width                   the head, for one token
+
+def target_operations(target, T, chunk, used_layers):
+    """Operations of the target's first layers in a forward on T tokens.
+
+        2 * weights * T             the matmuls
+        2 * H * D * T * (T + 1)     a full layer: token t attends to t tokens, so a head has
+                                    T (T + 1) / 2 pairs of tokens. Each pair costs 2 D operations
+                                    in q k^T and 2 D in the product with v
+        the delta rule              a linear layer, in chunks of this many tokens
     """
     c = target.config
     weights = 0
-    for p in target.layers.parameters():
+    for p in target.layers[:used_layers].parameters():
         if p.dim() == 2:
             weights += p.numel()
     attention = 2 * c.num_attention_heads * c.head_dim * T * (T + 1)
     delta_rule = delta_rule_operations(
         T, c.linear_num_value_heads, c.linear_key_head_dim, c.linear_value_head_dim, chunk)
+    kinds = c.layer_types[:used_layers]
     operations = 2 * weights * T
-    operations += c.layer_types.count("full_attention") * attention
-    operations += c.layer_types.count("linear_attention") * delta_rule
-    operations += 2 * target.head_weight.numel()
-    return operations
+    operations += kinds.count("full_attention") * attention
+    return operations + kinds.count("linear_attention") * delta_rule
 
 
 def delta_rule_operations(T, heads, D, Dv, chunk):
@@ -73,17 +80,11 @@ def delta_rule_operations(T, heads, D, Dv, chunk):
 
     In the names of delta_rule.py, a chunk of C tokens costs per head:
 
-        2 C C D         A, from k k^T
+        2 C C D         A, from k k^T           2 C C D     P, from q k^T
+        2 C C D         Y = M [decay] k         2 C C Dv    U = M v
+        2 C D Dv        W = U - Y S             2 C D Dv    the next S, from k^T W
+        2 C D Dv        o, from q S             2 C C Dv    and from P W
         C C C           M: a triangular system with C right-hand sides, C C operations each
-        2 C C Dv        U = M v
-        2 C C D         Y = M [decay] k
-        2 C C D         P, from q k^T
-        2 C D Dv        W = U - Y S
-        2 C D Dv        the next S, from k^T W
-        2 C D Dv        o, from q S
-        2 C C Dv        and from P W
-
-    The backward costs about twice as much, because each product has two gradients.
     """
     C = chunk
     per_chunk = 6 * C * C * D + 4 * C * C * Dv + 6 * C * D * Dv + C * C * C

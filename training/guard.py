@@ -1,25 +1,20 @@
 """
-Skips the steps whose gradient spikes. One NaN would ruin the weights of a run of days. A spike can
-undo hours of it: clipping limits its size, but a clipped spike still points in a bad direction.
+Skips the steps whose gradient spikes. One NaN would ruin the weights of a long run. A spike can
+undo hours of training, because a clipped spike still points in a bad direction.
 """
 import math
 from dataclasses import dataclass
 
 from training.parallel import world_size
 
-# A step is skipped if its gradient norm exceeds this multiple of the moving average. Ordinary
-# batches stay far below it.
-SPIKE_FACTOR = 10.0
-
-# The run stops after so many skipped steps in a row. One bad sample spoils one step. After five,
-# the weights or the data are broken, and more steps would be wasted.
-MAX_CONSECUTIVE_SKIPS = 5
+SPIKE_FACTOR = 10.0         # skip a step if its gradient norm exceeds this times the average
+MAX_CONSECUTIVE_SKIPS = 5   # then the run stops, because the weights or the data are broken
 
 
 @dataclass
 class GradientGuard:
     """The guard's state. Checkpoints contain it, so a resumed run skips the same steps."""
-    usual_norm: float = 0.0         # moving average over the steps that were not skipped
+    usual_norm: float = 0.0         # moving average of the norm over the steps not skipped
     skipped: int = 0                # steps
     skipped_in_a_row: int = 0
 
@@ -48,10 +43,9 @@ class GradientGuard:
 def why_stopped(run, grad_norm):
     """The error message of a run that must stop. It names all samples of the last step."""
     config = run.config
-    micro_batches_per_step = config.grad_accum_steps * world_size()
-    first = run.step * micro_batches_per_step
+    per_step = config.grad_accum_steps * world_size()
     sample_numbers = []
-    for number in range(first, first + micro_batches_per_step):
+    for number in range(run.step * per_step, (run.step + 1) * per_step):
         sample_numbers.extend(run.micro_batches.sample_numbers(number).tolist())
     guard = run.guard
     return (f"stopping at step {run.step + 1}: gradient norm {grad_norm:.3g} (average "

@@ -3,13 +3,13 @@ AdamW for all weights, or Muon for the matrices among them.
 
     optimizer = new_optimizer("muon", drafter.parameters(), lr, betas, weight_decay)
 
-Both are torch's own. AdamW scales each entry of a gradient by itself. Muon uses the gradient G of a
-matrix as a whole: with the singular value decomposition G = U s V^T, it steps along about U V^T. So
-directions with small gradients move as fast as all others. On the nano pair, 2,100 steps of Muon
-reach a tau of 9.6 to 9.7, and 2,100 steps of AdamW 8.4 (data/nano/readme.md).
+Both are torch's own. AdamW scales each entry of a gradient separately. Muon uses the gradient G of
+a matrix as a whole: with the singular value decomposition G = U s V^T, its step is close to U V^T.
+So directions with small gradients move as fast as all others. On the nano pair, 2,100 steps of Muon
+reach a tau of 9.6 to 9.7, and 2,100 steps of AdamW reach 8.4 (data/nano/readme.md).
 
-Source: Jordan, "Muon: an optimizer for hidden layers in neural networks", 2024. A step has the size
-of AdamW's, so a learning rate means the same for both: arXiv 2502.16982, equation 4.
+Source: Jordan, "Muon: an optimizer for hidden layers in neural networks", 2024. A step is as large
+as AdamW's, so a learning rate means the same for both: arXiv 2502.16982, equation 4.
 """
 import torch
 
@@ -17,17 +17,15 @@ KINDS = ("adamw", "muon")
 
 
 def new_optimizer(kind, parameters, lr, betas, weight_decay):
-    """An optimizer of one of the KINDS; betas are those of AdamW."""
+    """An optimizer of one of the KINDS; betas are AdamW's."""
     if kind == "adamw":
         return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
     return MuonAndAdamW(parameters, lr, betas, weight_decay)
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
-    """Muon for matrices, AdamW for vectors, which are the gains of norms.
-
-    A checkpoint sees one optimizer, whose moments are in the order of the parameters.
-    """
+    """Muon for matrices, AdamW for vectors, which are the gains of norms. A checkpoint sees one
+    optimizer, whose moments are in the order of the parameters."""
 
     def __init__(self, parameters, lr, betas, weight_decay):
         parameters = list(parameters)

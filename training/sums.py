@@ -19,7 +19,7 @@ class BlockSums(NamedTuple):
 def block_sums(loss, weights, correct, in_response, *, tokens, operations):
     """BlockSums of a micro-batch; weights, correct, and in_response are (B, A, K-1)."""
     right_up_to = (correct & in_response).long().cumprod(-1)
-    # torch.full lets the GPU write a number. To copy one to the GPU, the CPU would wait for it.
+    # torch.full lets the GPU write the number. Copying it to the GPU would make the CPU wait.
     return BlockSums(
         loss=loss.detach().double(),
         weight=weights.sum().double(),
@@ -30,7 +30,7 @@ def block_sums(loss, weights, correct, in_response, *, tokens, operations):
 
 
 def add_sums(a, b):
-    """The sums of both together; a may be None."""
+    """The sums of both. a can be None."""
     if a is None:
         return b
     return BlockSums(*[x + y for x, y in zip(a, b)])

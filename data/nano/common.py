@@ -1,5 +1,5 @@
 """
-What all kinds of nano problems share: random draws, lists to draw from, and the steps of a product.
+Shared by all kinds of nano problems: random draws, lists to draw from, and the steps of a product.
 
 The order in which numbers and words are drawn is part of the data set. A different order makes
 different problems. The random generator r comes from a problem's seed.
@@ -37,6 +37,10 @@ def pick(r, items):
     return items[int(r.random() * len(items))]
 
 
+def pick_several(r, items, count):
+    return [pick(r, items) for _ in range(count)]
+
+
 def pick_two(r, items):
     """Two different items."""
     first = int(r.random() * len(items))
@@ -71,6 +75,6 @@ def multiply(a, b):
             product = part * other
             steps.append(f"{part} * {other} = {product}.")
             if len(steps) > 1:
-                steps.append(f"{total} + {product} = {total + product}.")
+                steps += running(total, "+", [product])
             total += product
     return steps

@@ -4,18 +4,12 @@ Trains the nano target's tokenizer on generated problems: byte-level BPE, 507 id
     python data/nano/make_tokenizer.py                      # writes data/nano/target
     python data/nano/make_tokenizer.py --out_dir=FOLDER
 
-It is like Qwen3.5's except for its size. It cuts text into words in the same way, each digit is a
+It works like Qwen3.5's but is smaller: it cuts text into words in the same way, each digit is a
 token, special tokens have the last ids, and the chat template has the same turns, with thinking off
-by default. So the mask id is again the first id after the tokenizer: 507. The nano target has 512
-rows in its embedding.
-
-The script writes tokenizer.json. It copies the chat template and tokenizer_config.json from
-data/nano/target. The assistant's last message begins with the same empty thought as the generation
-prompt. So the ids of a training sample are its prompt, then the answer, then <|im_end|> and a
-newline.
+by default. The script writes tokenizer.json and copies the other two files from data/nano/target.
 
 Ids: 0..255 the bytes, 256..501 merges, then 502 <|endoftext|>, 503 <|im_start|>, 504 <|im_end|>,
-505 <think>, 506 </think>.
+505 <think>, 506 </think>. The mask id is the first id after the tokenizer, as in Qwen3.5: 507.
 """
 import os
 import sys
@@ -53,18 +47,17 @@ def main(argv=None):
     config = configure(globals(), argv)
     tokenizer = train_tokenizer()
     os.makedirs(config.out_dir, exist_ok=True)
-    write_whole(
-        os.path.join(config.out_dir, "tokenizer.json"), tokenizer.to_str(pretty=True) + "\n")
+    path = os.path.join(config.out_dir, "tokenizer.json")
+    write_whole(path, tokenizer.to_str(pretty=True) + "\n")
     for name in COPIED:
         with open(os.path.join(out_dir, name)) as f:
-            content = f.read()
-        write_whole(os.path.join(config.out_dir, name), content)
+            write_whole(os.path.join(config.out_dir, name), f.read())
     print(f"{config.out_dir}: {tokenizer.get_vocab_size()} ids")
 
 
 def train_tokenizer() -> Tokenizer:
-    """The tokenizer. It is the same in every run: the corpus is fixed, and merges are ordered by
-    count and then by id."""
+    """The same tokenizer in every run, because the corpus is fixed, and merges are ordered by count
+    and then by id."""
     tokenizer = Tokenizer(BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([

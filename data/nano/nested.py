@@ -3,8 +3,8 @@ Writes the nano target in the nested form of the public Qwen3.5 folders. SGLang 
 
     python data/nano/nested.py
 
-The weights and the tokenizer are the same files. config.json has its keys under text_config. SGLang
-also wants the description of an image encoder, for which there are no weights, and a
+The weights and the tokenizer are the same files. In config.json, all keys move to text_config.
+SGLang also needs the description of an image encoder, although there are no weights for it, and a
 preprocessor_config.json.
 """
 import json
@@ -21,57 +21,41 @@ target = os.path.join(ROOT, "data", "nano", "target")       # the folder that is
 out_dir = os.path.join(ROOT, "out", "nano-target-nested")   # the folder that is written
 
 PATCHES = {"patch_size": 16, "temporal_patch_size": 2}
-# the smallest image encoder: one layer of 64 channels
-VISION = PATCHES | {
-    "model_type": "qwen3_5_vision",
-    "depth": 1,
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_heads": 4,
-    "in_channels": 3,
-    "spatial_merge_size": 2,
-    "num_position_embeddings": 16,
-    "hidden_act": "gelu_pytorch_tanh"}
+VISION = PATCHES | {  # the smallest image encoder: one layer of 64 channels
+    "model_type": "qwen3_5_vision", "hidden_act": "gelu_pytorch_tanh", "depth": 1, "num_heads": 4,
+    "hidden_size": 64, "intermediate_size": 64, "in_channels": 3, "spatial_merge_size": 2,
+    "num_position_embeddings": 16}
 PREPROCESSOR = PATCHES | {
-    "image_processor_type": "Qwen2VLImageProcessor",
-    "processor_class": "Qwen3VLProcessor",
-    "size": {"shortest_edge": 1024, "longest_edge": 1048576},
-    "merge_size": 2,
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5]}
+    "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen3VLProcessor",
+    "size": {"shortest_edge": 1024, "longest_edge": 1048576}, "merge_size": 2,
+    "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 
 
 def main(argv=None):
     config = configure(globals(), argv)
-    path = os.path.join(config.target, "config.json")
-    if not os.path.exists(path):
+    try:
+        with open(os.path.join(config.target, "config.json")) as f:
+            flat = json.load(f)
+    except FileNotFoundError:
         sys.exit(f"error: no config.json in {config.target!r}: name the folder of a target")
-    with open(path) as f:
-        flat = json.load(f)
     if "text_config" in flat:
         sys.exit(f"error: {config.target!r} has the nested form already")
     shutil.copytree(config.target, config.out_dir, dirs_exist_ok=True)
-    new_files = {"preprocessor_config.json": PREPROCESSOR, "config.json": nested(flat)}
-    for name, content in new_files.items():
-        write_whole(os.path.join(config.out_dir, name), json.dumps(content, indent=2) + "\n")
+    for name, content in (("preprocessor_config", PREPROCESSOR), ("config", nested(flat))):
+        path = os.path.join(config.out_dir, name + ".json")
+        write_whole(path, json.dumps(content, indent=2) + "\n")
     print(f"wrote {config.out_dir}")
 
 
 def nested(flat):
-    """The nested config.json of a flat one.
-
-    SGLang reads full_attention_interval instead of layer_types: of so many layers, the last is a
-    full one. It reads tie_word_embeddings and eos_token_id at the top.
-    """
-    interval = 1 + flat["layer_types"].index("full_attention")
-    text = flat | {"full_attention_interval": interval}
+    """The nested config.json of a flat one. SGLang reads full_attention_interval instead of
+    layer_types, and it reads tie_word_embeddings and eos_token_id at the top level."""
+    top = {key: flat[key] for key in ("dtype", "tie_word_embeddings", "eos_token_id")}
+    text = dict(flat)
     del text["architectures"]
-    return {
-        "architectures": ["Qwen3_5ForConditionalGeneration"],
-        "model_type": "qwen3_5",
-        "dtype": flat["dtype"],
-        "tie_word_embeddings": flat["tie_word_embeddings"],
-        "eos_token_id": flat["eos_token_id"],
+    text["full_attention_interval"] = 1 + flat["layer_types"].index("full_attention")
+    return top | {
+        "architectures": ["Qwen3_5ForConditionalGeneration"], "model_type": "qwen3_5",
         "text_config": text,
         "vision_config": VISION | {"out_hidden_size": flat["hidden_size"]}}
 

@@ -37,10 +37,9 @@ def subtraction(r):
     b = number(r, pick(r, DIGITS))
     if a < b and r.random() < 0.7:  # people ask for negative results less often
         a, b = b, a
-    steps = []
+    steps = running(max(a, b), "-", parts(min(a, b)))
     if a < b:
-        steps.append(f"{a} is less than {b}, so the result is negative.")
-    steps += running(max(a, b), "-", parts(min(a, b)))
+        steps.insert(0, f"{a} is less than {b}, so the result is negative.")
     return ask(r, "-", a, b), steps, a - b
 
 
@@ -60,18 +59,15 @@ def division(r):
     elif r.random() < 0.5:
         a -= a % b
     steps = []
-    quotient = 0
     rest = 0
     for digit in str(a):
         rest = 10 * rest + int(digit)
-        is_first = not steps
-        if rest < b and is_first and a >= b:
+        if rest < b <= a and not steps:
             continue  # the first digit alone is too small: 156 / 12 begins with 15
-        times = rest // b
-        steps.append(f"{rest} = {times} * {b} + {rest - times * b}.")
-        quotient = 10 * quotient + times
-        rest -= times * b
-    answer = str(quotient)
+        times, after = divmod(rest, b)
+        steps.append(f"{rest} = {times} * {b} + {after}.")
+        rest = after
+    answer = str(a // b)
     if rest:
         answer += f" remainder {rest}"
     return ask(r, "/", a, b), steps, answer
@@ -123,19 +119,18 @@ def equation(r):
     if form == "x + b":
         a = 1
         product = between(r, 0, 99)
-    if form == "ax":
-        b = 0
-    is_too_small = sign == "-" and product < b  # no negative numbers in a question
-    if form in ("ax", "b + ax") or is_too_small:
+    if form == "b + ax" or product < b:  # no negative numbers in a question
         sign = "+"
     c = product + b if sign == "+" else product - b
 
     ax = x if a == 1 else f"{a}{x}"
-    steps = []
-    if form != "ax" and sign == "+":
-        steps.append(f"Subtract {b} from both sides: {ax} = {c} - {b} = {product}.")
-    if form != "ax" and sign == "-":
-        steps.append(f"Add {b} to both sides: {ax} = {c} + {b} = {product}.")
+    if form == "ax":
+        c = product
+        steps = []
+    elif sign == "+":
+        steps = [f"Subtract {b} from both sides: {ax} = {c} - {b} = {product}."]
+    else:
+        steps = [f"Add {b} to both sides: {ax} = {c} + {b} = {product}."]
     answer = str(product)
     if a > 1 and product % a == 0:
         answer = str(product // a)
@@ -143,19 +138,15 @@ def equation(r):
     elif a > 1:
         answer = f"{product}/{a}"
         steps.append(f"Divide both sides by {a}: {x} = {product} / {a}.")
-    terms = {"+": sign, "b": str(b), "=": "=", "c": str(c)}
-    return ask_equation(r, x, a, f"{form} = c", terms), steps, answer
 
-
-def ask_equation(r, x, a, form, terms):
-    """One of the many ways to write an equation and to ask for its unknown.
-    terms: what to write for the form's terms other than ax and x."""
-    ax = x
+    # one of the many ways to write the equation and to ask for its unknown
     if a > 1:
         ax = pick(r, ("{a}{x}", "{a}{x}", "{a} {x}", "{a}*{x}", "{a} * {x}")).format(a=a, x=x)
-    terms = terms | {"ax": ax, "x": ax}
-    text = pick(r, ("", " ")).join(terms[term] for term in form.split())
-    return loosely(r, pick(r, LISTS["equation frames"])).format(e=text, x=x)
+    terms = {"ax": ax, "x": x, "+": sign, "b": str(b)}
+    space = pick(r, ("", " "))
+    left = space.join(terms[term] for term in form.split())
+    frame = loosely(r, pick(r, LISTS["equation frames"]))
+    return frame.format(e=f"{left}{space}={space}{c}", x=x), steps, answer
 
 
 KINDS = (addition, subtraction, multiplication, division, equation)

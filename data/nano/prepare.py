@@ -57,11 +57,9 @@ def main(argv=None):
         reply = tokenizer.encode(row["answer"] + tokenizer.eos_token)
         mask = [0] * len(prompt) + [1] * len(reply)
         splits[row["split"]].append((prompt + reply, mask))
-    meta = write_samples(config.out_dir, splits, {
-        "vocab_size": target_config.vocab_size,
-        "tokenizer": tokenizer_fingerprint(config.target),
-    })
-    for split, counts in meta["splits"].items():
+    meta = {"vocab_size": target_config.vocab_size,
+            "tokenizer": tokenizer_fingerprint(config.target)}
+    for split, counts in write_samples(config.out_dir, splits, meta)["splits"].items():
         print(f"{config.out_dir}/{split}: {counts}")
 
 
@@ -72,30 +70,27 @@ def read_answers(path):
 
 
 def write_answers(target, tokenizer, config):
-    """Ask the target and write its answers.
-
-    Answers that did not end are left out, and so are answers that change if they are decoded to
-    text and encoded again.
-    """
-    training = problems("train", config.train_rows, config.skip, "drafter")
-    asked = [("train", question) for question, _, _ in training]
-    held_out = problems("val", config.val_rows, task="drafter")
-    asked += [("val", question) for question, _, _ in held_out]
-    questions = [question for _, question in asked]
+    """Ask the target and write its answers, except those that did not end and those that change
+    if they are decoded to text and encoded again."""
+    questions = []
+    splits = []
+    for split, count, start in (("train", config.train_rows, config.skip),
+                                ("val", config.val_rows, 0)):
+        for question, _, _ in problems(split, count, start, "drafter"):
+            questions.append(question)
+            splits.append(split)
     answered = answer_questions(target, tokenizer, questions, config)
 
     lines = []
-    for (split, question), (_, token_ids) in zip(asked, answered):
+    for split, question, (_, token_ids) in zip(splits, questions, answered):
         text = tokenizer.decode(token_ids, skip_special_tokens=True)
         if tokenizer.encode(text + tokenizer.eos_token) == token_ids:
             row = {"split": split, "question": question, "answer": text}
             lines.append(json.dumps(row) + "\n")
-    # mtime=0: the same answers give the same bytes
-    content = gzip.compress("".join(lines).encode(), mtime=0)
-    with open(config.answers + ".tmp", "wb") as f:
-        f.write(content)
+    with open(config.answers + ".tmp", "wb") as f:  # mtime=0: the same answers, the same bytes
+        f.write(gzip.compress("".join(lines).encode(), mtime=0))
     os.replace(config.answers + ".tmp", config.answers)
-    print(f"{config.answers}: {len(lines):,} answers of {len(asked):,}")
+    print(f"{config.answers}: {len(lines):,} answers of {len(questions):,}")
 
 
 def answer_questions(target, tokenizer, questions, config):

@@ -20,8 +20,7 @@ import torch.nn.functional as F
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".."))
 sys.path.insert(0, ROOT)  # the project's modules, from any working directory
 from tokenizer import chat_prompt, tokenizer_in
-from checkpoint import (FP32_WEIGHTS, parse_dtype, parse_target_config, save_weights,
-                        write_whole)
+from checkpoint import FP32_WEIGHTS, parse_dtype, parse_target_config, save_weights, write_whole
 from configurator import configure
 from data.nano.problems import problems
 from target import Target
@@ -57,9 +56,8 @@ def main(argv=None):
     torch.manual_seed(config.seed)
     target = Target(parse_target_config(shape)).to(config.device)
     optimizer = new_optimizer(target, config)
-    parameters = sum(parameter.numel() for parameter in target.parameters())
     count = config.steps * config.batch_size
-    print(f"{parameters:,} parameters, {count:,} problems")
+    print(f"{sum(p.numel() for p in target.parameters()):,} parameters, {count:,} problems")
 
     samples = [(question, solution) for question, solution, _ in problems("train", count)]
     started = time.time()
@@ -81,8 +79,9 @@ def add_gradients(target, tokens, weights, config):
     """Forward and backward of a batch (B, T), one micro-batch at a time. Returns the mean loss."""
     loss = 0.0
     total_weight = weights[:, 1:].sum()
-    micro_batches = zip(tokens.split(config.micro_batch), weights.split(config.micro_batch))
-    for micro_tokens, micro_weights in micro_batches:
+    for first in range(0, len(tokens), config.micro_batch):
+        micro_tokens = tokens[first:first + config.micro_batch]
+        micro_weights = weights[first:first + config.micro_batch]
         # Products in bf16 are a third faster on a CPU that supports them. The delta rule and the
         # norms stay in fp32.
         with torch.autocast(config.device, torch.bfloat16):
@@ -107,16 +106,10 @@ def learning_rate(step, config):
 
 def new_optimizer(target, config):
     """AdamW. Only matrices decay, not gains and biases."""
-    matrices = [parameter for parameter in target.parameters() if parameter.dim() >= 2]
-    vectors = [parameter for parameter in target.parameters() if parameter.dim() < 2]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98))
-
-# --------------------------------------------------------------------------------------------------
-# batches
+    matrices = {"params": [p for p in target.parameters() if p.dim() >= 2]}
+    vectors = {"params": [p for p in target.parameters() if p.dim() < 2], "weight_decay": 0.0}
+    return torch.optim.AdamW(
+        [matrices, vectors], lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay)
 
 
 def make_batches(tokenizer, samples, config):
@@ -139,14 +132,12 @@ def pad(samples, device):
     """(tokens, weights) of samples (token ids, prompt length)."""
     longest = max(len(token_ids) for token_ids, _ in samples)
     T = math.ceil(longest / 16) * 16  # few different shapes, so that memory is reused
-    tokens = []
-    weights = []
-    for token_ids, prompt_length in samples:
-        answer_length = len(token_ids) - prompt_length
-        padding = T - len(token_ids)
-        tokens.append(token_ids + [PAD] * padding)
-        weights.append([0.0] * prompt_length + [1.0] * answer_length + [0.0] * padding)
-    return torch.tensor(tokens, device=device), torch.tensor(weights, device=device)
+    tokens = torch.full((len(samples), T), PAD)
+    weights = torch.zeros(len(samples), T)
+    for i, (token_ids, prompt_length) in enumerate(samples):
+        tokens[i, :len(token_ids)] = torch.tensor(token_ids)
+        weights[i, prompt_length:len(token_ids)] = 1
+    return tokens.to(device), weights.to(device)
 
 
 def encode(tokenizer, samples):

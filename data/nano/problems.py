@@ -1,10 +1,6 @@
 r"""
 The nano task's data set: questions with worked solutions. Nothing is downloaded. A problem is a
-pure function of its seed, and its split is a pure function of its text.
-
-    python data/nano/problems.py        # some samples of each task
-
-There are three tasks:
+pure function of its seed, and its split is a pure function of its text. There are three tasks:
 
     words       word problems of 13 kinds (words.py)
     plain       arithmetic and equations as people type them first (plain.py)
@@ -12,19 +8,14 @@ There are three tasks:
 
 A solution of words or plain is a list of small steps and ends in "The answer is \boxed{161}."
 """
-import os
 import random
-import sys
 import zlib
 
-ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".."))
-sys.path.insert(0, ROOT)  # the project's modules, from any working directory
 from data.nano import plain, words
 from data.nano.common import pick
 from data.nano.refusals import REFUSAL, refused_text
 
-TASKS = ("words", "plain", "refusals")
-KINDS = {"words": words.KINDS, "plain": plain.KINDS}
+KINDS = {"words": words.KINDS, "plain": plain.KINDS, "refusals": ()}
 # The tasks of 20 consecutive seeds, repeated, for each part that learns. The target needs most
 # practice in plain arithmetic. Its drafter needs most practice in word problems, because they have
 # the most kinds and the longest answers.
@@ -37,15 +28,15 @@ MIXES = {
 def problems(split: str, count: int, start: int = 0, task: str = "target"):
     """Yields (question, solution, answer) number start .. start + count - 1 of a split's problems.
 
-    task is one of TASKS or a mix of them, a key of MIXES. The answer is the text in the box, or
+    task is one of KINDS or a mix of them, a key of MIXES. The answer is the text in the box, or
     None for refusals, which have no box. The stream of a split and task is fixed and never repeats
     a question, so adjoining ranges share none. Skipping costs as much as generating. A val or test
     problem costs as much as 50 training problems, because only 2 % of all seeds are in that split.
     """
     if split not in ("train", "val", "test"):
         raise ValueError(f"split is {split!r}; use train, val, or test")
-    if task not in MIXES and task not in TASKS:
-        raise ValueError(f"task is {task!r}; use one of {', '.join((*TASKS, *MIXES))}")
+    if task not in (*KINDS, *MIXES):
+        raise ValueError(f"task is {task!r}; use one of {', '.join((*KINDS, *MIXES))}")
     seen = set()
     seed = 0
     while len(seen) < start + count:
@@ -76,7 +67,7 @@ def problem(seed: int, task: str = "target") -> tuple[str, str, str | None]:
 def split_of(question: str) -> str:
     """The split of a question, from its text alone: 2 % val, 2 % test, the rest train.
 
-    So no question is in two splits, whatever its seed and task.
+    So no question is in two splits, even if two seeds or two tasks ask it.
     """
     percentile = zlib.crc32(question.encode()) % 100
     if percentile < 2:
@@ -97,13 +88,3 @@ def boxed(text: str) -> str | None:
         if depth == 0:
             return rest[:end]
     return None
-
-
-def main():
-    for task in TASKS:
-        for question, solution, _ in problems("train", 30, task=task):
-            print(f"{task}: {question}\n{solution}\n")
-
-
-if __name__ == "__main__":
-    main()

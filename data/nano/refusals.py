@@ -8,9 +8,10 @@ that ask for nothing, halves of word problems, and calculations that plain.py do
 refusals.txt has the lists.
 """
 import re
+from string import ascii_lowercase
 
 from data.nano import plain, words
-from data.nano.common import between, pick, read_lists
+from data.nano.common import between, pick, pick_several, read_lists
 
 REFUSAL = ("I only solve word problems and short arithmetic with small whole numbers, "
            "for example: What is 12 + 30?")
@@ -18,6 +19,12 @@ LISTS = read_lists("refusals.txt")
 # Texts for tests and benchmarks. Training sees none of them, and none that differs from one of
 # them in capitals and punctuation only, because refused_text draws again.
 REFUSED_EXAMPLES = tuple(LISTS["held out"])
+
+# A sort is listed more than once if people type it first, or if it is hard to tell from what the
+# target should answer.
+SORTS = ("openers", "openers", "two openers", "requests", "requests", "facts", "facts", "numbers",
+         "numbers", "code", "beyond", "beyond", "beyond", "fragment", "fragment", "word", "english",
+         "english", "foreign", "script", "letters", "marks")
 
 
 def refused_text(r):
@@ -36,21 +43,11 @@ def normal_form(text):
 
 HELD_OUT = {normal_form(example) for example in REFUSED_EXAMPLES}
 
-# --------------------------------------------------------------------------------------------------
-# sorts of text
-
-# A sort is listed more than once if people type it first, or if it is hard to tell from what the
-# target should answer.
-SORTS = ("openers", "openers", "two openers", "requests", "requests", "facts", "facts", "numbers",
-         "numbers", "code", "beyond", "beyond", "beyond", "fragment", "fragment", "word", "english",
-         "english", "foreign", "script", "letters", "marks")
-
 
 def text_of(r, sort):
-    """A random text of a sort. All other sorts are lists of wordings with fields to fill in."""
+    """A random text of a sort. Sorts without a branch are lists of wordings with {fields}."""
     if sort == "two openers":
-        first = text_of(r, "openers")
-        return first + pick(r, (" ", ", ", ". ", "\n")) + text_of(r, "openers")
+        return text_of(r, "openers") + pick(r, (" ", ", ", ". ", "\n")) + text_of(r, "openers")
     if sort == "code":
         return fill(r, pick(r, LISTS["code"]))
     if sort == "beyond":
@@ -63,7 +60,7 @@ def text_of(r, sort):
         count = between(r, 1, 8)
         if r.random() < 0.5:
             return pick(r, LISTS["marks"]) * count
-        return pick(r, ("", "", " ")).join(pick(r, LISTS["marks"]) for _ in range(count))
+        return pick(r, ("", "", " ")).join(pick_several(r, LISTS["marks"], count))
     if sort == "word":
         text = word(r)
     elif sort == "english":  # one or two sentences of words in random order
@@ -74,8 +71,7 @@ def text_of(r, sort):
     elif sort == "foreign":
         text = sentence(r, pick(r, LISTS["foreign"]).split(), between(r, 1, 8))
     elif sort == "letters":
-        count = between(r, 1, 10)
-        text = "".join(pick(r, "abcdefghijklmnopqrstuvwxyz") for _ in range(count))
+        text = "".join(pick_several(r, ascii_lowercase, between(r, 1, 10)))
     else:
         text = fill(r, pick(r, LISTS[sort]))
     return typed(r, text)
@@ -107,13 +103,11 @@ def other_script(r):
     script = range(ord(first), ord(last) + 1)
     groups = []
     for _ in range(between(r, 1, 5)):
-        codes = [pick(r, script) for _ in range(between(r, 1, 6))]
+        codes = pick_several(r, script, between(r, 1, 6))
         groups.append("".join(map(chr, codes)))
     ending = pick(r, ("", "", "?", "!", ".", "。", "？"))
     return pick(r, (" ", " ", "")).join(groups) + ending
 
-# --------------------------------------------------------------------------------------------------
-# what the wordings are filled with
 
 RANGES = {"digit": (1, 9), "tens": (13, 99), "hundreds": (100, 999), "year": (1500, 2050)}
 
@@ -126,8 +120,7 @@ def fill(r, text):
 def draw(r, field):
     """The text for a field."""
     if field in RANGES:
-        low, high = RANGES[field]
-        return str(between(r, low, high))
+        return str(between(r, *RANGES[field]))
     if field == "n":
         return str(plain.number(r, pick(r, plain.DIGITS)))
     if field == "long":
@@ -145,16 +138,15 @@ def word(r):
     """An English word or an invented one, so that the target refuses unknown words too."""
     if r.random() < 0.6:
         return pick(r, LISTS["english"])
-    syllables = []
+    text = ""
     for _ in range(between(r, 1, 3)):
-        start = pick(r, LISTS["syllable start"])
-        vowel = pick(r, LISTS["vowel"])
-        syllables.append(start + vowel + pick(r, ("", "", "n", "r", "s", "t", "l", "ck", "x")))
-    return "".join(syllables)
+        text += pick(r, LISTS["syllable start"]) + pick(r, LISTS["vowel"])
+        text += pick(r, ("", "", "n", "r", "s", "t", "l", "ck", "x"))
+    return text
 
 
 def sentence(r, vocabulary, count):
-    return " ".join(pick(r, vocabulary) for _ in range(count))
+    return " ".join(pick_several(r, vocabulary, count))
 
 
 def typed(r, text):

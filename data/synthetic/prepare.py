@@ -3,7 +3,6 @@ Samples of random tokens, to measure training without real data or real weights.
 
     python train.py config/phase1_2.py --target=random:0.8b --data=data/synthetic
     python data/synthetic/prepare.py --length=3072 --out_dir=out/samples   # all of one length
-    python data/synthetic/prepare.py --target=DIR                          # for another target
 
 train.py runs this script if the samples are missing, so the first line is enough.
 """
@@ -28,30 +27,15 @@ max_length = 3072       # max tokens per sample of mixed lengths
 seed = 0                # of lengths and tokens
 
 
-def mixed_lengths(count, generator, longest=3072):
-    """Lengths of `count` samples: lognormal from 200 to longest, half of them under 1,000 tokens.
-
-    This is an assumption, because Phase 1.2's data could not be read here. They are math questions
-    with worked answers, cut at 3,072 tokens.
-    """
-    lengths = generator.lognormal(np.log(1000), 0.6, count)
-    return np.clip(lengths, 200, longest).astype(int)
-
-
-def random_sample(length, vocab_size, generator):
-    """(tokens, mask) of one sample: a question of at most 100 tokens, then its answer.
+def random_samples(lengths, vocab_size, generator):
+    """Yields samples (tokens, mask): a question of at most 100 tokens, then its answer.
 
     The frequencies of the ids follow Zipf's law, like words of a language. So a drafter can learn
     which ids are frequent, and its loss falls. The last id stays free for the mask.
     """
-    tokens = (generator.zipf(1.2, length) - 1) % (vocab_size - 1)
-    mask = np.arange(length) >= min(100, length // 2)
-    return tokens, mask
-
-
-def random_samples(lengths, vocab_size, generator):
     for length in lengths:
-        yield random_sample(length, vocab_size, generator)
+        tokens = (generator.zipf(1.2, length) - 1) % (vocab_size - 1)
+        yield tokens, np.arange(length) >= min(100, length // 2)
 
 
 def main(argv=None):
@@ -65,14 +49,17 @@ def main(argv=None):
         sys.exit(f"error: length = {config.length}: a sample has a question and an answer, so use "
                  "2 or more, or 0 for mixed lengths")
 
+    vocab_size = target_config.vocab_size
     generator = np.random.default_rng(config.seed)
     splits = {}
     for split, count in (("train", config.rows), ("val", config.val_rows)):
-        lengths = mixed_lengths(count, generator, config.max_length)
+        # lognormal, half of them under 1,000 tokens
+        lengths = generator.lognormal(np.log(1000), 0.6, count)
+        lengths = np.clip(lengths, 200, config.max_length).astype(int)
         if config.length:
             lengths = [config.length] * count
-        splits[split] = random_samples(lengths, target_config.vocab_size, generator)
-    meta = {"vocab_size": target_config.vocab_size, "tokenizer": fingerprint}
+        splits[split] = random_samples(lengths, vocab_size, generator)
+    meta = {"vocab_size": vocab_size, "tokenizer": fingerprint}
     counts = write_samples(config.out_dir, splits, meta)["splits"]["train"]
     average = counts["tokens"] / counts["rows"]
     print(f"wrote {counts['rows']} samples of {average:,.0f} tokens on average to "
