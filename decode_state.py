@@ -43,9 +43,8 @@ class DecodeState:
                   of K + 3 places, position p at place p mod (K + 3).
     S             Stored only at multiples of K tokens: after j chunks of K tokens, in place j mod 2
                   of two.
-    delta_inputs  For the tokens since then, the *tail*, we keep the inputs of the delta rule:
-    gates         q k v, and g beta. They are in ring buffers of 2 K places, position p at place
-                  p mod 2 K.
+    delta_inputs  For the tokens since then, the *tail*, we keep the inputs of the delta rule
+                  (q k v g beta) in a ring buffer of 2 K places, position p at place p mod 2 K.
 
     A forward writes its block into the ring buffer after the tail. Then it runs the delta rule over
     two chunks, the *window*, from S on:
@@ -119,10 +118,8 @@ class DecodeState:
         if tokens_per_forward == 1:
             # stored as S^T, so that the numbers that delta_step adds are next to each other
             self.S = self.S.mT.contiguous().mT
-        *qkv_widths, g_width, beta_width = delta_rule_widths(config)
-        window_shape = (linear_layers, batch, self.window_length)
-        self.delta_inputs = weight.new_zeros(*window_shape, sum(qkv_widths))
-        self.gates = weight.new_zeros(*window_shape, g_width + beta_width, dtype=dtype)
+        window_shape = (linear_layers, batch, self.window_length, sum(delta_rule_widths(config)))
+        self.delta_inputs = weight.new_zeros(window_shape, dtype=dtype)
         conv_shape = (linear_layers, batch, self.conv_length, conv_channels(config))
         self.conv = weight.new_zeros(conv_shape)
 
@@ -160,14 +157,11 @@ class DecodeState:
             buffer[:, slots, :, :other.length] = new[:, rows]
         self.S[:, :, slots] = other.S[:, :, rows]
         self.delta_inputs[:, slots] = other.delta_inputs[:, rows]
-        self.gates[:, slots] = other.gates[:, rows]
         self.conv[:, slots] = other.conv[:, rows]
 
     def reset(self):
         """Start again with empty sequences. Keys and values become 0 for the reason in put()."""
-        for x in (self.position, self.keys, self.values, self.conv):
-            x.zero_()
-        for x in (self.S, self.delta_inputs, self.gates):
+        for x in (self.position, self.keys, self.values, self.S, self.delta_inputs, self.conv):
             x.zero_()
 
     def begin_forward(self, T, segment=None):
@@ -231,7 +225,6 @@ class LinearLayerState:
         self.state = state
         self.conv = state.conv[index]
         self.delta_inputs = state.delta_inputs[index]
-        self.gates = state.gates[index]
         self.S = state.S[index]
         self.widths = delta_rule_widths(config)
 
@@ -279,15 +272,11 @@ class LinearLayerState:
         state = self.state
         sequences = state.sequences[:, None]
         # write the block after the tail
-        qkv = [x.to(self.delta_inputs.dtype).flatten(2) for x in (q, k, v)]
-        gates = [x.to(self.gates.dtype) for x in (g, beta)]
-        self.delta_inputs[sequences, state.block_places] = torch.cat(qkv, -1)
-        self.gates[sequences, state.block_places] = torch.cat(gates, -1)
+        inputs = [x.to(self.S.dtype).flatten(2) for x in (q, k, v, g, beta)]
+        self.delta_inputs[sequences, state.block_places] = torch.cat(inputs, -1)
         # run both chunks of the window, and keep the outputs of the block
         window = self.delta_inputs[sequences, state.window_places]           # (B, 2 K, widths)
-        window_q, window_k, window_v = window.split(self.widths[:3], -1)
-        window_gates = self.gates[sequences, state.window_places]
-        window_g, window_beta = window_gates.split(self.widths[3:], -1)
+        window_q, window_k, window_v, window_g, window_beta = window.split(self.widths, -1)
         o, S = delta_rule_of_window(
             window_q.unflatten(-1, q.shape[2:]),
             window_k.unflatten(-1, k.shape[2:]),

@@ -195,7 +195,7 @@ def delta_rule_of_window(q, k, v, g, beta, *, S):
     """The same rule for the window of a decoding forward: two chunks of C tokens each, T = 2 C.
 
     decode_state.py says what the window contains and why we need the state after its first chunk,
-    not after its last. Returns o and that state. Dtypes are those of gated_delta_rule.
+    not after its last. Returns o and that state. Everything is fp32 or fp64.
 
     All matmuls are small here, so a GPU's time depends on their number. We stack keys and queries,
     the C queries of a chunk below its C keys. Then one product with k^T gives k k^T and q k^T, and
@@ -205,41 +205,36 @@ def delta_rule_of_window(q, k, v, g, beta, *, S):
     B, T, Hv, Dv = v.shape
     D = q.shape[-1]
     C = T // 2
-    input_dtype = v.dtype
-    dtype = S.dtype
+    dtype = v.dtype
     q, k = repeat_heads(q, k, Hv)
-    k = to_chunks(k, C, input_dtype)
-    q = to_chunks(q, C, input_dtype)
+    k = to_chunks(k, C, dtype)
+    q = to_chunks(q, C, dtype)
     keys_queries = torch.cat((k, q), 2)                                      # (B Hv, 2, 2 C, D)
-    k = keys_queries[:, :, :C].to(dtype)
-    v = to_chunks(v, C, input_dtype)                                         # (B Hv, 2, C, Dv)
+    k = keys_queries[:, :, :C]  # the same numbers, so that compiled code writes them once
+    v = to_chunks(v, C, dtype)                                               # (B Hv, 2, C, Dv)
     beta = to_chunks(beta, C, dtype)                                         # (B Hv, 2, C)
     cum_decay, pair_decay = cum_and_pair_decay(g, C, dtype)
     cum_decay = cum_decay[..., None]                                         # (B Hv, 2, C, 1)
     chunk_decay = cum_decay[:, :, -1:]         # c_C                         (B Hv, 2, 1, 1)
     decay_to_end = pair_decay[..., -1, :]      # d_Cs                        (B Hv, 2, C)
 
-    products = keys_queries.to(dtype) @ k.mT
-    k_kT, q_kT = products.split(C, 2)                                        # (B Hv, 2, C, C)
+    k_kT, q_kT = (keys_queries @ k.mT).split(C, 2)                           # (B Hv, 2, C, C)
     A = k_kT * pair_decay
     A = A * beta[..., None]                                                  # [beta] (d * k k^T)
     P = q_kT * pair_decay
-    P = P.to(input_dtype)
     # (3). The solver assumes a diagonal of 1, so it solves (I + A) M = [beta].
     diagonal_beta = beta.diag_embed()
     M = torch.linalg.solve_triangular(A, diagonal_beta, upper=False, unitriangular=True)
-    M = M.to(input_dtype)
     k_to_end = k * decay_to_end[..., None]
-    k_to_end_T = k_to_end.to(input_dtype).mT                                 # (B Hv, 2, D, C)
+    k_to_end_T = k_to_end.mT                                                 # (B Hv, 2, D, C)
 
     S = S.flatten(0, 1)                                                      # (B Hv, D, Dv)
     reads = []   # q S of each chunk
     writes = []  # W of each chunk
     for i in range(2):
-        S_rounded = S.to(input_dtype)
-        k_S, q_S = (keys_queries[:, i] @ S_rounded).split(C, 1)              # (B Hv, C, Dv)
+        k_S, q_S = (keys_queries[:, i] @ S).split(C, 1)                      # (B Hv, C, Dv)
         difference = v[:, i] - cum_decay[:, i] * k_S
-        W = M[:, i] @ difference.to(input_dtype)
+        W = M[:, i] @ difference
         reads.append(q_S)
         writes.append(W)
         if i == 0:  # (5): the state after the first chunk, where the second chunk starts
