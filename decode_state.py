@@ -152,17 +152,22 @@ class DecodeState:
         other state become 0, because a NaN there would spread through its mask: 0 * NaN is NaN.
         """
         self.position[slots] = other.position[rows]
-        for buffer, new in ((self.keys, other.keys), (self.values, other.values)):
-            buffer[:, slots] = 0
-            buffer[:, slots, :, :other.length] = new[:, rows]
+        self.keys[:, slots] = 0
+        self.values[:, slots] = 0
+        self.keys[:, slots, :, :other.length] = other.keys[:, rows]
+        self.values[:, slots, :, :other.length] = other.values[:, rows]
         self.S[:, :, slots] = other.S[:, :, rows]
         self.delta_inputs[:, slots] = other.delta_inputs[:, rows]
         self.conv[:, slots] = other.conv[:, rows]
 
     def reset(self):
         """Start again with empty sequences. Keys and values become 0 for the reason in put()."""
-        for x in (self.position, self.keys, self.values, self.S, self.delta_inputs, self.conv):
-            x.zero_()
+        self.position.zero_()
+        self.keys.zero_()
+        self.values.zero_()
+        self.S.zero_()
+        self.delta_inputs.zero_()
+        self.conv.zero_()
 
     def begin_forward(self, T, segment=None):
         """Set what the layers need to know before they read T tokens.
@@ -178,7 +183,9 @@ class DecodeState:
         offsets = self.all_positions[:T]
         start = self.position[:, None]                                       # (B, 1)
         self.token_positions = start + offsets                               # (B, T)
-        self.rotary = (self.cos[self.token_positions], self.sin[self.token_positions])
+        cos = self.cos[self.token_positions]
+        sin = self.sin[self.token_positions]
+        self.rotary = (cos, sin)
 
         # where S is read and written, and the convolution's earlier tokens
         chunk = self.position // K
@@ -193,11 +200,12 @@ class DecodeState:
             self.conv_read_places = torch.cat((past_places, self.conv_places), 1)
             self.mask = self.all_positions <= self.token_positions[..., None]  # (B, K, length)
             if K > 1:
-                window_start = chunk * K
-                window = window_start[:, None] + self.all_positions[:2 * K]
-                self.window_places = window % self.window_length             # (B, 2 K) in the ring
-                self.block_places = self.token_positions % self.window_length
-                self.block_in_window = start - window_start[:, None] + offsets   # (B, K)
+                window_start = (chunk * K)[:, None]                          # (B, 1)
+                window = window_start + self.all_positions[:2 * K]
+                # places of the window and of the block in the ring buffer
+                self.window_places = window % self.window_length             # (B, 2 K)
+                self.block_places = self.token_positions % self.window_length    # (B, K)
+                self.block_in_window = self.token_positions - window_start   # (B, K)
         else:
             self.segment_start = segment.start
             # as tensors, because a compiled layer that reads an int is compiled for each value
@@ -241,7 +249,8 @@ class LinearLayerState:
         past = self.conv[sequences, state.conv_read_places]
         qkv = torch.cat((past, qkv), 1)
         # keep the last of the prompt's tokens, not the padding
-        self.conv[sequences, state.conv_places] = qkv[sequences, state.last_positions]
+        last = qkv[sequences, state.last_positions]
+        self.conv[sequences, state.conv_places] = last
         return qkv
 
     def delta_rule(self, q, k, v, g, beta):
@@ -273,18 +282,17 @@ class LinearLayerState:
         sequences = state.sequences[:, None]
         # write the block after the tail
         inputs = [x.to(self.S.dtype).flatten(2) for x in (q, k, v, g, beta)]
-        self.delta_inputs[sequences, state.block_places] = torch.cat(inputs, -1)
+        inputs = torch.cat(inputs, -1)                                       # (B, K, widths)
+        self.delta_inputs[sequences, state.block_places] = inputs
         # run both chunks of the window, and keep the outputs of the block
         window = self.delta_inputs[sequences, state.window_places]           # (B, 2 K, widths)
         window_q, window_k, window_v, window_g, window_beta = window.split(self.widths, -1)
-        o, S = delta_rule_of_window(
-            window_q.unflatten(-1, q.shape[2:]),
-            window_k.unflatten(-1, k.shape[2:]),
-            window_v.unflatten(-1, v.shape[2:]),
-            window_g,
-            window_beta,
-            S=S)
-        return o[sequences, state.block_in_window], S
+        window_q = window_q.unflatten(-1, q.shape[2:])
+        window_k = window_k.unflatten(-1, k.shape[2:])
+        window_v = window_v.unflatten(-1, v.shape[2:])
+        o, S = delta_rule_of_window(window_q, window_k, window_v, window_g, window_beta, S=S)
+        o = o[sequences, state.block_in_window]
+        return o, S
 
 
 class FullLayerState:
@@ -341,16 +349,15 @@ def prefill(target, prompts, state, target_layer_ids=(), run=run_directly):
 
     prompts is a list of lists or a tensor (B, n). Returns the features (B, T, ...) of the prompts,
     and the logits (B, V) of their last tokens. T is the length of the longest prompt, or more if
-    segments are padded. Features after the end of a prompt are those of padding.
+    segments are padded. Then the features after the end of a prompt mean nothing.
 
     All but the last 1 to K tokens are processed in segments, which always start at the same
-    positions. The rest form one block without guesses, which starts at a multiple of K. It is
-    padded to K tokens, of which the first `rest` are committed, and the last of these gives the
-    logits. So the end of a prompt runs the same code as everything after it. With n = 37 and K =
-    16: a segment of 32 tokens and a block of 5.
+    positions. The rest form one block without guesses, which starts at a multiple of K and is
+    padded to K tokens. So the end of a prompt runs the same code as everything after it. With
+    n = 37 and K = 16: a segment of 32 tokens, and a block of 5 tokens and padding.
 
-    If segments are padded, all shapes depend only on the batch and segment_length. So the bits of
-    a sequence depend neither on its row nor on the other prompts.
+    If segments are padded, all shapes depend only on B and segment_length. So the bits of a
+    sequence depend neither on its row nor on the other prompts.
 
     run: runs each forward. Blocks at the end of prompts share one name, because they have one
     shape. Segments have one name per start if they are padded, and otherwise run directly.
@@ -360,54 +367,55 @@ def prefill(target, prompts, state, target_layer_ids=(), run=run_directly):
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     longest = int(lengths.max())
     assert lengths.min() >= 1 and longest <= state.length - K, (lengths, state.length, K)
-    bulks = (lengths - 1) // K * K
-    rests = (lengths - bulks).to(device)
-
-    # all tokens side by side, with padding for the last segment and block
-    padded = torch.zeros(len(prompts), longest + state.segment_length + K, dtype=torch.long)
-    for row, prompt in zip(padded, prompts):
-        row[:len(prompt)] = torch.as_tensor(prompt)
-    blocks = padded.gather(1, bulks[:, None] + torch.arange(K)).to(device)
-    padded = padded.to(device)
-    state.reset()
-
-    segment_features = []
+    bulks = (lengths - 1) // K * K                                           # (B,)
     longest_bulk = int(bulks.max())
+    block_positions = bulks[:, None] + torch.arange(K)                       # (B, K)
+
+    # side by side, with enough padding for the last segment and block
+    tokens = torch.zeros(len(prompts), longest + state.segment_length + K, dtype=torch.long)
+    for row, prompt in zip(tokens, prompts):
+        row[:len(prompt)] = torch.as_tensor(prompt)
+    blocks = tokens.gather(1, block_positions).to(device)
+    tokens = tokens.to(device)
+
+    state.reset()
+    all_features = []
     for start in range(0, longest_bulk, state.segment_length):
-        token_count = (bulks - start).clamp(0, state.segment_length).to(device)
+        token_count = (bulks - start).clamp(0, state.segment_length)
+        token_count = token_count.to(device)
         forward = functools.partial(
             forward_and_commit, target, state, target_layer_ids, start=start)
         if state.pads_segments:
             end = min(start + state.segment_length, state.length)  # not past the buffer
-            name = ("segment", len(prompts), start, end)
-            features, _ = run(name, forward, padded[:, start:end], token_count)
+            features, _ = run(("segment", start), forward, tokens[:, start:end], token_count)
         else:
             end = min(start + state.segment_length, longest_bulk)
-            features, _ = forward(padded[:, start:end], token_count)
+            features, _ = forward(tokens[:, start:end], token_count)
         if target_layer_ids:
             # a copy, because the next replay can overwrite the outputs of this one
-            segment_features.append(features.clone())
+            all_features.append(features.clone())
 
     forward = functools.partial(forward_and_commit, target, state, target_layer_ids)
-    name = ("end of a prompt", len(prompts))
-    block_features, hidden = run(name, forward, blocks, rests)
+    rests = lengths - bulks
+    rests = rests.to(device)
+    block_features, hidden = run("end of a prompt", forward, blocks, rests)
     last_hidden = hidden[state.sequences, rests - 1]                         # (B, width)
-    logits = target.logits(last_hidden[:, None])[:, 0]
+    logits = target.logits(last_hidden)                                      # (B, V)
     if not target_layer_ids:
         return None, logits
 
     # each prompt's block follows its part of the segments, instead of their padding
-    features = torch.cat((*segment_features, torch.zeros_like(block_features)), 1)
-    block_positions = (bulks[:, None] + torch.arange(K)).to(device)
-    features[state.sequences[:, None], block_positions] = block_features
+    room = torch.zeros_like(block_features)
+    features = torch.cat((*all_features, room), 1)
+    features[state.sequences[:, None], block_positions.to(device)] = block_features
     if not state.pads_segments:
         features = features[:, :longest]
     return features, logits
 
 
 def forward_and_commit(target, state, target_layer_ids, tokens, n, *, start=None):
-    """Features and hidden states of tokens, of which the first n, a tensor (B,), are committed.
-    They are a segment of a prompt at `start`, or a block if start is None."""
+    """Features and hidden states of tokens (B, T). Commits the first n tokens; n is a tensor (B,).
+    The tokens are a segment of a prompt at `start`, or a block if start is None."""
     segment = None if start is None else Segment(start, n)
     features, hidden = target(tokens, state, target_layer_ids, segment=segment)
     state.commit(n)

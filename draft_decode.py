@@ -33,8 +33,9 @@ from tqdm import tqdm
 import fast
 from checkpoint import load_drafter, load_target
 from configurator import configure, survive_closed_output
-from decode_state import DecodeState, prefill
+from decode_state import DecodeState
 from fast.cuda_graph import Graphs
+from fast.prefill import Prefill
 from sampling import Sampling, choose, gumbel_noise
 from tokenizer import chat_prompt, load_tokenizer, stop_ids
 
@@ -87,7 +88,6 @@ class Decoder:
             assert tokens_per_forward == drafter.block_size
             self.layer_ids = drafter.target_layer_ids
             self.cache = drafter.new_cache(batch, length)
-        self.readers = {}                   # see new_reader()
         device = target.embed_tokens.weight.device
         self.block = torch.zeros(batch, tokens_per_forward, dtype=torch.long, device=device)
         self.anchor = torch.zeros(batch, dtype=torch.long, device=device)
@@ -95,6 +95,7 @@ class Decoder:
         self.sequence_ids = torch.zeros(batch, dtype=torch.long, device=device)  # for the noise
         self.offsets = torch.arange(tokens_per_forward, device=device)
         self.graphs = Graphs(device)
+        self.prefill = Prefill(self)
 
     def round_kernels(self):
         """One round on the device. Returns (B, 2 K): the number of accepted guesses, the target's
@@ -172,101 +173,19 @@ class Decoder:
     def start_sequences(self, requests):
         """Prefill prompts into free slots: requests {slot: Request}. Returns {slot: first token}.
 
-        Prompts of similar length are prefilled together. Each is prefilled elsewhere, see
-        new_reader(), and then copied into its slot.
+        The first token is the target's choice after the prompt, and the first anchor.
         """
         first_tokens = {}
-        groups = {}
-        for slot, request in requests.items():
-            segment_length = self.segment_length(len(request.prompt_ids))
-            groups.setdefault(segment_length, []).append(slot)
-        for segment_length, slots in groups.items():
-            if segment_length not in self.readers:
-                self.readers[segment_length] = self.new_reader(segment_length)
-            reader = self.readers[segment_length]
-            rows = len(reader.state.position)
-            for first in range(0, len(slots), rows):
-                some = slots[first:first + rows]
-                tokens = self.prefill_together(reader, some, [requests[slot] for slot in some])
-                first_tokens.update(zip(some, tokens))
+        for slots, logits in self.prefill.run(requests):
+            ids = [requests[slot].sequence_id for slot in slots]
+            self.sequence_ids[slots] = torch.tensor(ids, device=self.anchor.device)
+            # the tokens at these positions are chosen now
+            noise = self.noise_at(self.sequence_ids[slots], self.state.position[slots])
+            choices = choose(logits, self.sampling, self.sampling.temperature, noise)
+            self.anchor[slots] = choices
+            self.is_active[slots] = 1
+            first_tokens.update(zip(slots, choices.tolist()))
         return first_tokens
-
-    def prefill_together(self, reader, slots, requests):
-        """Prefill at most as many prompts as the reader has rows. Returns their first tokens."""
-        prompts = [request.prompt_ids for request in requests]
-        rows = list(range(len(prompts)))
-        unused = len(reader.state.position) - len(prompts)
-        prompts += prompts[:1] * unused  # results of the last rows are dropped
-
-        def run(name, function, *inputs):  # each reader has graphs of its own
-            name = (reader.state.segment_length, name)
-            return self.graphs.run(name, function, *inputs)
-
-        features, logits = prefill(self.target, prompts, reader.state, self.layer_ids, run)
-        if reader.state is not self.state:
-            self.state.put(slots, reader.state, rows)
-        if self.drafter is not None:
-            self.write_prompt_context(reader, features, slots, rows)
-
-        # the tokens at these positions are chosen now
-        self.sequence_ids[slots] = torch.tensor(
-            [request.sequence_id for request in requests], device=self.anchor.device)
-        noise = self.noise_at(self.sequence_ids[slots], self.state.position[slots])
-        first_tokens = choose(logits[rows], self.sampling, self.sampling.temperature, noise)
-        self.anchor[slots] = first_tokens
-        self.is_active[slots] = 1
-        return first_tokens.tolist()
-
-    def write_prompt_context(self, reader, features, slots, rows):
-        """Write the features of prompts into the drafter's cache.
-
-        The rest of the cache becomes 0, because NaN of an earlier sequence would spread.
-        """
-        length = reader.state.length
-        start = torch.zeros_like(reader.state.position)
-        for keys, values in reader.cache:
-            keys.zero_()
-            values.zero_()
-        self.drafter.write_context(features[:, :length], reader.cache, start)
-        if reader.cache is self.cache:
-            return
-        for buffers, new_buffers in zip(self.cache, reader.cache):
-            for buffer, new in zip(buffers, new_buffers):
-                buffer[slots] = 0
-                buffer[slots, :, :length] = new[rows]
-
-    def segment_length(self, prompt_length):
-        """Tokens per segment of a prompt's prefill. It depends on nothing but the prompt's length.
-
-        A GPU takes as long for one prompt of 256 tokens as for several. So short prompts have short
-        segments, and several of them are prefilled together.
-        """
-        if not self.state.pads_segments:
-            return self.state.segment_length
-        power = round_up_to_power_of_two(prompt_length)
-        return min(max(256, power), self.state.segment_length)
-
-    def new_reader(self, segment_length):
-        """Where prompts with segments of this length are prefilled.
-
-        Its rows and the length of its segments never change, and unused rows are padding. So all
-        shapes are static, and the bits of a prompt do not depend on the prompts next to it.
-        """
-        B = len(self.state.position)
-        is_longest = segment_length == self.state.segment_length
-        if is_longest and B == 1:
-            return Reader(self.state, self.cache)
-        rows = 1
-        length = self.state.length
-        if not is_longest:
-            rows = min(B, self.state.segment_length // segment_length)
-            length = min(length, segment_length + self.state.tokens_per_forward)
-        state = DecodeState(self.target, rows, length, self.state.tokens_per_forward)
-        state.segment_length = segment_length
-        cache = None
-        if self.drafter is not None:
-            cache = self.drafter.new_cache(rows, length)
-        return Reader(state, cache)
 
     def release_slot(self, slot):
         """Free a slot. It keeps running at position 0, because a block at its old position might
@@ -287,12 +206,6 @@ class Decoder:
             rejected = guesses[accepted:] if self.drafter is not None else []
             outputs.append((choices[:accepted + 1], rejected))
         return outputs
-
-
-class Reader(NamedTuple):
-    """Where prompts are prefilled: a state and a cache of the drafter for a few sequences."""
-    state: DecodeState
-    cache: list | None
 
 
 def count_accepted(guesses, choices):

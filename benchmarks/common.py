@@ -108,6 +108,7 @@ def mode_of(config, workload, drafter, tokens_per_forward, decoders):
             workload.target, drafter, prompts, max_new_tokens=config.max_new_tokens,
             slots=slots_of(config), stop_token_ids=workload.stops,
             tokens_per_forward=tokens_per_forward, sampling=sampling_of(config),
+            sequence_ids=[0] * len(prompts),  # a sample does not depend on the other prompts
             decoders=decoders)
         return generations_of(outputs, len(prompts))
     return decode
