@@ -110,8 +110,8 @@ def gumbel_noise(seed, sequence_ids, positions, vocab_size):
     upper_bits = (bits >> 12) & ((1 << 52) - 1)
     uniform = (upper_bits.double() + 0.5) * 2.0 ** -52
     # The logarithms are computed in fp64 and rounded to fp32 at the end. On a CPU, scalar and
-    # vector code can round a fp32 logarithm differently, and an element's place in its tensor decides
-    # which of them runs. After rounding from fp64 the two agree.
+    # vector code can round a fp32 logarithm differently, and an element's place in its tensor
+    # decides which of them runs. After rounding from fp64 the two agree.
     noise = -(-uniform.log()).log()
     return noise.float()
 

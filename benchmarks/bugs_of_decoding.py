@@ -183,8 +183,8 @@ VERIFICATION = (
         "sequences = self.state.sequences[:, None]\n"
         "    last = self.state.position[:, None] + self.offsets[-3:]\n"
         "    new = self.state.position[:, None] + accepted[:, None] - 2 + self.offsets[:3]\n"
-        "    ring = self.state.conv_length\n"
-        "    self.state.conv[:, sequences, new % ring] = self.state.conv[:, sequences, last % ring]\n"
+        "    conv, ring = self.state.conv, self.state.conv_length\n"
+        "    conv[:, sequences, new % ring] = conv[:, sequences, last % ring]\n"
         "    self.state.commit((accepted + 1) * self.is_active)"),
 
     # S after the whole window is taken for the state after its first chunk. Such a delta rule is
