@@ -170,14 +170,14 @@ class Decoder:
         vocab_size = self.target.config.vocab_size
         return gumbel_noise(self.sampling.seed, sequence_ids, positions, vocab_size)
 
-    def start_sequences(self, requests):
-        """Prefill prompts into free slots: requests {slot: Request}. Returns {slot: first token}.
+    def start_sequences(self, prompts, sequence_ids):
+        """Prefill prompts into free slots: {slot: token ids}. sequence_ids: {slot: int}.
 
-        The first token is the target's choice after the prompt, and the first anchor.
+        Returns {slot: first token}: the target's choice after the prompt, and the first anchor.
         """
         first_tokens = {}
-        for slots, logits in self.prefill.run(requests):
-            ids = [requests[slot].sequence_id for slot in slots]
+        for slots, logits in self.prefill.run(prompts):
+            ids = [sequence_ids[slot] for slot in slots]
             self.sequence_ids[slots] = torch.tensor(ids, device=self.anchor.device)
             # the tokens at these positions are chosen now
             noise = self.noise_at(self.sequence_ids[slots], self.state.position[slots])
@@ -314,7 +314,9 @@ def decode_in_slots(decoder, waiting, slots):
             free = [slot for slot in range(slots) if slot not in running]
             starting = {slot: waiting.popleft() for slot in free[:len(waiting)]}
             began = time.perf_counter()
-            first_tokens = decoder.start_sequences(starting)
+            prompts = {slot: request.prompt_ids for slot, request in starting.items()}
+            sequence_ids = {slot: request.sequence_id for slot, request in starting.items()}
+            first_tokens = decoder.start_sequences(prompts, sequence_ids)
             seconds = (time.perf_counter() - began) / len(starting)
             for slot, token in first_tokens.items():
                 request = starting[slot]

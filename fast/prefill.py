@@ -35,14 +35,14 @@ class Prefill:
         self.decoder = decoder
         self.readers = {}   # by length of segments
 
-    def run(self, requests):
-        """Prefill the prompts of requests {slot: Request}.
+    def run(self, prompts):
+        """Prefill prompts {slot: token ids}.
 
         Yields (slots, logits of the last tokens (slots, V)) for prompts that ran together.
         """
         by_length = {}
-        for slot, request in requests.items():
-            length = self.segment_length(len(request.prompt_ids))
+        for slot, prompt in prompts.items():
+            length = self.segment_length(len(prompt))
             by_length.setdefault(length, []).append(slot)
         for length, slots in by_length.items():
             if length not in self.readers:
@@ -51,8 +51,8 @@ class Prefill:
             rows = len(reader.state.position)
             for first in range(0, len(slots), rows):
                 some = slots[first:first + rows]
-                prompts = [requests[slot].prompt_ids for slot in some]
-                yield some, self.run_together(reader, some, prompts)
+                some_prompts = [prompts[slot] for slot in some]
+                yield some, self.run_together(reader, some, some_prompts)
 
     def segment_length(self, prompt_length):
         """Tokens per segment for a prompt. It depends only on the length of the prompt."""

@@ -1,8 +1,7 @@
 """
 What several test files share: small models, the shipped pair, oracles, files.
 
-Small models have random gains and biases: freshly made ones would hide a gain that is read as w
-where 1 + w is meant.
+Small models have random gains and biases. New ones would hide a gain of w instead of 1 + w.
 """
 import functools
 import json
@@ -75,20 +74,28 @@ def all_tokens(rounds):
 
 
 def small_config(shape="tied"):
-    """Two layer patterns: that of the 0.8B, and that of larger sizes, which have more value heads
-    than key heads and an untied output head."""
-    tied = shape == "tied"
-    return TargetConfig(
+    """Two shapes. "tied" is that of the 0.8B. "untied" has more value heads than key heads, as
+    larger sizes do, and no number in it is a default or equals another one by chance."""
+    config = TargetConfig(
         vocab_size=V, hidden_size=HIDDEN, intermediate_size=96, num_hidden_layers=8,
         num_attention_heads=4, num_key_value_heads=2, head_dim=32,
-        linear_num_key_heads=4, linear_num_value_heads=4 if tied else 8,
+        linear_num_key_heads=4, linear_num_value_heads=4,
         linear_key_head_dim=16, linear_value_head_dim=16,
-        tie_word_embeddings=tied, max_position_embeddings=512)
+        tie_word_embeddings=True, max_position_embeddings=512)
+    if shape == "untied":
+        config.tie_word_embeddings = False
+        config.linear_num_value_heads = 8
+        config.linear_value_head_dim = 24
+        config.linear_conv_kernel_dim = 3
+        config.rms_norm_eps = 0.01
+        config.rope_theta = 1e4
+        config.partial_rotary_factor = 0.5
+    return config
 
 
 def perturb(model, seed=0, scale=1.0):
-    """Random gains and biases, and for scale > 1 larger matrices, so that no part of the model is
-    next to nothing. Returns the model, frozen and in eval mode."""
+    """Random gains and biases, and matrices that are larger by `scale`, so that every part of the
+    model matters. Returns the model, frozen and in eval mode."""
     draw = random_normal(seed)
     for name, p in model.named_parameters():
         if p.dim() == 1 and "A_log" not in name:
@@ -117,6 +124,15 @@ def small_drafter(layer_types=(FULL, FULL), window=None, seed=0):
     return perturb(DFlashDraftModel(config), seed, scale=5.0)
 
 
+def drafting(T, A, seed=0):
+    """Random features (2, T, ...), blocks (2, A, K, hidden), and ascending anchors (2, A)."""
+    draw = random_normal(seed)
+    features = draw(2, T, len(LAYER_IDS) * HIDDEN)
+    blocks = draw(2, A, K, HIDDEN)
+    anchors = draw(2, T - 1).topk(A).indices + 1
+    return features, blocks, anchors.sort().values
+
+
 @functools.cache
 def tiny_target():
     """A target of 8 tokens, so that the joint frequencies of two tokens can be counted. It has one
@@ -132,8 +148,8 @@ def tiny_target():
 
 
 def phase_1_2():
-    """TargetConfig and drafter at the published widths. They are spelled out here, as the
-    project's own table of sizes is under test too. Make it under torch.device("meta")."""
+    """TargetConfig and drafter at the published widths. They are spelled out here, because the
+    project's own table of sizes is tested too. Call it under torch.device("meta")."""
     target = TargetConfig(
         vocab_size=248320, hidden_size=1024, intermediate_size=3584, num_hidden_layers=24,
         num_attention_heads=8, num_key_value_heads=2, head_dim=256,
@@ -172,7 +188,7 @@ def untrained():
 
 @functools.cache
 def questions():
-    """64 word problems that neither of the pair has seen."""
+    """64 word problems that the pair was not trained on."""
     return [question for question, _, _ in problems("val", 64, task="words")]
 
 # ------------------------------------------------------------------------------------------------
@@ -180,18 +196,16 @@ def questions():
 
 
 class Oracle:
-    """Knows the answer to a prompt of so many tokens; in each round `right` guesses are right."""
+    """Knows the answer to a prompt of this many tokens. In each round `right` guesses are right, or
+    a random number of them if it is None."""
     block_size = K
     target_layer_ids = ()
 
-    def __init__(self, prompt_length, answer, right):
+    def __init__(self, prompt_length, answer, right=None, seed=0):
         self.prompt_length = prompt_length
         self.answer = torch.tensor(answer + [0] * 2 * K)
         self.right = right
-
-    def count_right(self):
-        """How many guesses of the next round are right."""
-        return self.right
+        self.random = random.Random(seed)
 
     def new_cache(self, batch, length):
         return []  # of no layer
@@ -199,38 +213,27 @@ class Oracle:
     def write_context(self, features, cache, position):
         pass
 
-    def check_anchor(self, anchor, i):
-        assert self.answer[i] == anchor, "the loop gives the drafter another anchor or position"
-
     def draft_logits(self, anchor, target, cache, position):
         i = int(position) - self.prompt_length
-        self.check_anchor(anchor, i)
+        assert self.answer[i] == anchor, "the loop gives the drafter a wrong anchor or position"
         guesses = self.answer[i + 1:i + K].clone()
-        right = self.count_right()
+        right = self.right
+        if right is None:
+            right = self.random.randrange(K)
         guesses[right:] = (guesses[right:] + 1) % 8  # wrong, and in every vocabulary
         return sure_of(guesses, target.config.vocab_size)
 
 
-class HalfRightOracle(Oracle):
-    """Knows the answer too, but in each round another, random number of its guesses is right."""
-    def __init__(self, prompt_length, answer, seed=0):
-        super().__init__(prompt_length, answer, right=None)
-        self.random = random.Random(seed)
-
-    def count_right(self):
-        return self.random.randrange(K)
-
-
 def sure_of(guesses, vocab_size):
-    """Logits (1, K-1, V) that no noise and no temperature can turn away from the guesses (K-1,)."""
+    """Logits (1, K-1, V) that give these guesses (K-1,) with any noise and temperature."""
     logits = torch.full((1, len(guesses), vocab_size), -1e4)
     return logits.scatter_(-1, guesses[None, :, None], 1e4)
 
 
 @functools.cache
 def reference():
-    """(prompt, answer): 40 tokens of small_target() after a prompt of 21, which is no multiple of
-    K, so that rounds straddle the chunks of the delta rule."""
+    """(prompt, answer): 40 tokens of small_target() after a prompt of 21 tokens. 21 is not a
+    multiple of K, so rounds cross the borders of the delta rule's chunks."""
     prompt = tokens_of(21, seed=5).tolist()
     answer = all_tokens(generate(small_target(), None, prompt, max_new_tokens=40))
     return prompt, answer
@@ -241,8 +244,8 @@ def reference():
 
 def publish(folder, target, prefix="model.language_model.", shards=2, **change):
     """Write a target as its publishers do: config.json with text_config and vision_config, shards
-    and their index (or one file), a vision tower and layers of multi-token prediction.
-    change: keys of text_config. Returns the text_config."""
+    with an index (or one file), a vision tower, and layers of multi-token prediction. change: keys
+    of text_config. Returns the text_config."""
     c = target.config
     text = dict(vars(c))
     theta = text.pop("rope_theta")
@@ -290,7 +293,7 @@ def public_weights(target, prefix="model.language_model."):
 
 
 def hub_copy(cache, name, source):
-    """Put a folder into a cache of the hub under a hub id, as a download leaves it."""
+    """Put a folder into a cache of the hub under a hub id, as a download does."""
     home = cache / f"models--{name.replace('/', '--')}"
     (home / "refs").mkdir(parents=True)
     (home / "refs" / "main").write_text("abc")

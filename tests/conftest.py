@@ -1,8 +1,8 @@
 """
 What pytest sets up: the environment of every test, and fixtures that several files use.
 
-The environment must stand before torch and transformers are imported, so it is set before all
-other imports. pytest puts the project's root on the path, as tests is a package there.
+The environment must be set before torch and transformers are imported. pytest puts the project's
+root on the path, because tests is a package there.
 """
 import contextlib
 import json
@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 
-# where transformers copies the code of checkpoints that it loads; the folder goes at exit
+# where transformers copies the code of checkpoints that it loads; deleted at the end
 MODULES = tempfile.TemporaryDirectory()
 os.environ["HF_MODULES_CACHE"] = MODULES.name
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -39,6 +39,17 @@ def threads():
     count = torch.get_num_threads()
     yield
     torch.set_num_threads(count)
+
+
+@pytest.fixture
+def traced_only(monkeypatch):
+    """torch.compile traces functions but generates no kernels, which would take minutes."""
+    torch_compile = torch.compile
+
+    def compile_without_kernels(function, dynamic=None, options=None):
+        return torch_compile(function, backend="aot_eager", dynamic=dynamic)
+
+    monkeypatch.setattr(torch, "compile", compile_without_kernels)
 
 
 @pytest.fixture

@@ -1,5 +1,5 @@
 """
-The drafter, against the contract in words: what a block sees, in training and in decoding.
+The drafter: what a block sees, in training and in decoding.
 """
 import dataclasses
 import math
@@ -13,37 +13,22 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 import model
 from checkpoint import drafter_config
 from fast.attention import grouped_attend
-from model import (DFlashDraftModel, masked_attention, rotary_table)
-from tests.common import (DRAFTERS, HIDDEN, K, LAYER_IDS, MASK, V, apart, random_normal,
-                          small_config, small_drafter, small_target,
-                          tokens_of)
-
+from model import DFlashDraftModel, masked_attention, rotary_table
+from tests.common import (DRAFTERS, HIDDEN, K, LAYER_IDS, MASK, V, apart, drafting, random_normal,
+                          small_config, small_drafter, small_target, tokens_of)
 
 SMALLEST = {"num_hidden_layers": 1, "mask_token_id": MASK, "num_attention_heads": 4,
             "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 96}
 
 
-def drafting(T, A=5, seed=0):
-    """Random features (2, T, ...), blocks (2, A, K, hidden) and ascending anchors (2, A)."""
-    draw = random_normal(seed)
-    features = draw(2, T, len(LAYER_IDS) * HIDDEN)
-    blocks = draw(2, A, K, HIDDEN)
-    anchors = []
-    for _ in range(2):
-        _, positions = draw(T - 1).topk(A)
-        anchors.append(positions + 1)
-    anchors, _ = torch.stack(anchors).sort()
-    return features, blocks, anchors
-
-
 @pytest.mark.parametrize("layer_types, window", DRAFTERS)
 def test_drafter_decodes_as_it_was_trained(layer_types, window):
-    """Failure 2: 98 % in training, 10 % served. Context arrives in blocks of 16 whose rejected rows
-    are stale; row k of the logits is that of slot k, not shifted."""
+    """Failure 2: 98 % in training, 10 % served. The context arrives in blocks of 16, whose rejected
+    features are garbage. Logit k is that of position k, not shifted."""
     target = small_target()
     drafter = small_drafter(layer_types, window)
-    features, _, _ = drafting(70)
-    stale, _, _ = drafting(K, seed=1)
+    features, _, _ = drafting(70, 1)
+    stale, _, _ = drafting(K, 1, seed=1)
     anchors = [1, 2, 15, 16, 17, 30, 33, 49, 50]
     tokens = tokens_of(2, len(anchors))
     blocks = drafter.embed_block(tokens, target.embed_tokens.weight)
@@ -70,8 +55,8 @@ def test_drafter_decodes_as_it_was_trained(layer_types, window):
 
 
 def test_block_is_the_anchor_and_masks():
-    """The mask is another token, such as the tokenizer's last one; or the anchor is masked too.
-    Training and decoding would agree on it, and no published drafter would be read right."""
+    """The mask is a different token, or the anchor is masked too. Training and decoding would
+    agree, but published drafters would fail."""
     embedding = random_normal()(V, HIDDEN)
     tokens = tokens_of(2, 3)
     blocks = small_drafter().embed_block(tokens, embedding)
@@ -85,7 +70,7 @@ def test_leak_from_future_features_or_other_blocks(layer_types, window):
     """Failures 1 and 2: a block sees features at or after its anchor, or another block; or it does
     not see the feature before its anchor, or its own anchor."""
     drafter = small_drafter(layer_types, window)
-    features, blocks, anchors = drafting(40)
+    features, blocks, anchors = drafting(40, 5)
     hidden = drafter(features, blocks, anchors, grouped_attend)
     positions = torch.arange(40)
     for a in range(5):
@@ -112,8 +97,8 @@ def test_leak_from_future_features_or_other_blocks(layer_types, window):
 
 @pytest.mark.parametrize("gain_dtype", (torch.float32, torch.bfloat16))
 def test_norm_in_bf16_is_computed_in_fp32(gain_dtype):
-    """Statistics or the gain of a norm rounded to bf16 before they are used. The gain is fp32 in
-    training and bf16 in decoding."""
+    """Statistics or the gain of a norm are rounded to bf16 before they are used. The gain is fp32
+    in training and bf16 in decoding."""
     norm = model.RMSNorm(64, 1e-6)
     gain = (1 + 0.3 * random_normal(1)((64,))).to(gain_dtype)
     norm.weight.data = gain
@@ -129,8 +114,7 @@ def test_norm_in_bf16_is_computed_in_fp32(gain_dtype):
 
 
 def test_attention_in_bf16_has_its_softmax_in_fp32():
-    """Scores divided or a softmax summed in bf16, which has three digits. Of a buffer of 400 keys
-    300 are seen."""
+    """Scores or a softmax are in bf16, which has three digits. 300 of 400 keys are visible."""
     draw = random_normal()
     q = 8 * draw(1, 4, 3, 32).bfloat16()
     k = draw(1, 2, 400, 32).bfloat16()
@@ -151,15 +135,15 @@ def test_attention_in_bf16_has_its_softmax_in_fp32():
 
 @pytest.mark.parametrize("ids", ((1, 7), (3, 1), (1, 1), (-1, 2), ()))
 def test_taps_are_refused(ids):
-    """Failure 4: the last layer as a feature, which transformers returns normed; layers in another
-    order than fc's columns."""
+    """Failure 4: the last layer is a feature, which transformers returns normed, or the order of
+    layers is not that of fc's columns."""
     with pytest.raises(ValueError, match=r"0 \.\. 6"):
         drafter_config(small_config(), target_layer_ids=ids, **SMALLEST)
 
 
 def test_failure_3_partial_rotary_stays_with_the_target():
-    """Failure 3: the drafter inherits the target's partial rotary, so that its slots 2 and up are
-    never accepted."""
+    """Failure 3: the drafter inherits the target's partial rotary, so its guesses from position 2
+    on are never accepted."""
     target = dataclasses.replace(small_config(), partial_rotary_factor=0.25, rope_theta=5e5)
     config = drafter_config(target, target_layer_ids=LAYER_IDS, **SMALLEST)
     cos, sin = DFlashDraftModel(config).rotary(torch.arange(3))
@@ -168,11 +152,20 @@ def test_failure_3_partial_rotary_stays_with_the_target():
     assert sin[1, 1].item() == pytest.approx(math.sin(5e5 ** (-2 / 16)), rel=1e-5)
 
 
+def test_drafter_has_the_eps_of_its_target():
+    """A norm ignores rms_norm_eps."""
+    target = dataclasses.replace(small_config(), rms_norm_eps=0.5)
+    drafter = DFlashDraftModel(drafter_config(target, target_layer_ids=LAYER_IDS, **SMALLEST))
+    for name, module in drafter.named_modules():
+        if isinstance(module, model.RMSNorm):
+            assert module.eps == 0.5, name
+
+
 @pytest.mark.parametrize("theta", (1e4, 1e6, 1e7))
 @pytest.mark.parametrize("dim", (64, 128, 256))
 def test_rotary_table_equals_that_of_transformers(theta, dim):
-    """Frequencies as theta^(-2i/dim), which are right in theory: their rounding moves cos by 0.01
-    at position 200,000 from what published weights were trained with."""
+    """Frequencies are theta^(-2i/dim). They round differently, which changes cos by 0.01 at
+    position 200,000."""
     config = Qwen3Config(head_dim=dim, rope_parameters={"rope_type": "default",
                                                         "rope_theta": theta})
     positions = torch.arange(262_144)

@@ -26,7 +26,7 @@ from tests.common import (HIDDEN, LAYER_IDS, NANO_DRAFTER, NANO_TARGET, ROOT, ap
                           hub_copy, nano, perturb, public_weights, publish, random_normal,
                           shipped, small_config, small_target, tokens_of)
 
-FP32_NAMES = ("linear_attn.A_log", "linear_attn.norm.weight")  # in fp32 whatever the model's dtype
+FP32_NAMES = ("linear_attn.A_log", "linear_attn.norm.weight")  # fp32 in models of all dtypes
 
 # ------------------------------------------------------------------------------------------------
 # the same numbers as transformers
@@ -38,11 +38,10 @@ def peer(shape):
     c = small_config(shape)
     keys = dict(vars(c))
     theta = keys.pop("rope_theta")
-    keys.pop("partial_rotary_factor")
     keys["layer_types"] = list(c.layer_types)
     keys["rope_parameters"] = {
-        "rope_type": "default", "rope_theta": theta, "partial_rotary_factor": 0.25,
-        "mrope_section": [2, 1, 1]}
+        "rope_type": "default", "rope_theta": theta,
+        "partial_rotary_factor": c.partial_rotary_factor, "mrope_section": [2, 1, 1]}
     torch.manual_seed(1)
     theirs = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**keys))
     perturb(theirs, scale=5.0)
@@ -74,11 +73,22 @@ def test_target_equals_transformers(shape, T):
     assert apart(ours.logits(hidden), reference.logits) < 1e-4
     for index, i in enumerate(LAYER_IDS):
         assert apart(feature(features, index), reference.hidden_states[i + 1]) < 1e-4, i
-    # features alone: nothing above their last layer is run
+    # features alone
     alone, nothing = ours(x, target_layer_ids=LAYER_IDS, features_only=True)
     assert torch.equal(alone, features)
     assert nothing is None
 
+
+def test_features_only_run_no_layer_above_the_last():
+    """Training runs layers whose outputs nobody needs."""
+    target = copy.deepcopy(small_target())
+    ran = []
+    for i, layer in enumerate(target.layers):
+        layer.register_forward_hook(lambda *_, i=i: ran.append(i))
+    target(tokens_of(1, 2), target_layer_ids=(0, 3), features_only=True)
+    assert ran == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="target_layer_ids"):
+        target(tokens_of(1, 2), features_only=True)
 
 # ------------------------------------------------------------------------------------------------
 # fp32 inside a bf16 target
@@ -160,8 +170,9 @@ def test_random_targets_are_always_the_same(monkeypatch):
     _, hidden = target(tokens_of(1, 9))
     assert target.logits(hidden).std() > 0
 
-    half = load_target("random:tiny:4", dtype="bfloat16")
-    assert half.config.layer_types == ("linear_attention",) * 3 + ("full_attention",)
+    half = load_target("random:tiny:5", dtype="bfloat16")
+    linear = "linear_attention"
+    assert half.config.layer_types == (linear, linear, linear, "full_attention", linear)
     for name, weight in half.state_dict().items():
         assert weight.dtype == torch.bfloat16 or name.endswith(FP32_NAMES), name
 
@@ -214,12 +225,6 @@ def test_load_target_names_a_missing_shard(tmp_path):
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(ValueError, match="model-00002-of-00002.safetensors"):
         load_target(str(tmp_path))
-
-
-def test_features_only_without_layers_is_refused():
-    """max() of nothing, for a caller who asks for the features of no layer."""
-    with pytest.raises(ValueError, match="target_layer_ids"):
-        small_target()(tokens_of(1, 2), features_only=True)
 
 
 def test_load_target_names_all_that_is_wrong_at_once(tmp_path):

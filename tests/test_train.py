@@ -1,5 +1,5 @@
 """
-Training: batches, one step, and runs that are interrupted, killed, resumed or shared by processes.
+Training: batches, one step, and runs that are interrupted, resumed, or shared by processes.
 """
 import argparse
 import contextlib
@@ -40,6 +40,7 @@ from training import checkpoints, flops, guard
 from training import log as training_log
 from training import setup as training_setup
 from training.flops import training_operations
+from training.plot import plot_training
 from training.sums import acceptance
 
 # ------------------------------------------------------------------------------------------------
@@ -86,10 +87,6 @@ def assert_same(a, b):
             assert torch.equal(moment, b.moments[i][name]), (i, name)
 
 
-def read_state(folder):
-    return torch.load(folder / "training_state.pt", weights_only=False)
-
-
 def training_entries(log):
     return [entry for entry in log if entry["kind"] == "train"]
 
@@ -98,8 +95,8 @@ def training_entries(log):
 
 
 def test_batches_are_a_function_of_seed_and_number(small_run):
-    """Failures 12 and 14: batches depend on the order of calls, repeat or miss rows, or have any
-    length."""
+    """Failures 12 and 14: batches depend on the order of calls, repeat or lack rows, or have many
+    different lengths."""
     config, rows = small_run
     batches = train.MicroBatches(rows, config)
     in_order = [batches[n] for n in range(20)]
@@ -141,8 +138,8 @@ def test_batches_are_cut_and_padded(small_run, max_length):
 
 
 def test_batches_hold_rows_alike_in_length(small_run):
-    """Half of a batch is padding; short rows come first; bucket_size has no effect, or counts
-    samples instead of micro-batches of two."""
+    """Half of a batch is padding, short rows come first, or bucket_size counts samples instead of
+    micro-batches."""
     config, _ = small_run
     lengths = np.random.default_rng(0).permutation(400)
     rows = [(np.zeros(length), np.ones(length)) for length in lengths]
@@ -159,7 +156,7 @@ def test_batches_hold_rows_alike_in_length(small_run):
 
 
 class KeepsGradients(torch.optim.SGD):
-    """Changes nothing; a step keeps the gradient, in one vector, in `gradient`."""
+    """A step changes no weight. It keeps the gradient, as one vector."""
     def step(self):
         parts = []
         for group in self.param_groups:
@@ -186,7 +183,7 @@ def step_of(config, rows):
 
 @pytest.mark.parametrize("weighting", ("decay", "dpace"))
 def test_step_does_not_depend_on_the_split(small_run, weighting):
-    """Failure 13: a mean of means. Rows as 1 x 8 and as 4 x 2 give one loss and gradient."""
+    """Failure 13: a mean of means. 1 x 8 rows and 4 x 2 rows have the same loss and gradient."""
     config, rows = small_run
     config.weighting = weighting
     config.grad_clip = 1e9
@@ -198,14 +195,14 @@ def test_step_does_not_depend_on_the_split(small_run, weighting):
     assert apart(split_gradient, whole_gradient) < 1e-4
     assert split["loss"] == pytest.approx(whole["loss"], rel=1e-5)
     assert split["tau"] == whole["tau"]
-    # else a mean of means would pass
+    # otherwise a mean of means would pass
     batches = train.MicroBatches(rows, split_config)
     counts = {int(batches[n][1].sum()) for n in range(4)}
     assert len(counts) > 1
 
 
 def test_step_divides_gradients_before_it_clips_them(small_run):
-    """A gradient is clipped as a sum and then divided by the weights: it almost vanishes."""
+    """A gradient is clipped as a sum and then divided by the weights, so it almost vanishes."""
     config, rows = small_run
     config.grad_clip = 1e9
     entry, gradient = step_of(config, rows)
@@ -218,8 +215,7 @@ def test_step_divides_gradients_before_it_clips_them(small_run):
 
 @pytest.fixture
 def seen(monkeypatch):
-    """What micro_batch_loss draws and computes: its anchors, and the hidden states of their blocks;
-    and all anchors that were drawn in the test."""
+    """The last anchors and hidden states of micro_batch_loss, and all anchors of the test."""
     seen = {"all_anchors": []}
 
     def keep_anchors(*args):
@@ -237,8 +233,8 @@ def seen(monkeypatch):
 
 
 def test_leak_from_future_tokens_through_the_whole(small_run, seen):
-    """Failure 1: tokens after the anchor reach its guesses, through the target's features or the
-    block's ids; or the token before it and its own do not."""
+    """Failure 1: tokens after the anchor affect its guesses, through features or ids; or the anchor
+    and the token before it do not."""
     config, rows = small_run
     config.num_anchors = 6
     run = small_training_run(config, rows)
@@ -264,8 +260,8 @@ def test_leak_from_future_tokens_through_the_whole(small_run, seen):
 
 @torch.no_grad()
 def test_leak_from_features_at_other_places(small_run):
-    """Failure 1: features are shifted by one between the target and the drafter, so that a block
-    also reads that of its anchor, which was computed to predict what the block shall guess."""
+    """Failure 1: features are shifted by one, so a block also sees its anchor's, which was computed
+    to predict the first guess."""
     config, rows = small_run
     run = small_training_run(config, rows)
     handed_on = []
@@ -331,8 +327,9 @@ def test_step_hands_its_keys_on(small_run, seen, dtype):
 
 
 def test_step_counts_acceptance_up_to_the_end_of_a_response(small_run, monkeypatch):
-    """tau without the target's own token, or with guesses past the response. Here all guesses are
-    right, and responses are of 3 and 9 tokens: 2 + 8 anchors that reach 1 .. 2 and 1 .. 8 slots."""
+    """tau lacks the target's own token, or counts guesses after the response. Here all guesses are
+    right, and responses of 3 and 9 tokens have 2 + 8 anchors, which reach 1 .. 2 and 1 .. 8
+    positions. Without a response tau is 1, not NaN."""
     config, rows = small_run
     run = small_training_run(config, rows)
 
@@ -351,6 +348,9 @@ def test_step_counts_acceptance_up_to_the_end_of_a_response(small_run, monkeypat
     tau, accepted_up_to_slot = acceptance(sums)
     assert tau == pytest.approx(1 + 39 / 10)
     assert accepted_up_to_slot == [1.0] * 8 + [0.0] * 7
+    supervised[:] = False
+    _, sums = train.micro_batch_loss(run, tokens, supervised, torch.Generator())
+    assert acceptance(sums) == (1.0, [0.0] * 15)
 
 
 def test_step_draws_anchors_by_seed_and_batch(small_run, seen):
@@ -370,9 +370,10 @@ def test_step_draws_anchors_by_seed_and_batch(small_run, seen):
 
 
 def test_setup_follows_its_keys(small_run):
-    """A key does not reach the drafter or the optimizer; weights do not follow the seed; held-out
-    samples are from the training split; a dtype or the number of steps is wrong."""
+    """A key does not reach the drafter or the optimizer; weights do not depend on the seed;
+    held-out samples are from the training split; a dtype or the number of steps is wrong."""
     config, rows = small_run
+    config.decode_prompts = 0  # none are decoded
     config.num_layers = 2
     config.block_size = 8
     config.dtype = "bfloat16"
@@ -411,7 +412,7 @@ MISTAKES = (  # test_cli has one for each kind of check
 
 @pytest.mark.parametrize("key, value, hint", MISTAKES)
 def test_mistakes_are_refused_in_one_line(small_run, key, value, hint):
-    """A traceback, or a run of hours, for a value that no run can have."""
+    """A value that no run can have ends in a traceback, or after hours."""
     config, _ = small_run
     with pytest.raises(ValueError, match=rf"^{key} = .*{hint}") as error:
         train.check_config(changed(config, **{key: value}))
@@ -419,8 +420,8 @@ def test_mistakes_are_refused_in_one_line(small_run, key, value, hint):
 
 
 def test_rate_warms_up_and_ends_at_zero(small_run):
-    """A schedule starts at zero (a lost step), never reaches its peak, ends above zero, or never
-    reaches the optimizer; gradients are left over for the next step."""
+    """The learning rate starts at zero, never reaches its peak, ends above zero, or does not reach
+    the optimizer; gradients are left over for the next step."""
     config, rows = small_run
     config.lr = 2.0
     config.warmup = 0.1
@@ -446,7 +447,7 @@ def test_rate_warms_up_and_ends_at_zero(small_run):
     (None, None, 511), (0, range(507), 0),
     (None, range(512), None), (512, range(507), None), (-1, range(507), None)))
 def test_mask_is_the_first_free_id(small_run, mask_token_id, tokenizer, expected):
-    """The mask is a token of the text, or is after the last row of the embedding."""
+    """The mask is a token of the text, or outside the embedding."""
     config, _ = small_run
     config.mask_token_id = mask_token_id
     ending = contextlib.nullcontext()
@@ -458,8 +459,8 @@ def test_mask_is_the_first_free_id(small_run, mask_token_id, tokenizer, expected
 
 
 def test_evaluation_is_the_same_every_time(small_run, monkeypatch):
-    """New anchors in every evaluation, whose noise looks like learning; a sample more or less than
-    EVAL_SAMPLES; a mean of means."""
+    """Each evaluation has new anchors, whose noise looks like learning; it has a sample too many or
+    too few, or is a mean of means."""
     config, rows = small_run
     config.num_anchors = 4
     monkeypatch.setattr(train, "EVAL_SAMPLES", 5)  # two batches of two
@@ -482,8 +483,8 @@ def test_evaluation_is_the_same_every_time(small_run, monkeypatch):
 
 
 def test_operations_are_those_of_phase_1_2():
-    """An MFU that counts other operations than are made: per sample 4.2 TFLOP for the drafter, 1.5
-    for its attention, 7.8 for the head, 2.9 for the target's layers up to the last feature."""
+    """MFU counts wrong operations. Per sample, the drafter has 4.2 TFLOP, its attention 1.5, the
+    head 7.8, and the target's layers up to the last feature 2.9."""
     with torch.device("meta"):
         config, drafter = phase_1_2()
         target = Target(config)
@@ -524,7 +525,7 @@ def test_operations_as_a_share_of_the_peak(monkeypatch):
     assert flops.mfu(1e12, "cuda", "bfloat16") is None
 
 # ------------------------------------------------------------------------------------------------
-# what a run says of itself
+# the log
 
 
 @pytest.fixture
@@ -536,8 +537,8 @@ def wandb(monkeypatch):
 
 
 def test_wandb_is_used_only_on_request_and_by_process_0(small_run, monkeypatch, wandb):
-    """A run needs the package although it names no project; a second process logs the same numbers;
-    a traceback if the package is missing."""
+    """A run without a project needs wandb, two processes log the same numbers, or a missing package
+    ends in a traceback."""
     config, _ = small_run
     run = SimpleNamespace(config=config, step=1, total_steps=2)
     os.makedirs(config.out_dir)
@@ -557,10 +558,9 @@ def test_wandb_is_used_only_on_request_and_by_process_0(small_run, monkeypatch, 
 
 
 def test_log_by_hand(small_run, monkeypatch, capsys, wandb):
-    """Failure 15: a speed or a time left counts steps from before a resume, or a fraction belongs
-    to the slot before or after.
-
-    Steps 10 and 11 of 15 in 50 s: 2,000 tokens are 40 tokens/s, and 4 steps are left, 100 s."""
+    """Failure 15: a speed counts steps from before a resume, or a fraction is of a different
+    position. Steps 10 and 11 of 15 took 50 s, so 2,000 tokens are 40 tokens/s, and 4 steps are left
+    for 100 s."""
     config, _ = small_run
     os.makedirs(config.out_dir)
     config.wandb_project = "project"
@@ -592,10 +592,32 @@ def test_log_by_hand(small_run, monkeypatch, capsys, wandb):
     wandb.log.assert_called_with({"val/loss": 2.5, "val/tau": 3.0}, step=11)
 
 
+def test_plot_by_hand(monkeypatch, tmp_path):
+    """A curve has the wrong key, position, label, or kind of entry."""
+    log = [{"kind": "train", "step": 1, "loss": 5.0, "tau": 6.0},
+           {"kind": "val", "step": 2, "loss": 7.0, "tau": 8.0, "accepted_up_to_slot": [3, 2, 1]}]
+    figures = []
+
+    def keep(figure, path, **options):
+        figures.append(figure)
+        Path(path).touch()
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    plot_training(str(tmp_path / "training.png"), log, (1, 3))
+    curves = []
+    for axis in figures[0].axes:
+        curves.append({line.get_label(): line.get_xydata().tolist() for line in axis.lines})
+    assert curves == [
+        {"training": [[1, 5]], "held out": [[2, 7]]},
+        {"training": [[1, 6]], "held out": [[2, 8]]},
+        {"position 1": [[2, 3]], "position 3": [[2, 1]]}]
+
+
 def test_log_and_checkpoints_keep_their_rhythm(small_run, monkeypatch, tmp_path):
-    """log_every, eval_every, or save_every is mixed up, the last step is not logged, or old
-    checkpoints fill the disk."""
+    """log_every, eval_every, or save_every is mixed up, the last step is not logged, old
+    checkpoints fill the disk, or a log needs positions that a block of 8 does not have."""
     config, _ = small_run
+    config.block_size = 8
     config.log_every = 4
     config.eval_every = 5
     config.save_every = 2
@@ -610,11 +632,11 @@ def test_log_and_checkpoints_keep_their_rhythm(small_run, monkeypatch, tmp_path)
 
 @pytest.mark.parametrize("compiles", (True, False))
 def test_train_hands_its_results_on(small_run, monkeypatch, capsys, wandb, compiles):
-    """The checkpoint, the stop ids, or the held-out samples do not arrive; wandb is not started;
-    nothing is compiled before the first step."""
+    """The checkpoint, stop ids, or held-out samples are lost; wandb is not started; nothing is
+    compiled before the first step; the summary has a wrong number of prompts."""
     config, _ = small_run
     config.wandb_project = "project"
-    config.decode_prompts = 2
+    config.decode_prompts = 5  # of 3 held-out samples
     config.compile = compiles
     done = []
 
@@ -633,7 +655,7 @@ def test_train_hands_its_results_on(small_run, monkeypatch, capsys, wandb, compi
     train.train(config)
     assert done == ["compiled"] * compiles + [3, ("F", 3, {502, 504})]
     assert wandb.init.called
-    assert capsys.readouterr().out.endswith("tau from real decoding: 2.500 (2 prompts)\n")
+    assert capsys.readouterr().out.endswith("tau from real decoding: 2.500 (3 prompts)\n")
 
 # ------------------------------------------------------------------------------------------------
 # steps that are skipped
@@ -657,11 +679,11 @@ def factors(monkeypatch):
 @pytest.mark.parametrize("warmup, broken, skipped", (
     (0.2, {1: math.nan, 3: 1e4}, [0, 1, 1, 2, 2, 2]),   # the spike is the resumed run's first step
     (0.2, {0: math.nan, 2: math.inf, 4: 1e4}, [1, 1, 2, 2, 3, 3]),
-    (0.5, {0: math.nan, 2: 1e4, 3: math.nan, 5: math.nan}, [1, 1, 1, 2, 2, 3])))
+    (0.5, {0: math.nan, 2: 1e4, 3: 1e7, 5: math.nan}, [1, 1, 1, 2, 2, 3])))  # 3 steps of warm-up
 def test_broken_gradients_are_skipped_and_counted(
         small_run, factors, tmp_path, warmup, broken, skipped):
-    """Failure 12: a NaN or a spike ruins the weights; a large gradient is skipped during warm-up; a
-    good step does not end a row of skips; a resumed run skips other steps."""
+    """Failure 12: a NaN or a spike ruins the weights; a large gradient is skipped during warm-up,
+    or not right after it; a good step does not end a row of skips; a resumed run differs."""
     config, _ = small_run
     config.warmup = warmup
     factors.update(broken)
@@ -678,8 +700,8 @@ def test_broken_gradients_are_skipped_and_counted(
 
 
 def test_usual_gradients_are_a_moving_average():
-    """After one large gradient spikes look usual, a gradient at the limit is skipped, or a skipped
-    gradient enters the average."""
+    """After a large gradient, spikes look usual; a gradient at the limit is skipped; or a skipped
+    gradient changes the average."""
     state = guard.GradientGuard()
     for norm, is_skipped in ((2.0, False), (20.0, False), (23.7, True), (math.inf, True),
                              (math.nan, True)):
@@ -726,24 +748,29 @@ def test_resume_equals_uninterrupted_run(small_run, tmp_path, optimizer):
     assert_same(train_into(crashed, config, resume=True), expected)
 
 
-@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))
-def test_resume_after_a_signal(small_run, monkeypatch, tmp_path, number):
-    """Failure 12: SIGTERM or Ctrl-C loses steps, or its command does not resume the run."""
+@pytest.mark.parametrize("number, step", (
+    (signal.SIGTERM, 3), (signal.SIGINT, 3), (signal.SIGINT, 5)))
+def test_resume_after_a_signal(small_run, monkeypatch, tmp_path, number, step):
+    """Failure 12: SIGTERM or Ctrl-C loses steps, its command does not resume the run, or a run that
+    ends with this step claims to be unfinished."""
     config, _ = small_run
     expected = train_into(tmp_path / "whole-dflash", config)
     folder = tmp_path / "stopped-dflash"
     train_step = train.train_step
 
     def stopped_step(run):
-        if run.step == 3:
+        if run.step == step:
             os.kill(os.getpid(), number)
         return train_step(run)
 
     monkeypatch.setattr(sys, "argv", ["train.py", "a b.py", "--resume"])
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_step", stopped_step)
-        hint = r"stopped at step 4, .* to .*step-000004. To resume: .*'a b.py' --resume$"
-        with pytest.raises(SystemExit, match=hint):
+        ending = contextlib.nullcontext()
+        if step == 3:
+            hint = r"stopped at step 4, .* to .*step-000004. To resume: .*'a b.py' --resume$"
+            ending = pytest.raises(SystemExit, match=hint)
+        with ending:
             train_into(folder, config)
     assert_same(train_into(folder, config, resume=True), expected)
 
@@ -767,8 +794,8 @@ time.sleep(1.5)
 @pytest.mark.parametrize("what, is_under_torchrun, status", (
     ("hangs", True, 1), ("ends", True, 0), ("ends", False, 0)))
 def test_a_process_that_hangs_ends_with_one_line(what, is_under_torchrun, status):
-    """A process waits in NCCL for a dead one until torchrun kills it silently, or is ended although
-    its step finished in time."""
+    """A process waits in NCCL for a dead one until torchrun kills it silently, or it is killed
+    although its step ended in time."""
     environment = os.environ | {"RANK": "1"}
     environment.pop("TORCHELASTIC_RUN_ID", None)
     if is_under_torchrun:
@@ -840,8 +867,8 @@ def nothing_done(*args):
     (shutil, "rmtree", half_deleted, Killed)))
 def test_resume_after_a_save_that_was_not_finished(
         small_run, monkeypatch, tmp_path, owner, name, half_done, error):
-    """A half-written folder loads, or an old one is deleted before the new one is complete. Each
-    call that writes, renames, or deletes is killed once, or finds the disk full."""
+    """A half-written folder loads, or an old one is deleted before the new one is complete. Here
+    each call that writes, renames, or deletes is killed once, or the disk is full."""
     config, _ = small_run
     config.epochs = 0.4
     config.save_every = 1
@@ -877,7 +904,7 @@ def test_resume_after_a_save_that_was_not_finished(
 
 
 def test_resume_after_kill_9(small_run, tmp_path):
-    """The same with a real kill -9 at any moment of a real process. For more of them:
+    """The same with a real kill -9 at a random moment. For more of them:
     KILLS=20 python test_all.py kill_9"""
     config, _ = small_run
     config.epochs = 4.0
@@ -931,9 +958,9 @@ print("not reached")
 
 
 def test_ranks_are_the_same_run(small_run, tmp_path):
-    """Failures 12 and 13: two gloo processes, DDP and FSDP, with unequal supervised counts, follow
-    one process with twice the grad_accum_steps; their checkpoints resume on one process, and on two
-    bitwise identical; a dead process ends all."""
+    """Failures 12 and 13: two processes with DDP or FSDP differ from one process with twice the
+    grad_accum_steps; their checkpoints do not resume on one process, or not bitwise on two; a dead
+    process leaves the other one waiting."""
     config, _ = small_run
     config.epochs = 2.0
     config.save_every = 5
@@ -971,8 +998,9 @@ def test_ranks_are_the_same_run(small_run, tmp_path):
     ddp = tmp_path / "ddp-dflash" / "step-000010"
     again = tmp_path / "again-dflash" / "step-000010"
     for part in ("master_weights", "optimizer_state_dict"):
-        leaves = tree_leaves(read_state(ddp)[part])
-        for a, b in zip(leaves, tree_leaves(read_state(again)[part]), strict=True):
+        leaves = tree_leaves(checkpoints.read_state_file(ddp)[part])
+        same_leaves = tree_leaves(checkpoints.read_state_file(again)[part])
+        for a, b in zip(leaves, same_leaves, strict=True):
             assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, part
 
     # two sharded processes, then one
@@ -1002,8 +1030,8 @@ class Evil:
 
 @pytest.fixture
 def specforge(small_run, tmp_path):
-    """(config, outcome of our run, folder, its state): a checkpoint in SpecForge's layout, made of
-    ours at step 3. It has no float32 weights and counts micro-batches."""
+    """(config, outcome of our run, folder, its state): our checkpoint of step 3 in the layout of
+    SpecForge, which has no float32 weights and counts micro-batches."""
     config, _ = small_run
     ours = train_into(tmp_path / "ours-dflash", config)
     folder = tmp_path / "theirs-dflash"
@@ -1012,7 +1040,7 @@ def specforge(small_run, tmp_path):
         "epoch": 0,
         "global_step": 6,
         "args": argparse.Namespace(learning_rate=1e-2, output_dir="x"),
-        "optimizer_state_dict": read_state(folder)["optimizer_state_dict"],
+        "optimizer_state_dict": checkpoints.read_state_file(folder)["optimizer_state_dict"],
         "scheduler_state_dict": {"last_epoch": 2}}
     torch.save(state, folder / "training_state.pt")
     config = changed(config, resume_from=str(folder), out_dir=str(tmp_path / "x-dflash"))
@@ -1020,14 +1048,15 @@ def specforge(small_run, tmp_path):
 
 
 def test_specforge_checkpoints_are_resumed(specforge, tmp_path):
-    """Moments belong to other parameters, or micro-batches are counted as steps."""
+    """Moments belong to different parameters, or micro-batches count as steps."""
     config, ours, _, _ = specforge
-    masters = read_state(tmp_path / "ours-dflash" / "step-000003")["master_weights"]
+    state = checkpoints.read_state_file(tmp_path / "ours-dflash" / "step-000003")
     run, held_out, _ = train.setup(config)
     assert run.step == 3
     moments = run.optimizer.state_dict()["state"]
     for i, (name, weight) in enumerate(run.drafter.named_parameters()):
-        assert torch.equal(weight, masters[name].bfloat16().float()), name
+        master = state["master_weights"][name]
+        assert torch.equal(weight, master.bfloat16().float()), name
         assert moments[i]["exp_avg"].shape == weight.shape, name
     train.loop(run, held_out)
     # the same run, except for weights that were rounded to bfloat16
@@ -1036,7 +1065,7 @@ def test_specforge_checkpoints_are_resumed(specforge, tmp_path):
 
 
 def test_specforge_checkpoints_that_do_not_fit_are_refused(specforge):
-    """Moments of other parameters or of AdamW are used, or code in a published file runs."""
+    """Moments of different parameters or of AdamW are used, or code in a published file runs."""
     config, ours, folder, state = specforge
     with pytest.raises(ValueError, match="not trained with optimizer = 'muon'"):
         train.setup(changed(config, optimizer="muon"))
@@ -1053,8 +1082,8 @@ def test_specforge_checkpoints_that_do_not_fit_are_refused(specforge):
 
 
 def test_samples_are_prepared_only_if_they_are_missing(small_run, monkeypatch):
-    """Samples are made again at each start, by every process, or for a different target; a failed
-    preparation is ignored; a stranger's script runs."""
+    """Samples are prepared at each start, by every process, or for a different target; a failed
+    preparation is ignored; a script from elsewhere runs."""
     config, _ = small_run
     folder = Path(config.data)
     script = folder / "prepare.py"
@@ -1091,14 +1120,17 @@ def test_rows_of_another_template_are_refused(small_run, tmp_path):
 
 
 def test_held_out_prompts_are_decoded(small_run, monkeypatch):
-    """Failure 15: a prompt contains the first token of its answer; tau counts the prefill's token;
-    a dtype, a limit, or stop ids have no effect."""
+    """Failure 15: a prompt contains tokens of its answer, or ends in the second of two answers; tau
+    counts the prefill's token; a dtype, a limit, or stop ids have no effect."""
     config, rows = small_run
-    config.decode_prompts = 2
+    config.decode_prompts = 5  # of two samples
     config.dtype = "bfloat16"
     monkeypatch.setattr(train, "DECODE_TOKENS", 12)
     monkeypatch.setattr(train, "DECODE_SLOTS", 1)
-    expected_prompts = [tokens[supervised == 0].tolist() for tokens, supervised in rows[:2]]
+    tokens, supervised = rows[0]
+    two_answers = np.array([0, 0, 0, 1, 1, 0, 0, 1])
+    rows = [(tokens, supervised), (np.arange(8), two_answers)]
+    expected_prompts = [tokens[supervised == 0].tolist(), [0, 1, 2]]
 
     def three_rounds(target, drafter, prompts, **options):
         assert target.embed_tokens.weight.dtype == drafter.fc.weight.dtype == torch.bfloat16
