@@ -3,10 +3,9 @@ Decoding bugs, injected on purpose. Each one puts one wrong line into the real c
 would write it: a name, the test that catches it, a function, its right text, and the wrong one. The
 comment says what the bug is and why people write it. docs/bugs.md has the cost of each.
 """
-import draft_decode
 from benchmarks.inject_bug import Bug
 from checkpoint import load_weights
-from decode_state import DecodeState, LinearLayerState
+from decode_state import DecodeState, LinearLayerState, prefill
 from delta_rule import delta_rule_of_window
 from draft_decode import Decoder, count_accepted
 from model import Attention, DFlashDraftModel
@@ -166,7 +165,7 @@ VERIFICATION = (
         "        self.S[:] = S\n"
         "        return o\n",
         also=(
-            draft_decode.prefill,
+            prefill,
             "K = state.tokens_per_forward\n",
             "state.reset()\n"
             "    tokens = torch.as_tensor(prompts, device=state.position.device)\n"

@@ -480,7 +480,8 @@ def test_bench_margin_by_hand(temperature):
     state = DecodeState(target, 1, 64, K)
     _, scores = prefill(target, torch.tensor([prompt + [4, 5]]), state)
     if temperature:
-        scores = scores / temperature + exactness.gumbel_noise(3, torch.tensor([0]), torch.tensor([11]), V)
+        noise = exactness.gumbel_noise(3, torch.tensor([0]), torch.tensor([11]), V)
+        scores = scores / temperature + noise
     expected = abs(scores[0, 6] - scores[0, 7]).item()
     margin = exactness.margin_of(target, sampling, prompt, [4, 5, 6], [4, 5, 7])
     assert margin == pytest.approx(expected, rel=1e-3)

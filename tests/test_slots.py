@@ -365,13 +365,13 @@ def test_equal_prompts_get_different_samples_and_keep_them_alone():
     sampling = UNDECIDED
     together = [[] for _ in range(3)]
     for index, output in generate_many(
-            target, drafter, [prompt] * 3, slots=3, max_new_tokens=12, sampling=sampling):
+            target, drafter, [prompt] * 3, slots=3, max_new_tokens=30, sampling=sampling):
         together[index].append(output)
     answers = [all_tokens(rounds) for rounds in together]
-    assert answers[0] != answers[1] != answers[2] != answers[0]
+    assert len(set(map(tuple, answers))) == 3
     for sequence_id, answer in enumerate(answers):
         alone = generate_many(
-            target, drafter, [prompt] * 2, slots=3, max_new_tokens=12, sampling=sampling,
+            target, drafter, [prompt] * 2, slots=3, max_new_tokens=30, sampling=sampling,
             sequence_ids=[sequence_id + 10, sequence_id])
         assert all_tokens(output for index, output in alone if index == 1) == answer
 
