@@ -125,6 +125,7 @@ class DecodeState:
 
         # constants of all forwards
         self.all_positions = torch.arange(length, device=weight.device)      # 0 .. length - 1
+        self.window_offsets = torch.arange(self.window_length, device=weight.device)
         self.sequences = torch.arange(batch, device=weight.device)           # (B,), for indexing
         rotary_dim = int(config.head_dim * config.partial_rotary_factor)
         self.cos, self.sin = rotary_table(self.all_positions, rotary_dim, config.rope_theta)
@@ -201,7 +202,7 @@ class DecodeState:
             self.mask = self.all_positions <= self.token_positions[..., None]  # (B, K, length)
             if K > 1:
                 window_start = (chunk * K)[:, None]                          # (B, 1)
-                window = window_start + self.all_positions[:2 * K]
+                window = window_start + self.window_offsets
                 # places of the window and of the block in the ring buffer
                 self.window_places = window % self.window_length             # (B, 2 K)
                 self.block_places = self.token_positions % self.window_length    # (B, K)

@@ -59,7 +59,7 @@ class Prefill:
         state = self.decoder.state
         if not state.pads_segments:
             return state.segment_length
-        length = SHORTEST_SEGMENT
+        length = min(SHORTEST_SEGMENT, state.segment_length)
         while length < min(prompt_length, state.segment_length):
             length *= 2
         return length
@@ -116,7 +116,9 @@ class Prefill:
         for keys, values in reader.cache:
             keys.zero_()
             values.zero_()
-        decoder.drafter.write_context(features[:, :length], reader.cache, start)
+        if features is not None:  # a drafter can do without
+            features = features[:, :length]
+        decoder.drafter.write_context(features, reader.cache, start)
         if reader.cache is decoder.cache:
             return
         for buffers, new_buffers in zip(decoder.cache, reader.cache):
