@@ -3,7 +3,7 @@ Decoding state, and how rejected guesses are rolled back. A forward is tentative
 its first n tokens.
 
     state = DecodeState(target, batch=1, length=512, tokens_per_forward=16)
-    features, logits = prefill(target, prompt, state, target_layer_ids=(3, 7, 11))
+    features, logits = prefill(target, prompts, state, target_layer_ids=(3, 7, 11))
     features, hidden = target(block, state, target_layer_ids=(3, 7, 11))    # 16 tokens
     state.commit(n)
 
@@ -30,39 +30,44 @@ from target import conv_channels, delta_rule_widths
 class DecodeState:
     """The state of B sequences, each of at most `length` tokens.
 
-    Reading a block of K > 1 tokens never changes the committed sequence. commit(n) then adds
-    the first n tokens of the block to it. Each sequence has its own n and its own position. There
-    are no per-token copies of S and no second forward. (Prompts have nothing to reject, so their
-    forwards change S directly.)
+    A forward reads a block of K tokens and never changes what was committed before. commit(n) then
+    adds the first n tokens of the block to the sequence. Each sequence has its own n and its own
+    position, the number of committed tokens. There are no per-token copies of S, and no forward
+    runs twice.
 
-    The trick: store S only at multiples of K tokens. For the tokens since then, the *tail*, store
-    the inputs of the delta rule (q k v g beta). They are in a buffer for two chunks of K tokens,
-    the *window*. A forward writes its block after the tail and runs both chunks from S:
+    Everything has a fixed place that follows from the position of its token. Therefore commit(n)
+    only moves the position:
+
+    keys, values  Those of position p are at place p. A mask hides later positions from a token.
+    conv          The short convolution mixes in the last 3 tokens. Its inputs are in a ring buffer
+                  of K + 3 places, position p at place p mod (K + 3).
+    S             Stored only at multiples of K tokens: after j chunks of K tokens, in place j mod 2
+                  of two.
+    delta_inputs  For the tokens since then, the *tail*, we keep the inputs of the delta rule
+                  (q k v g beta) in a ring buffer of 2 K places, position p at place p mod 2 K.
+
+    A forward writes its block into the ring buffer after the tail. Then it runs the delta rule over
+    two chunks, the *window*, from S on:
 
         position 37, K = 16         |      first chunk      |      second chunk      |
         S after 32 tokens           | 32 .. 36  | 37 .. 47  | 48 .. 52 |  53 .. 63   |
                                     |   tail    |        block         |   unused    |
 
-    Three things are always true:
-
-        A token's place in the window is its position minus 32, the position of S.
-        The tail has 0 to K - 1 tokens, so tail plus block have K to 2 K - 1.
-        So they fill the first chunk and fit into the window.
-
-    The forward yields the outputs of the block and, on the way, S_chunk_end: the state at the end
-    of the first chunk.
+    The tail has 0 to K - 1 tokens, so tail plus block have K to 2 K - 1. They fill the first chunk
+    and fit into the window. On the way, the forward computes the state at the end of the first
+    chunk, here after 48 tokens, and stores it in the other place of S.
 
     commit(n) moves the position to 37 + n, past at most one multiple of K. There are two cases.
 
-    n = 5: the position stays below 48. S_chunk_end contains rejected guesses, so it is dropped. S
-    stays, and the next block is written from the new position on.
+    n = 5: the position stays below 48, so the next forward starts from the same S. The state after
+    48 tokens contains rejected guesses. The next forward computes and stores it again.
 
         position 42                 |      first chunk      |      second chunk      |
         S after 32 tokens           | 32 .. 41  | 42 .. 47  | 48 .. 57 |             |
                                     |   tail    |     next block       |   unused    |
 
-    n = 12: the position reaches 48. The first chunk contains only committed tokens, so S_chunk_end
-    becomes S. The second chunk is copied over the first.
+    n = 12: the position reaches 48, so the first chunk contains only committed tokens. The next
+    forward starts from the other S, and its window is 16 places further on in the ring.
 
         position 49                 |      first chunk      |      second chunk      |
         S after 48 tokens           | 48 |     49 .. 63     | 64 |                   |
@@ -71,18 +76,10 @@ class DecodeState:
     So rejected guesses do no harm. The next block overwrites those that it covers before anything
     reads them. Those after the next block cannot affect it, because the delta rule is causal.
 
-    position      number of committed tokens, (B,). A tensor, so that a round has static shapes
-    keys, values  of each full-attention layer. A mask hides later positions from a token
-    S             of each linear layer, after `position` tokens rounded down to a multiple of K
-    S_chunk_end   the same at the next multiple of K, from the last forward; empty if K = 1
-    delta_inputs  the window: q k v g beta of the 2 K tokens from S on, side by side in one tensor
-    conv          inputs of the short convolution: the last tokens before `position`, then the block
-
     tokens_per_forward, K, plays three roles: tokens per forward, tokens per chunk, and block size.
-
-    tokens_per_forward = 1 is the exception, and the fastest mode of the target alone. delta_step
-    runs, without a window. There are no guesses, so the forward changes S directly, and commit(1)
-    must follow. (Idle slots commit 0 instead. Their S means nothing.)
+    K = 1 is the exception, and the fastest mode of the target alone. There are no guesses, so
+    delta_step runs without a window and changes the only S in place, and commit(1) must follow.
+    (Idle slots commit 0 instead. Their S means nothing.)
 
     For a fixed K, results after the prompt are bitwise the same however tokens are split into
     blocks. Chunks start at multiples of K, so a token always has the same place in its chunk and
@@ -101,9 +98,9 @@ class DecodeState:
         dtype = torch.promote_types(weight.dtype, torch.float32)
         full_layers = config.layer_types.count("full_attention")
         linear_layers = len(config.layer_types) - full_layers
-        window_length = 0 if tokens_per_forward == 1 else 2 * tokens_per_forward
+        self.window_length = 0 if tokens_per_forward == 1 else 2 * tokens_per_forward
         self.past_length = config.linear_conv_kernel_dim - 1  # earlier tokens that a token mixes in
-        conv_length = self.past_length + tokens_per_forward
+        self.conv_length = self.past_length + tokens_per_forward
 
         # Prompts are prefilled in segments of this many tokens. On a GPU the last segment is padded
         # to this length, so that prompts of all lengths share compiled code and CUDA graphs.
@@ -114,18 +111,22 @@ class DecodeState:
         kv_shape = (full_layers, batch, config.num_key_value_heads, length, config.head_dim)
         self.keys = weight.new_zeros(kv_shape)
         self.values = weight.new_zeros(kv_shape)
-        S_shape = (linear_layers, batch, config.linear_num_value_heads,
+        self.S_count = 1 if tokens_per_forward == 1 else 2
+        S_shape = (linear_layers, self.S_count, batch, config.linear_num_value_heads,
                    config.linear_key_head_dim, config.linear_value_head_dim)
         self.S = weight.new_zeros(S_shape, dtype=dtype)
-        chunk_end_shape = (linear_layers, 0) if tokens_per_forward == 1 else S_shape
-        self.S_chunk_end = weight.new_zeros(chunk_end_shape, dtype=dtype)
-        window_shape = (linear_layers, batch, window_length, sum(delta_rule_widths(config)))
+        if tokens_per_forward == 1:
+            # stored as S^T, so that the numbers that delta_step adds are next to each other
+            self.S = self.S.mT.contiguous().mT
+        window_shape = (linear_layers, batch, self.window_length, sum(delta_rule_widths(config)))
         self.delta_inputs = weight.new_zeros(window_shape, dtype=dtype)
-        self.conv = weight.new_zeros(linear_layers, batch, conv_length, conv_channels(config))
+        conv_shape = (linear_layers, batch, self.conv_length, conv_channels(config))
+        self.conv = weight.new_zeros(conv_shape)
 
         # constants of all forwards
         self.all_positions = torch.arange(length, device=weight.device)      # 0 .. length - 1
-        self.sequences = torch.arange(batch, device=weight.device)[:, None]  # (B, 1), for indexing
+        self.window_offsets = torch.arange(self.window_length, device=weight.device)
+        self.sequences = torch.arange(batch, device=weight.device)           # (B,), for indexing
         rotary_dim = int(config.head_dim * config.partial_rotary_factor)
         self.cos, self.sin = rotary_table(self.all_positions, rotary_dim, config.rope_theta)
 
@@ -145,21 +146,26 @@ class DecodeState:
                 next_full += 1
         return layers
 
-    def put(self, slot, other):
-        """Copy the one sequence of another state of this length into a slot, one of the B places.
+    def put(self, slots, other, rows):
+        """Copy sequences of another state, which can be shorter: its rows, into slots of this one.
 
-        S_chunk_end is not copied, because each forward computes it again.
+        slots and rows are lists of places in the two batches. Keys and values after those of the
+        other state become 0, because a NaN there would spread through its mask: 0 * NaN is NaN.
         """
-        self.position[slot] = other.position[0]
-        self.keys[:, slot] = other.keys[:, 0]
-        self.values[:, slot] = other.values[:, 0]
-        self.S[:, slot] = other.S[:, 0]
-        self.delta_inputs[:, slot] = other.delta_inputs[:, 0]
-        self.conv[:, slot] = other.conv[:, 0]
+        self.position[slots] = other.position[rows]
+        self.keys[:, slots] = 0
+        self.values[:, slots] = 0
+        self.keys[:, slots, :, :other.length] = other.keys[:, rows]
+        self.values[:, slots, :, :other.length] = other.values[:, rows]
+        self.S[:, :, slots] = other.S[:, :, rows]
+        self.delta_inputs[:, slots] = other.delta_inputs[:, rows]
+        self.conv[:, slots] = other.conv[:, rows]
 
     def reset(self):
-        """Start again with empty sequences. Keys and values stay, because the mask hides them."""
+        """Start again with empty sequences. Keys and values become 0 for the reason in put()."""
         self.position.zero_()
+        self.keys.zero_()
+        self.values.zero_()
         self.S.zero_()
         self.delta_inputs.zero_()
         self.conv.zero_()
@@ -169,53 +175,55 @@ class DecodeState:
 
         segment None: a block, T = K. Otherwise the tokens are part of a prompt, see Segment.
 
-        Attention reads token_positions and mask, the delta rule window_positions or is_padding, and
-        the convolution last_positions. A replayed CUDA graph skips this Python code but refills
-        these tensors. So the code that reads them must be in the same graph.
+        A replayed CUDA graph skips this Python code but refills the tensors that it creates. So the
+        code that reads them must be in the same graph.
         """
+        K = self.tokens_per_forward
         self.forward_is_block = segment is None
         self.has_static_shape = self.forward_is_block or self.pads_segments
         offsets = self.all_positions[:T]
-        self.token_positions = self.position[:, None] + offsets              # (B, T)
-        self.rotary = (self.cos[self.token_positions], self.sin[self.token_positions])
+        start = self.position[:, None]                                       # (B, 1)
+        self.token_positions = start + offsets                               # (B, T)
+        cos = self.cos[self.token_positions]
+        sin = self.sin[self.token_positions]
+        self.rotary = (cos, sin)
+
+        # where S is read and written, and the convolution's earlier tokens
+        chunk = self.position // K
+        self.S_place = chunk % self.S_count                                  # (B,)
+        past = self.all_positions[:self.past_length] - self.past_length      # -3, -2, -1
+        past_places = (start + past) % self.conv_length                      # (B, 3)
+
         if self.forward_is_block:
-            assert T == self.tokens_per_forward, (T, self.tokens_per_forward)
-            tail = self.position % self.tokens_per_forward
-            self.window_positions = tail[:, None] + offsets                  # (B, K)
+            assert T == K, (T, K)
+            self.next_S_place = (chunk + 1) % self.S_count
+            self.conv_places = self.token_positions % self.conv_length       # (B, K)
+            self.conv_read_places = torch.cat((past_places, self.conv_places), 1)
             self.mask = self.all_positions <= self.token_positions[..., None]  # (B, K, length)
+            if K > 1:
+                window_start = (chunk * K)[:, None]                          # (B, 1)
+                window = window_start + self.window_offsets
+                # places of the window and of the block in the ring buffer
+                self.window_places = window % self.window_length             # (B, 2 K)
+                self.block_places = self.token_positions % self.window_length    # (B, K)
+                self.block_in_window = self.token_positions - window_start   # (B, K)
         else:
             self.segment_start = segment.start
             # as tensors, because a compiled layer that reads an int is compiled for each value
-            self.is_padding = offsets >= segment.token_count                 # (T,)
-            self.last_positions = segment.token_count + self.all_positions[:self.past_length]
+            token_count = segment.token_count
+            end = self.position + token_count                                # (B,)
+            self.next_S_place = end // K % self.S_count
+            self.is_padding = offsets >= token_count[:, None]                # (B, T)
+            self.conv_places = (end[:, None] + past) % self.conv_length      # (B, 3)
+            self.conv_read_places = past_places
+            self.last_positions = token_count[:, None] + self.all_positions[:self.past_length]
 
     def commit(self, n):
         """Keep the first n tokens of the last forward: an int or a tensor, (B,) or (1,), of 0 .. K.
 
-        After a segment of a prompt, n is its token_count. All updates are in place, because CUDA
+        After a segment of a prompt, n is its token_count. The update is in place, because CUDA
         graphs hold the addresses of these tensors.
         """
-        if not self.forward_is_block:
-            # the layers have already updated S and the convolution's memory
-            self.position += n
-            return
-        K = self.tokens_per_forward
-        n = torch.zeros_like(self.position) + n                              # (B,)
-        if K > 1:
-            # Does the first chunk of the window contain only committed tokens?
-            is_complete = self.position % K + n >= K                         # (B,)
-            is_complete = is_complete[:, None, None, None]  # for S (layers, B, Hv, D, Dv)
-            torch.where(is_complete, self.S_chunk_end, self.S, out=self.S)
-            first_chunk = self.delta_inputs[:, :, :K]
-            second_chunk = self.delta_inputs[:, :, K:]
-            is_complete = is_complete[..., 0]  # for delta_inputs (layers, B, 2 K, widths)
-            torch.where(is_complete, second_chunk, first_chunk, out=first_chunk)
-        # conv holds [the 3 tokens before the block | the block]. After n committed tokens, the last
-        # 3 tokens are n places further on:
-        #     n = 2, K = 5:    t t t a b c d e    ->    t a b
-        last_positions = n[:, None] + self.all_positions[:self.past_length]  # (B, past_length)
-        past = self.conv[:, :, :self.past_length]
-        past.copy_(self.conv[:, self.sequences, last_positions])
         self.position += n
 
 
@@ -227,51 +235,65 @@ class LinearLayerState:
         self.conv = state.conv[index]
         self.delta_inputs = state.delta_inputs[index]
         self.S = state.S[index]
-        self.S_chunk_end = state.S_chunk_end[index]
         self.widths = delta_rule_widths(config)
 
     def convolution_input(self, qkv):
-        """qkv (B, T, channels) with the few earlier tokens that the convolution needs in front."""
+        """qkv (B, T, channels) with the few earlier tokens that the convolution needs in front.
+
+        Before the start of a prompt these are zeros, which reset() wrote.
+        """
         state = self.state
-        past = self.conv[:, :state.past_length]  # zeros at the start of a prompt
+        sequences = state.sequences[:, None]
         if state.forward_is_block:
-            self.conv[:, state.past_length:] = qkv
-            return self.conv
+            self.conv[sequences, state.conv_places] = qkv
+            return self.conv[sequences, state.conv_read_places]
+        past = self.conv[sequences, state.conv_read_places]
         qkv = torch.cat((past, qkv), 1)
-        past.copy_(qkv[:, state.last_positions])  # of the prompt's tokens, not of the padding
+        # keep the last of the prompt's tokens, not the padding
+        last = qkv[sequences, state.last_positions]
+        self.conv[sequences, state.conv_places] = last
         return qkv
 
     def delta_rule(self, q, k, v, g, beta):
-        """Outputs (B, T, Hv, Dv) of the tokens, given the committed ones. Updates S_chunk_end for a
-        block, and S for a segment of a prompt or a 1-token forward."""
+        """Outputs (B, T, Hv, Dv) of the tokens, given the committed ones.
+
+        Stores the state at the end of the first chunk, or after a segment of a prompt.
+        """
         state = self.state
+        if state.forward_is_block and state.tokens_per_forward == 1:
+            o, S = delta_step(q, k, v, g, beta, S=self.S[0])
+            self.S[0].copy_(S)
+            return o.to(v.dtype)
+
+        S = self.S[state.S_place, state.sequences]                           # (B, Hv, D, Dv)
         if not state.forward_is_block:
             # a segment of a prompt; padding causes no decay and writes nothing
-            is_padding = state.is_padding[:, None]                           # (T, 1)
+            is_padding = state.is_padding[..., None]                         # (B, T, 1)
             g = g.masked_fill(is_padding, 0)
             beta = beta.masked_fill(is_padding, 0)
-            o, S = gated_delta_rule(q, k, v, g, beta, S=self.S)  # in longer chunks
-            self.S.copy_(S)
-        elif state.tokens_per_forward == 1:
-            o, S = delta_step(q, k, v, g, beta, S=self.S)
-            self.S.copy_(S)
+            o, S = gated_delta_rule(q, k, v, g, beta, S=S)  # in longer chunks
         else:
-            # write the block after the tail
-            inputs = [x.to(self.S.dtype).flatten(2) for x in (q, k, v, g, beta)]
-            self.delta_inputs[state.sequences, state.window_positions] = torch.cat(inputs, -1)
-            # run both chunks of the window, and keep the outputs of the block
-            window_inputs = self.delta_inputs.split(self.widths, -1)
-            window_q, window_k, window_v, window_g, window_beta = window_inputs
-            o, S = delta_rule_of_window(
-                window_q.unflatten(-1, q.shape[2:]),
-                window_k.unflatten(-1, k.shape[2:]),
-                window_v.unflatten(-1, v.shape[2:]),
-                window_g,
-                window_beta,
-                S=self.S)
-            self.S_chunk_end.copy_(S)
-            o = o[state.sequences, state.window_positions]
+            o, S = self.delta_rule_of_block(q, k, v, g, beta, S)
+        self.S[state.next_S_place, state.sequences] = S
         return o.to(v.dtype)
+
+    def delta_rule_of_block(self, q, k, v, g, beta, S):
+        """Outputs (B, K, Hv, Dv) of a block after its tail, and S at the end of the first chunk."""
+        state = self.state
+        sequences = state.sequences[:, None]
+        # write the block after the tail
+        inputs = [x.to(self.S.dtype).flatten(2) for x in (q, k, v, g, beta)]
+        inputs = torch.cat(inputs, -1)                                       # (B, K, widths)
+        self.delta_inputs[sequences, state.block_places] = inputs
+        # run both chunks of the window, and keep the outputs of the block
+        window = self.delta_inputs[sequences, state.window_places]           # (B, 2 K, widths)
+        window_q, window_k, window_v, window_g, window_beta = window.split(self.widths, -1)
+        window_q = window_q.unflatten(-1, q.shape[2:])
+        window_k = window_k.unflatten(-1, k.shape[2:])
+        window_v = window_v.unflatten(-1, v.shape[2:])
+        o, S = delta_rule_of_window(window_q, window_k, window_v, window_g, window_beta, S=S)
+        o = o[sequences, state.block_in_window]
+        return o, S
 
 
 class FullLayerState:
@@ -310,11 +332,10 @@ class Segment(NamedTuple):
     """Says that the tokens of a forward are part of a prompt, at the same place in all sequences.
 
     start         position of the first token. An int, because it decides how many keys are read
-    token_count   this many tokens belong to the prompt, and the rest is padding. An int or a tensor
-                  (1,)
+    token_count   how many of the tokens belong to each prompt, (B,) or (1,). The rest is padding
     """
     start: int
-    token_count: int | torch.Tensor
+    token_count: torch.Tensor
 
 
 def run_directly(name, function, *inputs):
@@ -324,59 +345,78 @@ def run_directly(name, function, *inputs):
 
 
 @torch.no_grad()
-def prefill(target, tokens, state, target_layer_ids=(), run=run_directly):
-    """Process prompts (B, n), 1 <= n <= length - K, into a state, from its beginning.
+def prefill(target, prompts, state, target_layer_ids=(), run=run_directly):
+    """Process prompts into a state, from its beginning: B sequences of 1 to length - K tokens.
 
-    Returns their features (B, n, ...), and the logits (B, V) of the last token.
+    prompts is a list of lists or a tensor (B, n). Returns the features (B, T, ...) of the prompts,
+    and the logits (B, V) of their last tokens. T is the length of the longest prompt, or more if
+    segments are padded. Then the features after the end of a prompt mean nothing.
 
     All but the last 1 to K tokens are processed in segments, which always start at the same
-    positions. The rest form one block without guesses, which starts at a multiple of K. It is
-    padded to K tokens, of which the first `rest` are committed, and the last of these gives the
-    logits. So the end of a prompt runs the same code as everything after it. With n = 37 and K =
-    16: a segment of 32 tokens and a block of 5.
+    positions. The rest form one block without guesses, which starts at a multiple of K and is
+    padded to K tokens. So the end of a prompt runs the same code as everything after it. With
+    n = 37 and K = 16: a segment of 32 tokens, and a block of 5 tokens and padding.
 
-    run: runs each forward. Blocks at the end of a prompt share one name, because they have one
+    If segments are padded, all shapes depend only on B and segment_length. So the bits of a
+    sequence depend neither on its row nor on the other prompts.
+
+    run: runs each forward. Blocks at the end of prompts share one name, because they have one
     shape. Segments have one name per start if they are padded, and otherwise run directly.
     """
-    n = tokens.shape[1]
     K = state.tokens_per_forward
-    assert 1 <= n <= state.length - K, (n, state.length, K)
-    bulk = (n - 1) // K * K
-    rest = n - bulk
-    features = []
-    state.reset()
+    device = state.position.device
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    longest = int(lengths.max())
+    assert lengths.min() >= 1 and longest <= state.length - K, (lengths, state.length, K)
+    bulks = (lengths - 1) // K * K                                           # (B,)
+    longest_bulk = int(bulks.max())
+    block_positions = bulks[:, None] + torch.arange(K)                       # (B, K)
 
-    for start in range(0, bulk, state.segment_length):
-        end = min(start + state.segment_length, bulk)
-        segment = tokens[:, start:end]
-        token_count = torch.full((1,), end - start, device=tokens.device)
+    # side by side, with enough padding for the last segment and block
+    tokens = torch.zeros(len(prompts), longest + state.segment_length + K, dtype=torch.long)
+    for row, prompt in zip(tokens, prompts):
+        row[:len(prompt)] = torch.as_tensor(prompt)
+    blocks = tokens.gather(1, block_positions).to(device)
+    tokens = tokens.to(device)
+
+    state.reset()
+    all_features = []
+    for start in range(0, longest_bulk, state.segment_length):
+        token_count = (bulks - start).clamp(0, state.segment_length)
+        token_count = token_count.to(device)
         forward = functools.partial(
             forward_and_commit, target, state, target_layer_ids, start=start)
         if state.pads_segments:
-            padded_end = min(start + state.segment_length, state.length)  # not past the buffer
-            segment = F.pad(segment, (0, padded_end - end))
-            segment_features, _ = run(("segment", start), forward, segment, token_count)
+            end = min(start + state.segment_length, state.length)  # not past the buffer
+            features, _ = run(("segment", start), forward, tokens[:, start:end], token_count)
         else:
-            segment_features, _ = forward(segment, token_count)
+            end = min(start + state.segment_length, longest_bulk)
+            features, _ = forward(tokens[:, start:end], token_count)
         if target_layer_ids:
             # a copy, because the next replay can overwrite the outputs of this one
-            features.append(segment_features[:, :end - start].clone())
+            all_features.append(features.clone())
 
-    block = F.pad(tokens[:, bulk:], (0, K - rest))
-    committed = torch.full((1,), rest, device=tokens.device)
     forward = functools.partial(forward_and_commit, target, state, target_layer_ids)
-    block_features, hidden = run("end of a prompt", forward, block, committed)
-    last_hidden = hidden[:, rest - 1:rest]
-    logits = target.logits(last_hidden)[:, 0]
+    rests = lengths - bulks
+    rests = rests.to(device)
+    block_features, hidden = run("end of a prompt", forward, blocks, rests)
+    last_hidden = hidden[state.sequences, rests - 1]                         # (B, width)
+    logits = target.logits(last_hidden)                                      # (B, V)
     if not target_layer_ids:
         return None, logits
-    features.append(block_features[:, :rest])
-    return torch.cat(features, 1), logits
+
+    # each prompt's block follows its part of the segments, instead of their padding
+    room = torch.zeros_like(block_features)
+    features = torch.cat((*all_features, room), 1)
+    features[state.sequences[:, None], block_positions.to(device)] = block_features
+    if not state.pads_segments:
+        features = features[:, :longest]
+    return features, logits
 
 
 def forward_and_commit(target, state, target_layer_ids, tokens, n, *, start=None):
-    """Features and hidden states of tokens, of which the first n, a tensor (1,), are committed.
-    They are a segment of a prompt at `start`, or a block if start is None."""
+    """Features and hidden states of tokens (B, T). Commits the first n tokens; n is a tensor (B,).
+    The tokens are a segment of a prompt at `start`, or a block if start is None."""
     segment = None if start is None else Segment(start, n)
     features, hidden = target(tokens, state, target_layer_ids, segment=segment)
     state.commit(n)

@@ -35,8 +35,9 @@ from tqdm import tqdm
 import fast
 from checkpoint import load_drafter, load_target
 from configurator import check_ranges, configure, survive_closed_output
-from decode_state import DecodeState, prefill
+from decode_state import DecodeState
 from fast.cuda_graph import Graphs
+from fast.prefill import Prefill
 from sampling import SAMPLING_RANGES, Sampling, choose, gumbel_noise
 from tokenizer import chat_prompt, load_tokenizer, stop_ids
 
@@ -85,11 +86,8 @@ class Decoder:
         self.drafter = drafter
         self.sampling = sampling
         self.state = DecodeState(target, batch, length, tokens_per_forward)
-        # Prompts are prefilled one at a time into this state, and copied from there into a slot.
-        self.reader = self.state
-        if batch > 1:
-            self.reader = DecodeState(target, 1, length, tokens_per_forward)
         self.layer_ids = ()                 # the target's layers that give the features
+        self.cache = None                   # the drafter's
         if drafter is not None:
             assert tokens_per_forward == drafter.block_size
             self.layer_ids = drafter.target_layer_ids
@@ -98,9 +96,11 @@ class Decoder:
         self.block = torch.zeros(batch, tokens_per_forward, dtype=torch.long, device=device)
         self.anchor = torch.zeros(batch, dtype=torch.long, device=device)
         self.is_active = torch.zeros(batch, dtype=torch.long, device=device)  # 1, or 0 if idle
+        self.sequence_ids = torch.zeros(batch, dtype=torch.long, device=device)  # for the noise
         self.offsets = torch.arange(tokens_per_forward, device=device)
         self.is_finite = [True] * batch     # whether the logits of each slot's last token were
         self.graphs = Graphs(device)
+        self.prefill = Prefill(self)
 
     def round_kernels(self):
         """One round on the device. Returns (B, 2 K + 1): the number of accepted guesses, the choice
@@ -113,7 +113,8 @@ class Decoder:
             choice after             token 0   token 1       token K-2    token K-1
             noise                    0         1             K-2          K-1
         """
-        noise = self.noise_at(self.state.position[:, None] + 1 + self.offsets)  # (B, K, V) or None
+        positions = self.state.position[:, None] + 1 + self.offsets          # (B, K)
+        noise = self.noise_at(self.sequence_ids[:, None], positions)         # (B, K, V) or None
         self.draft(noise)
         features, choices, are_finite = self.verify(noise)
         accepted = self.accept(choices)
@@ -170,30 +171,33 @@ class Decoder:
             self.drafter.write_context(features, self.cache, self.state.position)
         self.state.commit((accepted + 1) * self.is_active)
 
-    def noise_at(self, positions):
-        """Noise (..., V) for positions (...), or None if tokens are chosen greedily."""
+    def noise_at(self, sequence_ids, positions):
+        """Noise (..., V) for positions (...) of sequences, or None if choices are greedy."""
         if self.sampling.temperature == 0:
             return None
-        return gumbel_noise(self.sampling.seed, positions, self.target.config.vocab_size)
+        vocab_size = self.target.config.vocab_size
+        return gumbel_noise(self.sampling.seed, sequence_ids, positions, vocab_size)
 
-    def start_sequence(self, slot, prompt_ids):
-        """Prefill a prompt into one slot. Returns the target's token after it, the first anchor."""
-        reader = self.reader
-        prompt = torch.tensor([prompt_ids], device=self.anchor.device)
-        features, logits = prefill(self.target, prompt, reader, self.layer_ids, self.graphs.run)
-        if reader is not self.state:
-            self.state.put(slot, reader)
-        if self.drafter is not None:
-            here = slice(slot, slot + 1)
-            cache = [(keys[here], values[here]) for keys, values in self.cache]
-            self.drafter.write_context(features, cache, torch.zeros_like(reader.position))
-        noise = self.noise_at(reader.position)  # the token at this position is chosen now
-        first = choose(logits, self.sampling, self.sampling.temperature, noise)
-        self.anchor[slot] = first[0]
-        self.is_active[slot] = 1
-        are_finite = chosen_are_finite(logits, first)
-        token, self.is_finite[slot] = torch.cat((first, are_finite)).tolist()
-        return token
+    def start_sequences(self, prompts, sequence_ids):
+        """Prefill prompts into free slots: {slot: token ids}. sequence_ids: {slot: int}.
+
+        Returns {slot: first token}: the target's choice after the prompt, and the first anchor.
+        """
+        first_tokens = {}
+        for slots, logits in self.prefill.run(prompts):
+            ids = [sequence_ids[slot] for slot in slots]
+            self.sequence_ids[slots] = torch.tensor(ids, device=self.anchor.device)
+            # the tokens at these positions are chosen now
+            noise = self.noise_at(self.sequence_ids[slots], self.state.position[slots])
+            choices = choose(logits, self.sampling, self.sampling.temperature, noise)
+            self.anchor[slots] = choices
+            self.is_active[slots] = 1
+            are_finite = chosen_are_finite(logits, choices)
+            results = torch.stack((choices, are_finite), 1).tolist()
+            for slot, (token, is_finite) in zip(slots, results):
+                first_tokens[slot] = token
+                self.is_finite[slot] = is_finite
+        return first_tokens
 
     def release_slot(self, slot):
         """Free a slot. It keeps running at position 0, because a block at its old position might
@@ -255,19 +259,19 @@ class RoundOutput:
 
 
 def generate(target, drafter, prompt_ids, *, max_new_tokens=2048, stop_token_ids=(),
-             tokens_per_forward=None, sampling=Sampling(), decoders=None):
+             tokens_per_forward=None, sampling=Sampling(), sequence_id=0, decoders=None):
     """Yields the answer to one prompt as RoundOutputs. For the arguments see generate_many()."""
     outputs = generate_many(
         target, drafter, [prompt_ids], slots=1, max_new_tokens=max_new_tokens,
         stop_token_ids=stop_token_ids, tokens_per_forward=tokens_per_forward, sampling=sampling,
-        decoders=decoders)
+        sequence_ids=[sequence_id], decoders=decoders)
     for _, output in outputs:
         yield output
 
 
 @torch.inference_mode()
 def generate_many(target, drafter, prompts, *, slots, max_new_tokens=2048, stop_token_ids=(),
-                  tokens_per_forward=None, sampling=Sampling(), decoders=None):
+                  tokens_per_forward=None, sampling=Sampling(), sequence_ids=None, decoders=None):
     """Decodes many prompts, up to `slots` at once. Yields (index of the prompt, RoundOutput).
 
     drafter               a DFlashDraftModel, or an object with block_size, target_layer_ids,
@@ -277,6 +281,7 @@ def generate_many(target, drafter, prompts, *, slots, max_new_tokens=2048, stop_
     tokens_per_forward    None: the drafter's block size, or 16 without a drafter. 1 is the fastest
                           mode of the target alone. Its matmuls have a different shape, so its
                           logits match only up to rounding.
+    sequence_ids          an int for each prompt, part of the seed of its noise. None: its index
     decoders              a dict that keeps Decoders, and with them their CUDA graphs, for later
                           calls with the same target; only one generation at a time can use it
 
@@ -292,6 +297,8 @@ def generate_many(target, drafter, prompts, *, slots, max_new_tokens=2048, stop_
                         ("tokens_per_forward", tokens_per_forward)):
         if not isinstance(count, numbers.Integral) or count < 1:
             raise ValueError(f"{name} = {count!r:.60}: use an integer of at least 1")
+    if sequence_ids is None:
+        sequence_ids = range(len(prompts))
     if isinstance(stop_token_ids, int) or getattr(stop_token_ids, "ndim", 1) == 0:
         stop_token_ids = [stop_token_ids]
     stops = set(token_list(stop_token_ids, "stop_token_ids"))
@@ -306,7 +313,9 @@ def generate_many(target, drafter, prompts, *, slots, max_new_tokens=2048, stop_
     for index, prompt_ids in enumerate(prompts):
         try:
             request = Request(
-                index, prompt_ids, max_new_tokens, stops, (target.config, tokens_per_forward))
+                index, prompt_ids, sequence_id=sequence_ids[index], stops=stops,
+                max_new_tokens=max_new_tokens, config=target.config,
+                tokens_per_forward=tokens_per_forward)
         except ValueError as error:
             which = f"prompt {index}: " if len(prompts) > 1 else ""
             raise ValueError(f"{which}{error}") from None
@@ -328,12 +337,16 @@ def decode_in_slots(decoder, waiting, slots):
     running = {}  # the Request in each busy slot
     while waiting or running:
         # fill free slots; a prompt whose first token ends its answer leaves the slot free
-        for slot in range(slots):
-            while waiting and slot not in running:
-                request = waiting.popleft()
-                began = time.perf_counter()
-                token = decoder.start_sequence(slot, request.prompt_ids)
-                seconds = time.perf_counter() - began
+        while waiting and len(running) < slots:
+            free = [slot for slot in range(slots) if slot not in running]
+            starting = {slot: waiting.popleft() for slot in free[:len(waiting)]}
+            began = time.perf_counter()
+            prompts = {slot: request.prompt_ids for slot, request in starting.items()}
+            sequence_ids = {slot: request.sequence_id for slot, request in starting.items()}
+            first_tokens = decoder.start_sequences(prompts, sequence_ids)
+            seconds = (time.perf_counter() - began) / len(starting)
+            for slot, token in first_tokens.items():
+                request = starting[slot]
                 yield request.index, request.add([token], [], seconds, decoder.is_finite[slot])
                 if request.has_ended:
                     decoder.release_slot(slot)
@@ -359,9 +372,10 @@ def decode_in_slots(decoder, waiting, slots):
 class Request:
     """A prompt and its answer so far: how long it may become, and whether it has ended."""
 
-    def __init__(self, index, prompt_ids, max_new_tokens, stops, shape):
-        config, tokens_per_forward = shape
+    def __init__(self, index, prompt_ids, *, sequence_id, stops, max_new_tokens, config,
+                 tokens_per_forward):
         self.index = index
+        self.sequence_id = sequence_id
         self.prompt_ids = token_list(prompt_ids)
         self.stops = stops
         self.has_ended = False

@@ -1,18 +1,20 @@
 """
 One rule chooses every token, greedy or sampled:
 
-    token at position t = argmax over the vocabulary of  logits / temperature + noise(seed, t)
+    token at position t = argmax over the vocabulary of  logits / temperature + noise
 
-where logits are those that predict position t, from the row at t - 1, and top_k and top_p may have
-removed unlikely tokens. At temperature 0 there is no noise and the rule is greedy. Above 0 the
-noise is Gumbel's, and the argmax is then a sample of softmax(logits / temperature): the Gumbel-max
-trick.
+The logits are those that predict position t. top_k and top_p can remove unlikely tokens first. At
+temperature 0 there is no noise, so the rule is greedy. Above 0 the noise has a Gumbel distribution.
+Then the argmax is a sample of softmax(logits / temperature). This is the Gumbel-max trick.
 
-The noise of a token depends on nothing but the seed, the absolute position and the token's id. It
-is the same whether a position is computed alone or in a block of sixteen rows, today or in a second
-run. Therefore the target has exactly one choice at each position, sampled or not, and verification
-only has to compare tokens. The drafter's guesses cannot change the output: it is the target's own,
-if the target alone runs forwards with the same shape.
+The noise depends only on the seed, the sequence, the position, and the token id. So the target has
+exactly one choice at each position, sampled or not. It does not matter whether the position is
+computed alone or in a block of 16. Therefore verification only compares tokens, and the output is
+the target's own sample, whatever the drafter guessed.
+
+Other projects use rejection sampling: they accept a guess with probability min(1, p / q), and
+otherwise sample from the remaining distribution. That preserves the target's distribution. The rule
+here preserves the target's sample, so an equality check can prove that decoding is correct.
 """
 import numbers
 from dataclasses import dataclass
@@ -33,10 +35,11 @@ class Sampling:
     temperature        of the target's choice; 0 is greedy
     top_k, top_p       choose among the likeliest tokens only; 0 and 1.0 mean among all
     seed               of the noise
-    draft_temperature  of the drafter's guesses. At 0 they are greedy. Above 0 they use the target's
-                       own noise: similar logits with the same noise mostly have the same argmax
-                       (Gumbel coupling: Daliri, Musco, Suresh, arXiv 2408.07978). That is better if
-                       the target itself is undecided. Ignored if temperature is 0.
+    draft_temperature  of the drafter's guesses. At 0 they are greedy. Above 0 they use the
+                       target's own noise. Similar logits with the same noise usually have the same
+                       argmax (Gumbel coupling: Daliri, Musco, Suresh, arXiv 2408.07978). Greedy
+                       guesses are right more often if the target is sure, coupled guesses if the
+                       target is undecided. Ignored if temperature is 0.
 
     Raises ValueError for values out of range.
     """
@@ -57,15 +60,15 @@ class Sampling:
 def choose(logits, sampling, temperature, noise):
     """Token ids (...) from logits (..., V).
 
-    temperature: the target's or the drafter's, of the two that `sampling` has. noise (..., V): not
-    used at temperature 0.
+    temperature    the target's or the drafter's, one of the two in `sampling`
+    noise (..., V) not used at temperature 0
     """
     scores = perturbed_scores(logits, sampling, temperature, noise)
     return scores.argmax(-1)
 
 
 def perturbed_scores(logits, sampling, temperature, noise):
-    """logits / temperature + noise without unlikely tokens, (..., V). The argmax is the choice."""
+    """The scores (..., V) whose argmax is the chosen token."""
     if temperature == 0:
         return logits
     scores = logits.float() / temperature
@@ -82,9 +85,8 @@ def mask_unlikely(scores, top_k, top_p):
         scores = scores.masked_fill(scores < smallest_kept, -torch.inf)
     if top_p < 1:
         ordered, token_ids = scores.sort(descending=True, stable=True)
-        # Probabilities are summed as integers, in units of 2^-52. cumsum may take another order if
-        # it gets more rows at once, and a sum of floats depends on that. A sum of integers does
-        # not, so one row and sixteen keep the same tokens.
+        # Probabilities are summed as integers, in units of 2^-52. For more rows, cumsum can use a
+        # different order. A sum of floats depends on the order, a sum of integers does not.
         probabilities = ordered.double().softmax(-1)
         units = (probabilities * 2.0 ** 52).long()
         units_before = units.cumsum(-1) - units
@@ -96,14 +98,16 @@ def mask_unlikely(scores, top_k, top_p):
     return scores
 
 
-def gumbel_noise(seed, positions, vocab_size):
-    """Standard Gumbel noise (..., vocab_size) in fp32 for absolute positions (...).
+def gumbel_noise(seed, sequence_ids, positions, vocab_size):
+    """Standard Gumbel noise (..., vocab_size) in fp32 for absolute positions (...) of sequences.
 
-    A pure function of (seed, position, token id), like a hash: no generator has a state that a
-    different order of calls could change.
+    A pure function of (seed, sequence, position, token id), like a hash. No generator has a state
+    that a different order of calls could change. So equal prompts that are decoded together get
+    different samples, and a sequence gets the same sample when it is decoded alone.
     """
-    seeds = torch.full_like(positions, seed)
-    position_keys = mix_bits(mix_bits(seeds) + positions)
+    keys = mix_bits(torch.full_like(positions, seed))
+    keys = mix_bits(keys + sequence_ids)
+    position_keys = mix_bits(keys + positions)
     # token id i adds i times 2^64 / golden ratio, which as a signed number is negative
     token_ids = torch.arange(vocab_size, device=positions.device)
     token_offsets = token_ids * -0x61c8864680b583eb
@@ -111,18 +115,18 @@ def gumbel_noise(seed, positions, vocab_size):
     # the upper 52 bits as a number strictly between 0 and 1: at 0 and 1 the noise is infinite
     upper_bits = (bits >> 12) & ((1 << 52) - 1)
     uniform = (upper_bits.double() + 0.5) * 2.0 ** -52
-    # The logarithms are taken in fp64 and rounded to fp32 at the end. On a CPU, scalar and vector
-    # code may round a fp32 logarithm differently, and which of them runs depends on the place of
-    # an element in its tensor. After rounding from fp64 the two agree.
+    # The logarithms are computed in fp64 and rounded to fp32 at the end. On a CPU, scalar and
+    # vector code can round a fp32 logarithm differently, and an element's place in its tensor
+    # decides which of them runs. After rounding from fp64 the two agree.
     noise = -(-uniform.log()).log()
     return noise.float()
 
 
 def mix_bits(x):
-    """Mixes the 64 bits of each integer: the finaliser of SplitMix64 (Steele, Lea, Flood, 2014).
+    """Mixes the 64 bits of each integer: the finalizer of SplitMix64 (Steele, Lea, Flood, 2014).
 
-    torch has signed integers only. So the published constants appear here minus 2^64, products wrap
-    around on purpose, and after a >>, which copies the sign, a mask clears the copied bits.
+    torch has only signed integers. So the published constants appear here minus 2^64, and products
+    overflow on purpose. A >> copies the sign bit, so a mask clears the copies.
     """
     x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * -0x40a7b892e31b1a47
     x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * -0x6b2fb644ecceee15

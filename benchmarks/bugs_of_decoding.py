@@ -3,10 +3,9 @@ Decoding bugs, injected on purpose. Each one puts one wrong line into the real c
 would write it: a name, the test that catches it, a function, its right text, and the wrong one. The
 comment says what the bug is and why people write it. docs/bugs.md has the cost of each.
 """
-import draft_decode
 from benchmarks.inject_bug import Bug
 from checkpoint import load_weights
-from decode_state import DecodeState, LinearLayerState
+from decode_state import DecodeState, LinearLayerState, prefill
 from delta_rule import delta_rule_of_window
 from draft_decode import Decoder, count_accepted
 from model import Attention, DFlashDraftModel
@@ -161,15 +160,16 @@ VERIFICATION = (
         "state = self.state\n",
         "state = self.state\n"
         "    if state.forward_is_block:\n"
-        "        o, S = gated_delta_rule(q, k, v, g, beta, S=self.S)\n"
-        "        self.S.copy_(S)\n"
-        "        self.S_chunk_end.copy_(S)\n"
+        "        S = self.S[state.S_place, state.sequences]\n"
+        "        o, S = gated_delta_rule(q, k, v, g, beta, S=S)\n"
+        "        self.S[:] = S\n"
         "        return o\n",
         also=(
-            draft_decode.prefill,
-            "n = tokens.shape[1]\n",
-            "n = tokens.shape[1]\n"
-            "    state.reset()\n"
+            prefill,
+            "K = state.tokens_per_forward\n",
+            "state.reset()\n"
+            "    tokens = torch.as_tensor(prompts, device=state.position.device)\n"
+            "    n = torch.full_like(state.position, tokens.shape[1])\n"
             "    features, hidden = target(\n"
             "        tokens, state, target_layer_ids, segment=Segment(0, n))\n"
             "    state.commit(n)\n"
@@ -179,8 +179,12 @@ VERIFICATION = (
     # three tokens see them. People who crop a cache forget this even after they remember S.
     Bug("conv_memory_kept", LOOP, Decoder.commit,
         "self.state.commit((accepted + 1) * self.is_active)",
-        "self.state.commit((accepted + 1) * self.is_active); "
-        "self.state.conv[:, :, :3] = self.state.conv[:, :, -3:]"),
+        "sequences = self.state.sequences[:, None]\n"
+        "    last = self.state.position[:, None] + self.offsets[-3:]\n"
+        "    new = self.state.position[:, None] + accepted[:, None] - 2 + self.offsets[:3]\n"
+        "    conv, ring = self.state.conv, self.state.conv_length\n"
+        "    conv[:, sequences, new % ring] = conv[:, sequences, last % ring]\n"
+        "    self.state.commit((accepted + 1) * self.is_active)"),
 
     # S after the whole window is taken for the state after its first chunk. Such a delta rule is
     # right for one token at a time and wrong after a block.

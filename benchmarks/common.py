@@ -155,9 +155,10 @@ def mode_of(config, workload, drafter, tokens_per_forward, decoders):
             workload.target, drafter, prompts, max_new_tokens=config.max_new_tokens,
             slots=slots_of(config), stop_token_ids=workload.stops,
             tokens_per_forward=tokens_per_forward, sampling=sampling_of(config),
+            sequence_ids=[0] * len(prompts),  # a sample does not depend on the other prompts
             decoders=decoders)
         for index, output in outputs:
-            check_finite(getattr(output, "is_finite", True))
+            check_finite(output.is_finite)
             outputs_of[index].append(output)
         return [collect(outputs) for outputs in outputs_of]
     return decode

@@ -139,7 +139,8 @@ def margin_of(target, sampling, prompt_ids, tokens, other):
     noise = None
     if sampling.temperature:
         positions = torch.tensor([ids.shape[1]], device=device)
-        noise = gumbel_noise(sampling.seed, positions, logits.shape[-1])
+        sequence_ids = torch.zeros_like(positions)  # generate() decodes sequence 0
+        noise = gumbel_noise(sampling.seed, sequence_ids, positions, logits.shape[-1])
     scores = perturbed_scores(logits.float(), sampling, sampling.temperature, noise)
     margin = (scores[0, tokens[position]] - scores[0, other[position]]).abs().item()
     if math.isfinite(margin):

@@ -130,13 +130,13 @@ def timed_rounds(target, drafter, tokens_per_forward, calls, slots=1):
     decoder = Decoder(
         target, drafter, length=1024, tokens_per_forward=tokens_per_forward, sampling=Sampling(),
         batch=slots)
-    for slot in range(slots):
-        decoder.start_sequence(slot, example_ids(CONTEXT))
+    prompts = {slot: example_ids(CONTEXT) for slot in range(slots)}
+    decoder.start_sequences(prompts, dict.fromkeys(prompts, 0))
 
     def seconds_per_round():
         decoder.state.position.fill_(CONTEXT)  # every repeat begins at the end of the prompt
         seconds = seconds_of(decoder.run_round, calls)
-        check_finite(all(getattr(decoder, "is_finite", [True])))
+        check_finite(all(decoder.is_finite))
         return seconds
 
     return seconds_per_round
@@ -187,8 +187,12 @@ def timed_ttft(target, length):
     decoder = Decoder(
         target, None, length=buffer_length, tokens_per_forward=16, sampling=Sampling())
     prompt_ids = example_ids(length)
-    decoder.start_sequence(0, prompt_ids)  # the second one, in the warm-up, is recorded as a graph
-    return lambda: seconds_of(lambda: decoder.start_sequence(0, prompt_ids))
+
+    def start():
+        decoder.start_sequences({0: prompt_ids}, {0: 0})
+
+    start()  # the second call, in the warm-up, is recorded as a graph
+    return lambda: seconds_of(start)
 
 
 def timed_reference_ttft(reference, length):

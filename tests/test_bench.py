@@ -261,12 +261,12 @@ def test_bench_shares_the_time_of_slots(config, monkeypatch):
     prompt, or the time of a prefill counts."""
     clock = [0.0]
     sequences = []  # in each round
-    start_sequence = draft_decode.Decoder.start_sequence
+    start_sequences = draft_decode.Decoder.start_sequences
     run_round = draft_decode.Decoder.run_round
 
-    def slow_prefill(self, place, prompt_ids):
+    def slow_prefill(self, prompts, sequence_ids):
         clock[0] += 100.0
-        return start_sequence(self, place, prompt_ids)
+        return start_sequences(self, prompts, sequence_ids)
 
     def slow_round(self):
         clock[0] += 5.0
@@ -277,7 +277,7 @@ def test_bench_shares_the_time_of_slots(config, monkeypatch):
     target = small_target()
     # the second answer ends sooner, so the prompts have different numbers of rounds
     answer = collect(generate(target, None, prompts[1], max_new_tokens=7)).tokens
-    monkeypatch.setattr(draft_decode.Decoder, "start_sequence", slow_prefill)
+    monkeypatch.setattr(draft_decode.Decoder, "start_sequences", slow_prefill)
     monkeypatch.setattr(draft_decode.Decoder, "run_round", slow_round)
     monkeypatch.setattr(draft_decode.time, "perf_counter", lambda: clock[0])
     workload = Workload(target, None, None, [], {answer[3]})
@@ -489,7 +489,8 @@ def test_bench_margin_by_hand(temperature):
     state = DecodeState(target, 1, 64, K)
     _, scores = prefill(target, torch.tensor([prompt + [4, 5]]), state)
     if temperature:
-        scores = scores / temperature + exactness.gumbel_noise(3, torch.tensor([11]), V)
+        noise = exactness.gumbel_noise(3, torch.tensor([0]), torch.tensor([11]), V)
+        scores = scores / temperature + noise
     expected = abs(scores[0, 6] - scores[0, 7]).item()
     margin = exactness.margin_of(target, sampling, prompt, [4, 5, 6], [4, 5, 7])
     assert margin == pytest.approx(expected, rel=1e-3)

@@ -143,8 +143,8 @@ def new_decoder(slots, sampling, on_cuda):
     decoder = Decoder(
         small_target(), small_drafter(), length=128, tokens_per_forward=K, sampling=sampling,
         batch=slots)
-    decoder.reader.segment_length = P
-    decoder.reader.pads_segments = True
+    decoder.state.segment_length = P
+    decoder.state.pads_segments = True
     decoder.graphs.on_cuda = on_cuda
     return decoder
 
@@ -170,8 +170,8 @@ def test_replays_of_graphs_are_runs(slots, sampling):
         for number, length in enumerate((2 * P, 5, 2 * P + 1, 2 * P + K + 5, K + 1, P, 2 * P + 9)):
             slot = number % slots
             prompt = tokens_of(length, seed=number).tolist()
-            first = replayed.start_sequence(slot, prompt)
-            assert first == plain.start_sequence(slot, prompt), length
+            first = replayed.start_sequences({slot: prompt}, {slot: 0})
+            assert first == plain.start_sequences({slot: prompt}, {slot: 0}), length
             for _ in range(2):
                 assert replayed.run_round() == plain.run_round(), length
                 for given, expected in zip(tensors_of(replayed), tensors_of(plain)):

@@ -24,7 +24,7 @@ def decode(target, x, prompt_lengths, next_cuts, tokens_per_forward=K):
     all_features = []
     for b, length in enumerate(prompt_lengths):
         features, logits = prefill(target, x[b:b + 1, :length], reader, LAYER_IDS)
-        state.put(b, reader)
+        state.put([b], reader, [0])
         all_logits.append([logits])
         all_features.append([features[0]])
     while (state.position < T).any():
@@ -138,7 +138,7 @@ def test_cuts_rejected_block(accepted):
 def test_state_of_a_bf16_target_is_kept_in_fp32():
     """The recurrent state or the tail of its inputs is bf16, so it is rounded with every block."""
     state = DecodeState(small_target("untied", torch.bfloat16), 1, 64)
-    for name in ("S", "S_chunk_end", "delta_inputs", "cos", "sin"):
+    for name in ("S", "delta_inputs", "cos", "sin"):
         assert getattr(state, name).dtype == torch.float32, name
     for name in ("keys", "values", "conv"):
         assert getattr(state, name).dtype == torch.bfloat16, name
@@ -147,5 +147,5 @@ def test_state_of_a_bf16_target_is_kept_in_fp32():
 def test_state_of_one_token_forwards_is_smaller():
     """Memory for a second S or a window, which 1-token forwards neither fill nor read."""
     state = DecodeState(small_target(), 3, 64, tokens_per_forward=1)
-    sizes = [state.S.numel(), state.S_chunk_end.numel(), state.delta_inputs.numel()]
-    assert sizes == [6 * 3 * 4 * 16 * 16, 0, 0]
+    sizes = [state.S.numel(), state.delta_inputs.numel()]
+    assert sizes == [6 * 3 * 4 * 16 * 16, 0]

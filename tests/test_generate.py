@@ -248,13 +248,13 @@ def test_compiled_rounds_equal_plain_ones(rows, traced_only):
         fast.prepare_for_decoding(target, drafter, compile=is_compiled)
         decoder = Decoder(
             target, drafter, length=64, tokens_per_forward=rows, sampling=Sampling(), batch=2)
-        decoder.reader.pads_segments = True  # so that segments are compiled too
-        decoder.reader.segment_length = 32
-        answer = [decoder.start_sequence(1, prompt)]
+        decoder.state.pads_segments = True  # so that segments are compiled too
+        decoder.state.segment_length = 32
+        answer = [decoder.start_sequences({1: prompt}, {1: 0})[1]]
         for _ in range(6):
             _, (tokens, _) = decoder.run_round()
             answer += tokens
-        remembered = [decoder.state.S[:, 1], decoder.state.conv[:, 1]]
+        remembered = [decoder.state.S[:, :, 1], decoder.state.conv[:, 1]]
         if drafter is not None:
             for keys, values in decoder.cache:
                 remembered += [keys[1], values[1]]

@@ -27,9 +27,10 @@ def mixed(x):
     return x ^ x >> 31
 
 
-def slow_noise(seed, position, token):
+def slow_noise(seed, sequence_id, position, token):
     """The noise of one token at one position, by Python's integers and doubles."""
-    key = mixed((mixed(seed % 2 ** 64) + position) % 2 ** 64)
+    key = mixed((mixed(seed % 2 ** 64) + sequence_id) % 2 ** 64)
+    key = mixed((key + position) % 2 ** 64)
     bits = mixed((key + token * 0x9e3779b97f4a7c15) % 2 ** 64)
     uniform = ((bits >> 12) + 0.5) / 2 ** 52
     return -math.log(-math.log(uniform))
@@ -40,11 +41,14 @@ def test_noise_equals_its_definition(seed):
     """Failures 5 and 11: a shift of signed numbers or an overflow changes the noise, so samples of
     a seed differ between versions; or noise depends on the cut into blocks."""
     positions = torch.tensor([0, 1, 262143, 5])
-    noise = gumbel_noise(seed, positions, 1000)
-    for row, position in zip(noise, positions):
-        expected = [slow_noise(seed, int(position), token) for token in range(50)]
+    sequence_ids = torch.tensor([0, 3, 3, 7])
+    noise = gumbel_noise(seed, sequence_ids, positions, 1000)
+    for row, sequence_id, position in zip(noise, sequence_ids, positions):
+        expected = [
+            slow_noise(seed, int(sequence_id), int(position), token) for token in range(50)]
         assert row[:50].tolist() == pytest.approx(expected, rel=1e-6)
-        assert torch.equal(gumbel_noise(seed, position[None], 1000)[0], row)
+        alone = gumbel_noise(seed, sequence_id[None], position[None], 1000)
+        assert torch.equal(alone[0], row)
 
 # ------------------------------------------------------------------------------------------------
 # filters
@@ -203,7 +207,8 @@ class Itself:
         for t in range(position + 1, position + K):
             _, hidden = target(tokens)
             logits.append(target.logits(hidden[:, -1:]))
-            noise = gumbel_noise(self.sampling.seed, torch.tensor([t]), target.config.vocab_size)
+            noise = gumbel_noise(
+                self.sampling.seed, torch.tensor([0]), torch.tensor([t]), target.config.vocab_size)
             guess = choose(logits[-1], self.sampling, temperature, noise)
             tokens = torch.cat((tokens, guess), 1)
         return torch.cat(logits, 1)

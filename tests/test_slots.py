@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import draft_decode
+import fast.prefill as prefill_module
 from benchmarks.drafters import Oracle
 from tokenizer import chat_prompt, stop_ids
 from checkpoint import load_drafter, load_target
@@ -63,7 +64,8 @@ def decode(dtype, drafter, slots, sampling, arriving, *, tokens_per_forward=K):
     rounds = {}
     for index, output in generate_many(
             target, drafter, arriving, slots=slots, max_new_tokens=NEW_TOKENS,
-            stop_token_ids=stops(), tokens_per_forward=tokens_per_forward, sampling=sampling):
+            stop_token_ids=stops(), tokens_per_forward=tokens_per_forward, sampling=sampling,
+            sequence_ids=[sum(prompt) for prompt in arriving]):
         rounds.setdefault(tuple(arriving[index]), []).append(output)
     return rounds
 
@@ -136,9 +138,10 @@ class RecordingDecoder(Decoder):
 
         target.logits = logits
 
-    def start_sequence(self, slot, prompt_ids):
-        self.prompt_in[slot] = tuple(prompt_ids)
-        return super().start_sequence(slot, prompt_ids)
+    def start_sequences(self, prompts, sequence_ids):
+        for slot, prompt_ids in prompts.items():
+            self.prompt_in[slot] = tuple(prompt_ids)
+        return super().start_sequences(prompts, sequence_ids)
 
     def release_slot(self, slot):
         super().release_slot(slot)
@@ -244,7 +247,7 @@ def test_slots_share_the_time_of_a_round(monkeypatch):
     monkeypatch.setattr(draft_decode, "time", clock)
     outputs = generate_many(target, None, prompts_of(3), slots=3, max_new_tokens=3)
     seconds = [output.seconds for _, output in outputs]
-    assert seconds == [1] * 3 + [1 / 3] * 6  # three prefills, then two rounds
+    assert seconds == [1 / 3] * 9  # a prefill and two rounds, each of three sequences
 
 
 def test_slots_with_answers_of_one_token_or_none(monkeypatch):
@@ -313,3 +316,84 @@ def test_slots_that_ended_at_the_end_of_the_buffer():
     left.close()
     assert len(list(answers(prompts[1:]))) > 10
     assert len(decoders) == 1  # of buffers of 256 tokens
+
+# ------------------------------------------------------------------------------------------------
+# what a sequence must not depend on
+
+
+@torch.inference_mode()
+def test_prompts_that_wait_together_do_not_change_a_bit(monkeypatch):
+    """Failure 5: a prompt's state depends on the prompts that are prefilled with it, or on its row
+    among them; or two groups of prompts share a reader of a different shape."""
+    monkeypatch.setattr(prefill_module, "SHORTEST_SEGMENT", 32)
+    target, drafter = pair("float32")
+    prompts = [*prompts_of(6), prompts_of(1)[0][:9], prompts_of(1)[0] * 2]
+    sizes = [len(prompt) for prompt in prompts]
+    assert min(sizes) < K and max(sizes) > 64
+
+    def states(groups):
+        """{prompt: its state and its part of the drafter's cache}, if groups start one by one."""
+        decoder = Decoder(target, drafter, length=256, tokens_per_forward=K, sampling=GREEDY,
+                          batch=4)
+        decoder.state.pads_segments = True  # as on a GPU
+        decoder.state.segment_length = 128
+        found = {}
+        for group in groups:
+            slots = dict(enumerate(group))
+            first = decoder.start_sequences({i: prompts[n] for i, n in slots.items()}, slots)
+            for slot, n in slots.items():
+                state = decoder.state
+                tensors = [state.keys[:, slot, :, :sizes[n]], state.values[:, slot, :, :sizes[n]]]
+                tensors += [state.S[:, :, slot], state.conv[:, slot], state.delta_inputs[:, slot]]
+                tensors += [keys[slot, :, :sizes[n]] for keys, _ in decoder.cache]
+                found[n] = (first[slot], [tensor.clone() for tensor in tensors])
+        return found
+
+    together = states(((0, 1, 2, 3), (4, 5, 6, 7)))
+    for groups in (((7, 3, 6), (5, 2, 0, 1), (4,)), [(n,) for n in range(8)]):
+        for n, (first, tensors) in states(groups).items():
+            assert first == together[n][0]
+            for i, (given, expected) in enumerate(zip(tensors, together[n][1], strict=True)):
+                assert torch.equal(given, expected), (n, i)
+
+
+def test_equal_prompts_get_different_samples_and_keep_them_alone():
+    """The noise depends only on the position, so equal prompts get equal samples; or it depends on
+    the slot, so a sequence gets a different sample when it is decoded alone."""
+    target, drafter = pair("float32")
+    prompt = prompts_of(1)[0]
+    sampling = UNDECIDED
+    together = [[] for _ in range(3)]
+    for index, output in generate_many(
+            target, drafter, [prompt] * 3, slots=3, max_new_tokens=30, sampling=sampling):
+        together[index].append(output)
+    answers = [all_tokens(rounds) for rounds in together]
+    assert len(set(map(tuple, answers))) == 3
+    for sequence_id, answer in enumerate(answers):
+        alone = generate_many(
+            target, drafter, [prompt] * 2, slots=3, max_new_tokens=30, sampling=sampling,
+            sequence_ids=[sequence_id + 10, sequence_id])
+        assert all_tokens(output for index, output in alone if index == 1) == answer
+
+
+@pytest.mark.parametrize("slots", (1, 2))
+@torch.inference_mode()
+def test_nan_of_a_prompt_does_not_reach_the_next_one(slots):
+    """Keys and values of an earlier prompt stay in a slot. They are masked, but 0 * NaN is NaN."""
+    target, drafter = pair("float32")
+    prompts = prompts_of(2)
+    broken = copy.deepcopy(target)
+    unused = next(token for token in range(100) if token not in prompts[1])
+    broken.embed_tokens.weight.data[unused] = float("nan")
+    bad_prompt = prompts[0] * 3 + [unused] + prompts[0]
+    results = []
+    for first_prompt in (bad_prompt, prompts[0]):
+        decoder = Decoder(broken, drafter, length=512, tokens_per_forward=K, sampling=GREEDY,
+                          batch=slots)
+        for prompt in (first_prompt, prompts[1]):
+            answer = list(decoder.start_sequences({slots - 1: prompt}, {slots - 1: 0}).values())
+            for _ in range(2):
+                tokens, rejected = decoder.run_round()[slots - 1]
+                answer += tokens + rejected
+        results.append(answer)
+    assert results[0] == results[1]

@@ -377,8 +377,10 @@ def to_fp32(x):
 
 def write_at(buffer, positions, x):
     """Write x (B, T, Hkv, D) into a buffer (B, Hkv, length, D) at positions (B, T)."""
-    sequences = torch.arange(len(x), device=x.device)[:, None]
-    buffer.transpose(1, 2)[sequences, positions] = x.to(buffer.dtype)
+    sequences = torch.arange(x.shape[0], device=x.device)[:, None, None]
+    heads = torch.arange(x.shape[2], device=x.device)[:, None]
+    new = x.transpose(1, 2).to(buffer.dtype)                                 # (B, Hkv, T, D)
+    buffer[sequences, heads, positions[:, None]] = new
 
 
 def rotary_table(positions, dim, theta):
