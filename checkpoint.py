@@ -93,25 +93,17 @@ def parse_target_config(config):
     keys = target_keys(config)
     if "layer_types" in keys:
         keys["layer_types"] = tuple(keys["layer_types"])
-    elif "full_attention_interval" in keys:
-        interval = keys["full_attention_interval"]
-        pattern = ("linear_attention",) * (interval - 1) + ("full_attention",)
-        count = keys.get("num_hidden_layers", 0)
-        keys["layer_types"] = (pattern * (count // interval + 1))[:count]
-    ours = {}
-    for field in fields(TargetConfig):
-        if field.name in keys:
-            ours[field.name] = keys[field.name]
+    known = {field.name for field in fields(TargetConfig)}
     try:
-        target_config = TargetConfig(**ours)
+        ours = TargetConfig(**{key: value for key, value in keys.items() if key in known})
     except TypeError as error:
-        missing = str(error).rpartition("argument")[2]  # "... required positional arguments: 'x'"
-        raise ValueError(f"it has no {missing.lstrip('s: ')}") from None
-    rotary_dim = int(target_config.head_dim * target_config.partial_rotary_factor)
-    if rotary_dim == 0 or rotary_dim % 2 == 1:
-        raise ValueError(f"head_dim times partial_rotary_factor is {rotary_dim}, but channels "
-                         "rotate in pairs")
-    return target_config
+        reason = str(error).rpartition("__() ")[2]  # missing 1 required positional argument: ...
+        raise ValueError(f"not a Qwen3.5 text model: {reason}") from None
+    rotary_dim = int(ours.head_dim * ours.partial_rotary_factor)
+    if rotary_dim == 0 or rotary_dim % 2:
+        raise ValueError(f"{rotary_dim} channels rotate (head_dim times partial_rotary_factor), "
+                         "but they must be pairs")
+    return ours
 
 
 SIZES = {}  # as published; an empty layer_types means the usual pattern
@@ -223,16 +215,6 @@ def check_pair(config, target_config):
     mask_id = config.dflash_config["mask_token_id"]
     if not 0 <= mask_id < config.vocab_size:
         raise ValueError(f"mask_token_id = {mask_id} is not one of {config.vocab_size} ids")
-    unknown = set(config.layer_types) - {"full_attention", "sliding_attention"}
-    count = len(config.layer_types)
-    if unknown or count != config.num_hidden_layers:
-        raise ValueError(f"layer_types has {count} entries for {config.num_hidden_layers} layers; "
-                         f"unknown kinds: {short(sorted(unknown))}")
-    if config.num_attention_heads % config.num_key_value_heads:
-        raise ValueError(f"num_attention_heads = {config.num_attention_heads} is not a multiple of "
-                         f"num_key_value_heads = {config.num_key_value_heads}")
-    if config.head_dim % 2:
-        raise ValueError(f"head_dim = {config.head_dim} is odd, but channels rotate in pairs")
 
 
 def drafter_config(

@@ -7,9 +7,6 @@ import os
 import re
 import secrets
 
-# --------------------------------------------------------------------------------------------------
-# text that is printed
-
 # Characters that a terminal obeys instead of showing them: control characters, line separators, and
 # marks that reverse the direction of text. Also halves of characters, which cannot be printed.
 UNPRINTABLE = re.compile(
@@ -28,9 +25,7 @@ def escape(match):
 def one_line(text, limit=150):
     """An error or other text from outside as one printable line of at most `limit` characters."""
     line = printable(" ".join(str(text).split()))
-    if len(line) > limit:
-        line = line[:limit - 3] + "..."
-    return line
+    return line if len(line) <= limit else line[:limit - 3] + "..."
 
 
 def short(value, limit=50):
@@ -41,21 +36,16 @@ def short(value, limit=50):
 def where(path, limit=50):
     """A path for an error message: its end, because the end tells files apart."""
     path = printable(path)
-    if len(path) > limit:
-        path = "..." + path[3 - limit:]
-    return path
-
-# --------------------------------------------------------------------------------------------------
-# files
+    return path if len(path) <= limit else "..." + path[3 - limit:]
 
 
 def read_json(path):
     """The object in a JSON file. ValueError if the file contains anything else, or is broken."""
-    try:
-        with open(path, encoding="utf-8") as f:
+    with open(path, encoding="utf-8") as f:
+        try:
             content = json.load(f)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        except RecursionError:
+            raise ValueError("it is nested too deeply") from None
     if not isinstance(content, dict):
         raise ValueError(f"it contains a {type(content).__name__} instead of keys and values")
     return content
@@ -83,7 +73,5 @@ def whole_file(path):
 
 def write_whole(path, content):
     """Write a file of text or bytes, complete or not at all."""
-    if isinstance(content, str):
-        content = content.encode()
     with whole_file(path) as f:
-        f.write(content)
+        f.write(content.encode() if isinstance(content, str) else content)

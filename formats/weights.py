@@ -105,7 +105,7 @@ def load_weights(module, folder, stored, device, dtype, fp32=()):
         elif shape != expected[name]:
             wrong.append(f"{short_name(name)} is {shape}, not {expected[name]}")
     wrong += [f"{name} is missing" for name in expected if name not in stored]
-    refuse(wrong, f"of {where(folder, 40)} do not match its config.json")
+    refuse(wrong, f"of {where(folder, 30)} differ from config.json")
 
     # Read one tensor at a time and open its file again for each. The pages of a mapped file count
     # as memory until it is closed, so the host needs the module and one tensor.
@@ -117,7 +117,7 @@ def load_weights(module, folder, stored, device, dtype, fp32=()):
             weights[name] = f.get_tensor(key).to(device, tensor_dtype, copy=True)
         if not weights[name].sum().isfinite():  # one pass, no copy
             wrong.append(f"{name} is not finite")
-    refuse(wrong, f"of {where(folder, 40)} are broken")
+    refuse(wrong, f"of {where(folder, 30)} are broken")
     module.load_state_dict(weights, assign=True)
     return module.requires_grad_(False).eval()
 
