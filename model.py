@@ -337,8 +337,8 @@ class Attention(nn.Module):
         length = keys.shape[2]
         key_position = torch.arange(length, device=x.device)
         query_position = positions[:, :, None]
-        last_position = query_position[:, -1:].expand_as(query_position)
-        mask = key_position <= last_position                                 # (B, K, length)
+        last_position = query_position[:, -1:]
+        mask = key_position <= last_position.expand_as(query_position)       # (B, K, length)
         mask = narrow(mask, query_position, key_position, *self.limits)
 
         q = q.transpose(1, 2)                                                # (B, H, K, D)

@@ -722,6 +722,7 @@ def training_state(**change):
     ({"master_weights": {"a": torch.ones(2, dtype=torch.int8)}}, "not a tensor of float32"),
     ({"master_weights": {"a": torch.tensor([NAN])}}, "not finite"),
     ({"optimizer_state_dict": {"state": {}}, "master_weights": 3}, "not a tensor"),
+    ({"optimizer_state_dict": {"state": {0: {"step": torch.tensor(-1.0)}}}}, "step = -1.0"),
     ({"optimizer_state_dict": 3}, "cannot read"),
     ({"draft_state_dict": {}}, "specforge export --to hf"),
 ))

@@ -106,10 +106,9 @@ FREE_KEYS = ("resume", "resume_from", "out_dir", "log_every", "eval_every", "sav
 
 # type, smallest, and largest value of the numbers in training_state.pt
 STATE_NUMBERS = {
-    "step": (float, 0, 1e9), "global_step": (int, 0, 10**9), "usual_norm": (float, 0, 1e30),
-    "skipped": (int, 0, 10**9), "skipped_in_a_row": (int, 0, 10**9),
-    "grad_accum_steps": (int, 1, 10**6), "ranks": (int, 1, 10**6),
-}
+    "global_step": (int, 0, 10**9), "usual_norm": (float, 0, 1e30), "skipped": (int, 0, 10**9),
+    "skipped_in_a_row": (int, 0, 10**9), "grad_accum_steps": (int, 1, 10**6),
+    "ranks": (int, 1, 10**6)}
 
 
 class SavedRun(NamedTuple):
@@ -136,22 +135,20 @@ def load_training_state(folder, drafter, target_config, config):
         # SpecForge saves no float32 weights, so we take the folder's bfloat16 ones. Its global_step
         # counts micro-batches. AdamW itself counts steps.
         published = load_drafter(folder, target_config)
-        theirs = published.config.dflash_config
-        ours = drafter.config.dflash_config
-        if theirs != ours:
-            raise ValueError(f"{where(folder, 20)} has {short(theirs, 80)}, this run "
-                             f"{short(ours, 80)}")
+        check_same_drafter(folder, published, drafter)
         weights = published.state_dict()
-        step = int(moments[0]["step"])
     try:
         drafter.load_state_dict(weights)
         for i, parameter in enumerate(drafter.parameters()):
             name = moment_name(config.optimizer, parameter)
-            if name not in moments[i]:
+            names = [name] if name == "momentum_buffer" else [name, "exp_avg_sq", "step"]
+            if sorted(moments[i]) != sorted(names):
                 raise ValueError(f"it was not trained with optimizer = {config.optimizer!r}")
-            shape = moments[i][name].shape
-            if shape != parameter.shape:
-                raise ValueError(f"moment {i} is {shape}, not {parameter.shape}")
+            for name, moment in moments[i].items():
+                if name != "step" and moment.shape != parameter.shape:
+                    raise ValueError(f"moment {i} is {moment.shape}, not {parameter.shape}")
+        if not is_ours:
+            step = int(moments[0]["step"])
     except (RuntimeError, ValueError, KeyError) as error:
         raise ValueError(f"{where(folder)} does not fit this drafter: "
                          f"{one_line(error, 110)}") from None
@@ -174,11 +171,11 @@ def read_state_file(folder):
         guard = state.get("gradient_guard", {})
         GradientGuard(**guard)
         numbers = vars(state["args"]) | guard | {"global_step": state["global_step"]}
-        if "master_weights" not in state:
-            numbers["step"] = float(moments[0]["step"])
         for key, limits in STATE_NUMBERS.items():
             if key in numbers:
                 check_number(key, numbers[key], limits)
+        for moment in moments.values():
+            check_number("step", float(moment.get("step", 0)), (float, 0, 1e9))
         tree_map(check_tensor, [moments, state.get("master_weights", {})])
     except Exception as error:  # torch and pickle raise many types for a broken or foreign file
         raise ValueError(f"cannot read {where(path)}: {one_line(error, 130)}") from None
@@ -193,12 +190,28 @@ def check_tensor(tensor):
         raise ValueError("a weight or moment is not finite")
 
 
+def check_same_drafter(folder, published, drafter):
+    """ValueError if a published drafter computes something different from a run's new drafter."""
+    values = []
+    for c in (published, drafter):
+        limits = [layer.self_attn.limits for layer in c.layers]
+        values.append((c.block_size, c.mask_token_id, c.target_layer_ids, limits,
+                       c.config.rms_norm_eps, c.config.rope_parameters["rope_theta"]))
+    names = ("block_size", "mask_token_id", "target_layer_ids", "layer_types or is_causal",
+             "rms_norm_eps", "rope_theta")
+    for name, theirs, ours in zip(names, *values):
+        if theirs != ours:
+            raise ValueError(f"{where(folder)} has {name} = {short(theirs)}, this run "
+                             f"{short(ours)}")
+
+
 def check_same_run(folder, before, config):
     """ValueError, naming the differences, if the saved configuration is of a different run."""
     differences = []
     for key, value in vars(config).items():
         old_value = before.get(key, value)
-        if key not in FREE_KEYS and old_value != value:
+        is_plain = not isinstance(old_value, torch.Tensor)
+        if key not in FREE_KEYS and not (is_plain and old_value == value):
             differences.append(f"{key} was {short(old_value, 20)}, now {short(value, 20)}")
     old_batches = before.get("grad_accum_steps", 1) * before.get("ranks", 1)
     batches = config.grad_accum_steps * world_size()
