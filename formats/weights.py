@@ -27,10 +27,13 @@ def stored_tensors(folder, our_name=str):
     ValueError for a file that is broken or outside the folder, a tensor that is there twice, and
     dtypes that would be rounded or mean something else, such as integers.
     """
-    path = folder
+    path = os.path.join(folder, "model.safetensors.index.json")
     found = {}
     try:
-        for file in weight_files(folder):
+        files = ["model.safetensors"]
+        if os.path.lexists(path):  # it names the files of a checkpoint in several
+            files = sorted(set(read_json(path)["weight_map"].values()))
+        for file in files:
             path = os.path.join(folder, file)
             check_location(folder, path)
             with safe_open(path, "pt") as f:
@@ -50,33 +53,18 @@ def stored_tensors(folder, our_name=str):
     return found
 
 
-def weight_files(folder):
-    """The names of a checkpoint's weight files. The index names them if there are several."""
-    path = os.path.join(folder, "model.safetensors.index.json")
-    if not os.path.lexists(path):
-        return ["model.safetensors"]
-    try:
-        names = read_json(path)["weight_map"].values()
-        for name in names:
-            if name != os.path.basename(name):
-                raise ValueError(f"{short(name)} is not the name of a file next to it")
-        return sorted(set(names))
-    except Exception as error:  # not JSON, no weight_map, or not a dict of texts
-        raise ValueError(f"{os.path.basename(path)}: {one_line(error, 100)}") from None
-
-
 def check_location(folder, path):
     """ValueError unless `path` is a regular file in the folder, or a link in the hub's cache."""
     if not os.path.isfile(path):
         raise ValueError("no such file")
     folder = os.path.realpath(folder)
-    allowed = [folder]
     # cache/models--owner--name/snapshots/COMMIT/FILE is a link to cache/models--owner--name/blobs
     snapshots = os.path.dirname(folder)
-    if os.path.basename(snapshots) == "snapshots":
-        allowed.append(os.path.join(os.path.dirname(snapshots), "blobs"))
-    if os.path.dirname(os.path.realpath(path)) not in allowed:
-        raise ValueError("it is a link to a different folder: copy the file here instead")
+    blobs = os.path.join(os.path.dirname(snapshots), "blobs")
+    real = os.path.dirname(os.path.realpath(path))
+    is_in_cache = os.path.basename(snapshots) == "snapshots" and real == blobs
+    if real != folder and not is_in_cache:
+        raise ValueError("it is outside of the checkpoint's folder: copy the file into it")
 
 
 def check_layers(stored, num_hidden_layers):
@@ -101,9 +89,9 @@ def load_weights(module, folder, stored, device, dtype, fp32=()):
     expected = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
     for name, (_, _, shape) in stored.items():
         if name not in expected:
-            wrong.append(f"{short_name(name)} is left over")
+            wrong.append(f"{one_line(name, 50)} is left over")
         elif shape != expected[name]:
-            wrong.append(f"{short_name(name)} is {shape}, not {expected[name]}")
+            wrong.append(f"{name} is {shape}, not {expected[name]}")
     wrong += [f"{name} is missing" for name in expected if name not in stored]
     refuse(wrong, f"of {where(folder, 30)} differ from config.json")
 
@@ -127,7 +115,3 @@ def refuse(wrong, reason):
     if wrong:
         examples = "; ".join(wrong[:3])
         raise ValueError(one_line(f"{len(wrong)} tensors {reason}: {examples}", 199))
-
-
-def short_name(name):
-    return one_line(name, 50)
