@@ -11,11 +11,9 @@ newest token, the *anchor*, and 15 mask tokens, and fills in all masks in one fo
 the earlier text only through *features*: outputs of some of the target's layers. A *round* is one
 draft and one check. *Tau* is the average number of tokens that a round adds.
 
-This file is correct but slow: its target reads the guesses one by one and stops before a wrong one.
-The other files are fast, and solve two problems that do not exist here. First, their target reads a
-block of 16 tokens in one forward pass, and must forget the wrong guesses afterwards. Most of its
-layers are Gated DeltaNets, whose memory cannot remove a token (decode_state.py). Second, they train
-on 512 blocks at once, whose logits do not all fit into memory (model.py).
+This file is correct but slow: its target reads the guesses one by one. The other files read all of
+them in one forward pass, and must remove the wrong ones from the memory of a Gated DeltaNet
+afterwards (decode_state.py). They train on 512 blocks, whose logits need too much memory (loss.py).
 """
 import argparse
 import json
@@ -28,15 +26,17 @@ from transformers import AutoTokenizer
 
 NANO = Path(__file__).parent / "data" / "nano"
 QUESTIONS = ("What is 7 * 34?", "What is 12 * 34?", "What is 83 - 47?", "2x + 3 = 11", "57 + 38")
-SUPPORTED = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "attention_bias": False,
-             "rope_scaling": None, "rope_type": "default", "is_causal": None}
+SUPPORTED = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "attention_bias": False, "causal": False,
+             "is_causal": False, "rope_scaling": None, "rope_type": "default", "rope_dim": None,
+             "is_neox_style": True, "input_embedding_scale": 1, "projector_type": "dflash"}
 
 class Model:
     """A checkpoint: config.json as a dict, and the tensors of model.safetensors by their names."""
     def __init__(self, folder, dtype=torch.float32):
         self.config = json.loads((folder / "config.json").read_text())
-        settings = self.config | self.config["rope_parameters"]
-        wrong = [key for key, value in SUPPORTED.items() if settings.get(key, value) != value]
+        inner = self.config.get("dflash_config", {})
+        settings = self.config | self.config["rope_parameters"] | inner
+        wrong = [k for k, value in SUPPORTED.items() if settings.get(k) not in (None, value)]
         if wrong or "sliding_attention" in self.config["layer_types"]:
             sys.exit(f"error: {folder} has {wrong or 'sliding_attention'}: use draft_decode.py")
         tensors = load_file(folder / "model.safetensors")
@@ -237,7 +237,7 @@ if __name__ == "__main__":
     if not NANO.is_dir():
         sys.exit(f"error: no folder {NANO}: run basic.py in a complete copy of this project")
     target, drafter = Model(NANO / "target"), Model(NANO / "drafter-dflash")
-    tokenizer = AutoTokenizer.from_pretrained(NANO / "target")
+    tokenizer = AutoTokenizer.from_pretrained(NANO / "target", trust_remote_code=False)
     if args.prompt == "train":
         torch.manual_seed(args.seed)
         for name, w in drafter.weights.items():

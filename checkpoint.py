@@ -10,16 +10,20 @@ Every error that a user can cause is a ValueError of one line.
 import glob
 import json
 import os
+import re
+import secrets
 import shutil
 from dataclasses import fields, replace
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
 from safetensors.torch import save
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
 import model
+from formats.files import one_line, read_json, short, where, whole_file, write_whole
+from formats.keys import drafter_keys, target_keys
+from formats.weights import check_layers, load_weights, stored_tensors
 from model import DFlashDraftModel
 from target import Target, TargetConfig
 
@@ -49,9 +53,11 @@ def load_target(name, device="cpu", dtype="float32"):
             return None  # a tied head is the embedding, even if the file repeats it
         return our
 
+    stored = stored_tensors(folder, our_name)
+    check_layers(stored, config.num_hidden_layers)
     with torch.device("meta"):  # without memory
         target = Target(config)
-    return load_weights(target, folder, device, dtype, our_name=our_name, fp32=FP32_WEIGHTS)
+    return load_weights(target, folder, stored, device, dtype, FP32_WEIGHTS)
 
 
 def parse_dtype(device, dtype):
@@ -73,35 +79,30 @@ def read_target_config(name):
     folder = checkpoint_folder(name)
     path = os.path.join(folder, "config.json")
     if not os.path.isfile(path):
-        raise ValueError(f"no config.json in {folder!r}: give the folder of a Qwen3.5 checkpoint, "
-                         "or a hub id")
+        raise ValueError(f"no config.json in {where(folder)!r}: give the folder of a Qwen3.5 "
+                         "checkpoint, or a hub id")
     try:
-        with open(path) as f:
-            return parse_target_config(json.load(f)), folder
-    except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise ValueError(f"cannot use {path}: {one_line(error)}") from None
+        return parse_target_config(read_json(path)), folder
+    except Exception as error:  # not JSON, keys missing or wrong
+        raise ValueError(f"cannot use {where(path)}: {one_line(error, 130)}") from None
 
 
 def parse_target_config(config):
     """The TargetConfig of a parsed config.json. ValueError names missing and unsupported keys."""
-    # One flat dict. Multimodal files nest the text model's keys, and all files nest those of rope.
-    keys = dict(config)
-    keys |= config.get("text_config") or {}
-    keys |= keys.get("rope_parameters") or keys.get("rope_scaling") or {}
-    if keys.get("num_experts") or "moe" in str(keys.get("model_type")):
-        raise ValueError("mixture-of-experts targets are not supported, only dense ones")
-    supported = {"rope_type": "default", "hidden_act": "silu", "quantization_config": None}
-    for key, value in supported.items():
-        if keys.get(key, value) != value:
-            raise ValueError(f"{key} = {keys[key]!r} is not supported, only {value!r}")
+    keys = target_keys(config)
     if "layer_types" in keys:
         keys["layer_types"] = tuple(keys["layer_types"])
-    # keys that TargetConfig does not know do not affect the computation
     known = {field.name for field in fields(TargetConfig)}
     try:
-        return TargetConfig(**{key: value for key, value in keys.items() if key in known})
+        ours = TargetConfig(**{key: value for key, value in keys.items() if key in known})
     except TypeError as error:
-        raise ValueError(f"config.json is not that of a Qwen3.5 text model: {error}") from None
+        reason = str(error).rpartition("__() ")[2]  # missing 1 required positional argument: ...
+        raise ValueError(f"not a Qwen3.5 text model: {reason}") from None
+    rotary_dim = int(ours.head_dim * ours.partial_rotary_factor)
+    if rotary_dim == 0 or rotary_dim % 2:
+        raise ValueError(f"{rotary_dim} channels rotate (head_dim times partial_rotary_factor), "
+                         "but they must be pairs")
+    return ours
 
 
 SIZES = {}  # as published; an empty layer_types means the usual pattern
@@ -165,35 +166,51 @@ def load_drafter(name, target_config, device="cpu", dtype="float32"):
     """A frozen drafter from a hub id, a checkpoint folder, or the newest one of a training run."""
     folder = newest_checkpoint(checkpoint_folder(name))
     if not os.path.isfile(os.path.join(folder, "config.json")):
-        raise ValueError(f"no drafter in {folder!r}: give a folder with config.json, or train one: "
-                         "python train.py config/nano.py")
+        raise ValueError(f"no drafter in {where(folder)!r}: give a folder with config.json, or "
+                         "train one: python train.py config/nano.py")
     try:
-        config = read_drafter_config(folder)
-        if getattr(config, "num_target_layers", None) is None:  # some published files lack it
-            config.num_target_layers = target_config.num_hidden_layers
+        config = read_drafter_config(folder, target_config)
         check_pair(config, target_config)
-        with torch.device("meta"):
-            drafter = DFlashDraftModel(config)
-    except Exception as error:  # not JSON, keys missing, transformers' own checks
-        raise ValueError(f"{folder}/config.json is not that of a drafter for this target: "
-                         f"{one_line(error)}; give --target and --drafter of one pair") from None
-    return load_weights(drafter, folder, device, getattr(torch, dtype))
+    except Exception as error:  # not JSON, keys missing or wrong, transformers' own checks
+        raise ValueError(f"{where(folder, 30)}/config.json is not that of a drafter for this "
+                         f"target: {one_line(error, 110)}") from None
+    stored = stored_tensors(folder, drafter_name)
+    check_layers(stored, config.num_hidden_layers)
+    with torch.device("meta"):
+        drafter = DFlashDraftModel(config)
+    return load_weights(drafter, folder, stored, device, getattr(torch, dtype))
+
+
+def drafter_name(file_name):
+    """The name of a weight in model.py. In the class of transformers, two have different names."""
+    name = file_name.replace("encoder.output_norm_enc.", "hidden_norm.")
+    return name.replace("encoder.fc.", "fc.")
+
+
+def read_drafter_config(folder, target_config):
+    """The Qwen3Config of a published drafter, whose config.json may differ from ours."""
+    keys = drafter_keys(read_json(os.path.join(folder, "config.json")))
+    # some published files lack these
+    keys.setdefault("num_target_layers", target_config.num_hidden_layers)
+    keys.setdefault("vocab_size", target_config.vocab_size)
+    return Qwen3Config(**keys)
 
 
 def check_pair(config, target_config):
-    """ValueError if a drafter's Qwen3Config does not fit a target."""
+    """ValueError if a drafter's Qwen3Config contradicts itself or does not fit a target."""
     layers = target_config.num_hidden_layers
     for key, own, wanted in (
             ("hidden_size", config.hidden_size, target_config.hidden_size),
             ("vocab_size", config.vocab_size, target_config.vocab_size),
             ("num_target_layers", config.num_target_layers, layers)):
         if own != wanted:
-            raise ValueError(f"{key} is {own}, the target's {wanted}")
+            raise ValueError(f"{key} is {own}, the target's {wanted}: give --target and --drafter "
+                             "of one pair")
     # the last layer of a target cannot be read, because transformers returns it normed
     ids = config.dflash_config["target_layer_ids"]
     if not ids or ids != sorted(set(ids)) or ids[0] < 0 or ids[-1] > layers - 2:
-        raise ValueError(f"target_layer_ids = {tuple(ids)} must ascend, differ, and stay within "
-                         f"0 .. {layers - 2}, because the target has {layers} layers")
+        raise ValueError(f"target_layer_ids = {short(tuple(ids), 30)} must ascend, differ, and be "
+                         f"in 0 .. {layers - 2}, because the target has {layers} layers")
     mask_id = config.dflash_config["mask_token_id"]
     if not 0 <= mask_id < config.vocab_size:
         raise ValueError(f"mask_token_id = {mask_id} is not one of {config.vocab_size} ids")
@@ -208,6 +225,8 @@ def drafter_config(
     pad_token_id = target_config.pad_token_id
     if pad_token_id is None:
         pad_token_id = target_config.eos_token_id
+    if isinstance(pad_token_id, list):  # of several ids that end an answer
+        pad_token_id = pad_token_id[0]
     config = Qwen3Config(
         block_size=block_size,
         dflash_config={"block_size": block_size, "mask_token_id": mask_token_id,
@@ -238,26 +257,30 @@ def save_drafter(drafter, folder, card, extra=None):
     config.json, model.safetensors (bf16), dflash.py (a copy of model.py), and README.md (the card).
     extra: {file name: object} for torch.save. ValueError if the folder cannot be written.
     """
-    # Everything is written into a folder of a different name, which is renamed at the end. So the
-    # folder appears complete or not at all, and an older one is kept until then.
-    part = folder.rstrip("/") + ".part"
+    # Everything is written into a new folder of a different name, which is renamed at the end. So
+    # the folder appears complete or not at all, and an older one is kept until then.
+    part = f"{folder.rstrip('/')}.{secrets.token_hex(8)}.part"
     tensors = {}
     for name, tensor in drafter.state_dict().items():
         tensors[name] = tensor.detach().to("cpu", torch.bfloat16).contiguous()
     config = json.dumps(public_drafter_config(drafter.config), indent=2) + "\n"
+    with open(model.__file__) as f:
+        source = f.read()
     try:
-        shutil.rmtree(part, ignore_errors=True)
         os.makedirs(part)
         save_weights(tensors, os.path.join(part, "model.safetensors"))
         for name, value in (extra or {}).items():
-            torch.save(value, os.path.join(part, name))
-        shutil.copyfile(model.__file__, os.path.join(part, "dflash.py"))
+            with whole_file(os.path.join(part, name)) as f:
+                torch.save(value, f)
+        write_whole(os.path.join(part, "dflash.py"), source)
         write_whole(os.path.join(part, "config.json"), config)
         write_whole(os.path.join(part, "README.md"), card)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(part, folder)
-    except OSError as error:
-        raise ValueError(f"cannot write the checkpoint {folder!r}: {error}") from None
+    except Exception as error:  # a full disk: OSError, or types of torch and safetensors
+        shutil.rmtree(part, ignore_errors=True)
+        raise ValueError(f"cannot write the checkpoint {where(folder)!r}: {one_line(error, 80)}. "
+                         "If its disk is full, make room") from None
 
 
 def public_drafter_config(c):
@@ -269,6 +292,8 @@ def public_drafter_config(c):
         "rms_norm_eps", "attention_bias", "initializer_range", "max_position_embeddings",
         "eos_token_id", "pad_token_id")
     config = {key: getattr(c, key) for key in copied}
+    if "causal" in c.dflash_config:  # without it, sliding layers are causal
+        config["is_causal"] = c.dflash_config["causal"]  # also here, because readers differ
     is_sliding = "sliding_attention" in c.layer_types
     rope_theta = c.rope_parameters["rope_theta"]
     return config | {
@@ -293,115 +318,8 @@ def public_drafter_config(c):
         "torch_dtype": "bfloat16",
     }
 
-
-def read_drafter_config(folder):
-    """The Qwen3Config of a published drafter, whose config.json may differ from ours.
-
-    ValueError for keys that are missing, contradict each other, or ask for what model.py does not
-    compute. Such a drafter would load, and silently guess badly.
-    """
-    with open(os.path.join(folder, "config.json")) as f:
-        raw = json.load(f)
-    for key in ("dflash_config", "hidden_size", "num_hidden_layers"):
-        if key not in raw:
-            raise ValueError(f"it has no {key}")
-    dflash = raw["dflash_config"]
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-
-    # 1. refuse keys that would change the computation
-    known = ("block_size", "mask_token_id", "target_layer_ids", "causal")
-    foreign = {key: value for key, value in dflash.items() if value and key not in known}
-    supported = {
-        "hidden_act": "silu", "projector_type": "dflash", "rope_type": "default",
-        "type": "default", "partial_rotary_factor": 1, "rope_dim": raw.get("head_dim"),
-        "is_neox_style": True}
-    outside = raw | rope
-    for key, plain in supported.items():
-        if outside.get(key) not in (None, plain):
-            foreign[key] = outside[key]
-    if foreign:
-        raise ValueError(f"it asks for {foreign}, which model.py does not compute")
-
-    # 2. one form for the code that follows: dflash_config has all of our own keys, and
-    #    rope_parameters all keys of the rotary embedding
-    raw["block_size"] = one_value("block_size", raw, dflash)
-    raw["dflash_config"] = dflash | {"block_size": raw["block_size"]}
-    rope_theta = one_value("rope_theta", raw, rope)
-    raw["rope_parameters"] = {"rope_type": "default", "rope_theta": rope_theta}
-    raw["rope_scaling"] = None
-    raw.pop("rope_theta", None)
-    # without its flag transformers forgets the window, and some published files lack the flag
-    if "sliding_attention" in raw.get("layer_types", ()):
-        raw["use_sliding_window"] = True
-    config = Qwen3Config.from_dict(raw)
-
-    # 3. engines let is_causal decide for all layers; here sliding layers are causal, full ones not
-    is_causal = dflash.get("causal", raw.get("is_causal"))
-    for layer_type in config.layer_types:
-        if is_causal is not None and is_causal != (layer_type == "sliding_attention"):
-            raise ValueError(f"is_causal = {is_causal} is not supported for {layer_type}")
-    return config
-
-
-def one_value(key, outer, inner):
-    """The value of a key that is in one of two dicts, or in both with the same value."""
-    values = {outer.get(key), inner.get(key)} - {None}
-    if len(values) != 1:
-        raise ValueError(f"{key} is {outer.get(key)} at the top and {inner.get(key)} inside")
-    return values.pop()
-
 # --------------------------------------------------------------------------------------------------
 # weights and folders
-
-
-def load_weights(module, folder, device, dtype, *, our_name=str, fp32=()):
-    """Give a module on the meta device the weights of a folder. Return it frozen, in eval mode.
-
-    our_name(name in the file) is the name in the module, or None for a tensor to skip.
-    fp32: endings of the names of weights that stay in fp32.
-    ValueError names every tensor that is missing, left over, of a different shape, or not finite.
-    """
-    path = os.path.join(folder, "model.safetensors.index.json")
-    try:
-        files = ["model.safetensors"]
-        if os.path.isfile(path):  # it names the files of a checkpoint in several
-            with open(path) as f:
-                files = sorted(set(json.load(f)["weight_map"].values()))
-
-        # find the file of each tensor, and compare names and shapes
-        expected = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
-        found = {}
-        for file in files:
-            path = os.path.join(folder, file)
-            with safe_open(path, "pt") as f:
-                for key in f.keys():
-                    found[our_name(key)] = (path, key, f.get_slice(key).get_shape())
-        found.pop(None, None)
-        wrong = []
-        for name, (_, _, shape) in found.items():
-            if name not in expected:
-                wrong.append(f"{name} is left over")
-            elif shape != expected[name]:
-                wrong.append(f"{name} is {shape}, not {expected[name]}")
-        wrong += [f"{name} is missing" for name in expected if name not in found]
-
-        # Read one tensor at a time and open its file anew for each. The pages of a mapped file
-        # count as memory until it is closed, so the host needs the module and one tensor.
-        weights = {}
-        for name in expected if not wrong else ():
-            path, key, _ = found[name]
-            tensor_dtype = torch.float32 if name.endswith(tuple(fp32)) else dtype
-            with safe_open(path, "pt") as f:
-                weights[name] = f.get_tensor(key).to(device, tensor_dtype, copy=True)
-            if not weights[name].sum().isfinite():  # one pass, no copy
-                wrong.append(f"{name} is not finite")
-    except Exception as error:  # a broken file has errors of a dozen types
-        raise ValueError(f"cannot load {path!r}: {one_line(error)}") from None
-    if wrong:
-        raise ValueError(f"{folder!r} does not hold the weights that its config.json describes: "
-                         f"{', '.join(wrong)}")
-    module.load_state_dict(weights, assign=True)
-    return module.requires_grad_(False).eval()
 
 
 def checkpoint_folder(name):
@@ -426,25 +344,22 @@ def newest_checkpoint(folder):
 
 
 def step_folders(folder):
-    """Names of the complete checkpoints of a training run, oldest first: step-000123."""
-    names = glob.glob("step-*", root_dir=folder)
-    return sorted(name for name in names if not name.endswith(".part"))
+    """Names of the complete checkpoints of a training run, such as step-000123, oldest first.
+
+    Other files and folders can have such a name. Only a folder with files of ours counts.
+    """
+    steps = []
+    for name in glob.glob("step-*", root_dir=folder):
+        path = os.path.join(folder, name)
+        has_files = any(os.path.isfile(os.path.join(path, file))
+                        for file in ("config.json", "training_state.pt"))
+        if has_files and re.fullmatch("step-[0-9]{1,18}", name) and not os.path.islink(path):
+            number = int(name.removeprefix("step-"))
+            steps.append((number, name))
+    return [name for _, name in sorted(steps)]
 
 
 def save_weights(tensors, path):
     """Write a safetensors file. Its save_file() would make one that only the owner may read, and
     an engine often runs as a different user."""
-    with open(path, "wb") as f:
-        f.write(save(tensors, metadata={"format": "pt"}))
-
-
-def write_whole(path, content):
-    """Write a file of text or bytes, complete or not at all."""
-    mode = "wb" if isinstance(content, bytes) else "w"
-    with open(path + ".tmp", mode) as f:
-        f.write(content)
-    os.replace(path + ".tmp", path)
-
-
-def one_line(error):
-    return " ".join(str(error).split())
+    write_whole(path, save(tensors, metadata={"format": "pt"}))

@@ -12,11 +12,10 @@ Position 0 is the anchor and guesses nothing.
 The drafter has no embedding and no head. It uses those of the target, which are frozen.
 
 Shapes: B batch, T tokens of a sequence, A anchors in a sequence, K block size, H heads, Hkv
-key-value heads, D head width, V vocabulary; `width` is that of the residual stream.
+key-value heads, D head width, V vocabulary size, and `width`, the width of the residual stream.
 
-A copy of this file ships in every checkpoint as dflash.py, so that
-AutoModel.from_pretrained(folder, trust_remote_code=True) loads it anywhere. It needs only torch and
-transformers.
+A copy of this file ships in every checkpoint as dflash.py. It needs only torch and transformers, so
+AutoModel.from_pretrained(folder, trust_remote_code=True) loads it anywhere.
 """
 import torch
 import torch.nn as nn
@@ -29,25 +28,28 @@ from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
 
 class DFlashDraftModel(PreTrainedModel):
-    """The drafter. Parameter names, shapes and their order are those of published checkpoints.
+    """The drafter. Its parameters have the names, shapes, and order of published checkpoints.
 
-    config is a Qwen3Config with a dflash_config: block_size, mask_token_id, target_layer_ids.
+    config is a Qwen3Config with a dflash_config: block_size, mask_token_id, target_layer_ids, and
+    optionally causal, which decides for all layers whether a block's attention is causal.
     """
     config_class = Qwen3Config
     base_model_prefix = ""
 
     def __init__(self, config):
         super().__init__(config)
+        options = config.dflash_config
         # block_size is in dflash_config or at the top level: published files differ
-        self.block_size = config.dflash_config.get("block_size") or config.block_size
-        self.target_layer_ids = tuple(config.dflash_config["target_layer_ids"])
-        self.mask_token_id = config.dflash_config["mask_token_id"]
-        feature_width = len(self.target_layer_ids) * config.hidden_size
-        layers = [Layer(config, kind) for kind in config.layer_types]
+        self.block_size = options.get("block_size") or config.block_size
+        self.target_layer_ids = tuple(options["target_layer_ids"])
+        self.mask_token_id = options["mask_token_id"]
+        width = config.hidden_size
+        feature_width = len(self.target_layer_ids) * width
+        layers = [Layer(config, layer_type) for layer_type in config.layer_types]
         self.layers = nn.ModuleList(layers)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.fc = nn.Linear(feature_width, config.hidden_size, bias=False)
-        self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(width, config.rms_norm_eps)
+        self.fc = nn.Linear(feature_width, width, bias=False)
+        self.hidden_norm = RMSNorm(width, config.rms_norm_eps)
         self.post_init()
 
     def _init_weights(self, module):
@@ -56,7 +58,7 @@ class DFlashDraftModel(PreTrainedModel):
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
 
-    # What decoding and training share.
+    # These three methods serve decoding and training.
 
     def embed_block(self, tokens, embedding):
         """Embeddings (..., K, width) of [token, MASK, .., MASK] for each anchor token (...)."""
@@ -70,16 +72,17 @@ class DFlashDraftModel(PreTrainedModel):
 
         hidden_norm norms it once for all layers. Their input_layernorm is for the block only.
         """
-        return self.hidden_norm(self.fc(features))
+        mixed = self.fc(features)
+        return self.hidden_norm(mixed)
 
     def rotary(self, positions):
-        """cos and sin for integer positions; unlike the target, the drafter rotates whole heads."""
+        """cos and sin for integer positions. The drafter rotates whole heads; the target a part."""
         theta = self.config.rope_parameters["rope_theta"]
         return rotary_table(positions, self.config.head_dim, theta)
 
     # Decoding: one block per sequence. The cache holds each layer's keys and values by position.
-    # write_context() writes those of committed tokens, which stay. decode_block() writes those of
-    # its block after them, for one forward. The next write_context() overwrites them.
+    # write_context() fills the positions of committed tokens, for good. decode_block() fills the
+    # positions of its block, which come next, until the next write_context() overwrites them.
 
     def new_cache(self, batch, length):
         """Keys and values of each layer for `length` positions, both (B, Hkv, length, D)."""
@@ -94,7 +97,7 @@ class DFlashDraftModel(PreTrainedModel):
     def write_context(self, features, cache, position):
         """Write the keys and values of features (B, T, ...) into the cache, from position (B,) on.
 
-        The last features can be those of rejected guesses, because the next block overwrites them.
+        The last features can belong to rejected guesses, because the next block overwrites them.
         """
         T = features.shape[1]
         offsets = torch.arange(T, device=features.device)
@@ -110,8 +113,8 @@ class DFlashDraftModel(PreTrainedModel):
         """Logits (B, K-1, V) for the tokens after the anchors (B,), which are at position (B,)."""
         embedded = self.embed_block(anchor, target.embed_tokens.weight)
         hidden = self.decode_block(embedded, cache, position)
-        hidden = hidden[:, 1:].contiguous()  # the anchor guesses nothing
-        return target.logits(hidden)
+        guesses = hidden[:, 1:]  # the anchor guesses nothing
+        return target.logits(guesses.contiguous())
 
     def decode_block(self, embedded, cache, position):
         """Hidden states (B, K, width) of one embedded block per sequence.
@@ -127,8 +130,8 @@ class DFlashDraftModel(PreTrainedModel):
             x = layer.decode(x, rotary, keys, values, positions)
         return self.norm(x)
 
-    # Training: many blocks of each sequence at once. They do not see each other. Context and blocks
-    # are separate inputs, so that a layer computes the context's keys and values only once.
+    # Training: many blocks of each sequence at once, which cannot attend to each other. Context and
+    # blocks are separate inputs, so a layer computes the context's keys and values only once.
 
     def forward(self, features, embedded, anchors, new_attend=None):
         """Hidden states (B, A, K, width), which the target's head turns into guesses.
@@ -147,56 +150,64 @@ class DFlashDraftModel(PreTrainedModel):
         context_rotary = self.rotary(context_positions)
         block_rotary = self.rotary(block_positions)
 
-        # one attention function per size of the sliding window, because it decides the mask
+        # layers with the same mask share an attention function
         if new_attend is None:
             new_attend = masked_attend
         attend = {}
-        for window in {layer.self_attn.sliding_window for layer in self.layers}:
-            visible = block_visibility(anchors, T, K, window)
-            attend[window] = new_attend(visible, anchors, T, K)
-
         x = embedded
         for layer in self.layers:
-            window = layer.self_attn.sliding_window
-            x = layer(x, context, block_rotary, context_rotary, attend[window])
+            limits = layer.self_attn.limits
+            if limits not in attend:
+                visible = block_visibility(anchors, T, K, *limits)
+                attend[limits] = new_attend(visible, anchors, T, K)
+            x = layer(x, context, block_rotary, context_rotary, attend[limits])
         return self.norm(x)
 
 # --------------------------------------------------------------------------------------------------
 # the attention mask of training
 
 
-def block_visibility(anchors, T, K, sliding_window=None):
-    """Defines which keys a query sees, as a function visible(batch, head, query, key).
+def block_visibility(anchors, T, K, sliding_window=None, is_causal=False):
+    """Defines which keys a query sees, by a function visible(batch, head, query, key).
 
-    Its arguments are integer tensors that broadcast. flex_attention expects this form. Queries are
-    the positions of all A blocks, numbered 0 .. A K - 1. Keys are the T tokens of the sequence,
-    then the block positions again: T .. T + A K - 1.
+    The arguments of visible() are integer tensors that broadcast; flex_attention expects this form.
+    Queries are the positions of all A blocks, numbered 0 .. A K - 1. Keys are the T tokens of the
+    sequence, then the block positions again: T .. T + A K - 1.
 
-    A query sees the context strictly before its anchor and all K positions of its own block, also
-    those after it. It never sees another block.
+    In a full layer, a query sees the context strictly before its anchor and all K positions of its
+    block, also the later ones. It never sees a different block. Other layers see less of that.
     """
     def visible(batch, head, query, key):
-        anchor = anchors[batch, query // K]
-        before_anchor = key < anchor    # false for keys of blocks, because they are T or more
         block_of_query = query // K
+        anchor = anchors[batch, block_of_query]
+        before_anchor = key < anchor    # false for keys of blocks, because they are T or more
         block_of_key = (key - T) // K
         in_own_block = (key >= T) & (block_of_key == block_of_query)
         seen = before_anchor | in_own_block
-        if sliding_window is None:
+        if sliding_window is None and not is_causal:
             return seen
-        return seen & in_window(anchor, query, key)
 
-    def in_window(anchor, query, key):
-        """In sliding layers: the last sliding_window positions up to the query's own, inclusive."""
         # Keys of other blocks get a wrong position here. They are not visible anyway.
         query_position = anchor + query % K
         block_key_position = anchor + (key - T) % K
         key_position = torch.where(key < T, key, block_key_position)
-        not_later = key_position <= query_position
-        not_too_old = key_position > query_position - sliding_window
-        return not_later & not_too_old
+        return narrow(seen, query_position, key_position, sliding_window, is_causal)
 
     return visible
+
+
+def narrow(seen, query_position, key_position, sliding_window, is_causal):
+    """The mask `seen` of a full layer, without what a causal layer or a sliding window hides.
+
+    A causal layer hides the positions after the query's own. A window of w shows the query's own
+    position and w - 1 positions on either side.
+    """
+    if is_causal:
+        seen = seen & (key_position <= query_position)
+    if sliding_window is not None:
+        seen = seen & (key_position > query_position - sliding_window)
+        seen = seen & (key_position < query_position + sliding_window)
+    return seen
 
 
 def masked_attend(visible, anchors, T, K):
@@ -207,10 +218,10 @@ def masked_attend(visible, anchors, T, K):
     """
     B, A = anchors.shape
     device = anchors.device
-    batch = torch.arange(B, device=device)
-    queries = torch.arange(A * K, device=device)
+    batch = torch.arange(B, device=device)[:, None, None]
+    queries = torch.arange(A * K, device=device)[:, None]
     keys = torch.arange(T + A * K, device=device)
-    mask = visible(batch[:, None, None], 0, queries[:, None], keys)          # (B, A K, T + A K)
+    mask = visible(batch, 0, queries, keys)                              # (B, A K, T + A K)
     mask = mask.unsqueeze(1)    # the same for all heads
 
     def attend(q, context_k, context_v, block_k, block_v):
@@ -227,44 +238,45 @@ def masked_attend(visible, anchors, T, K):
 class Layer(nn.Module):
     """Attention, then the MLP, each on a normed copy of the residual stream (pre-norm)."""
 
-    def __init__(self, config, kind):
+    def __init__(self, config, layer_type):
         super().__init__()
-        self.self_attn = Attention(config, kind)
+        width = config.hidden_size
+        self.self_attn = Attention(config, layer_type)
         self.mlp = MLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(width, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(width, config.rms_norm_eps)
 
     def forward(self, x, *attention_inputs):
         """Training: x (B, A, K, width). For the other arguments see Attention.forward."""
         normed = self.input_layernorm(x)
-        x = x + self.self_attn(normed, *attention_inputs)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        attended = self.self_attn(normed, *attention_inputs)
+        x = x + attended
+        normed = self.post_attention_layernorm(x)
+        return x + self.mlp(normed)
 
     def decode(self, x, rotary, keys, values, positions):
         """Decoding: x (B, K, width). For the other arguments see Attention.decode."""
         normed = self.input_layernorm(x)
-        x = x + self.self_attn.decode(normed, rotary, keys, values, positions)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        attended = self.self_attn.decode(normed, rotary, keys, values, positions)
+        x = x + attended
+        normed = self.post_attention_layernorm(x)
+        return x + self.mlp(normed)
 
 
 class Attention(nn.Module):
-    """Grouped-query attention from the positions of a block to [context | the block itself]."""
+    """Grouped-query attention of a block's positions to [context | the block itself]."""
 
-    def __init__(self, config, kind):
+    def __init__(self, config, layer_type):
         super().__init__()
-        self.heads = config.num_attention_heads
-        self.kv_heads = config.num_key_value_heads
         self.head_dim = config.head_dim
-        self.sliding_window = None
-        if kind == "sliding_attention":
-            self.sliding_window = config.sliding_window
-            if not self.sliding_window:
-                raise ValueError("config.json has sliding_attention layers but no sliding_window "
-                                 "with use_sliding_window")
+        is_sliding = layer_type == "sliding_attention"
+        sliding_window = config.sliding_window if is_sliding else None
+        is_causal = config.dflash_config.get("causal", is_sliding)  # inside the block
+        self.limits = (sliding_window, is_causal)                   # for narrow()
         width = config.hidden_size
         bias = config.attention_bias
-        query_width = self.heads * self.head_dim
-        kv_width = self.kv_heads * self.head_dim
+        query_width = config.num_attention_heads * config.head_dim
+        kv_width = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(width, query_width, bias=bias)
         self.k_proj = nn.Linear(width, kv_width, bias=bias)
         self.v_proj = nn.Linear(width, kv_width, bias=bias)
@@ -281,20 +293,20 @@ class Attention(nn.Module):
     def queries_keys_values(self, x, rotary):
         """q (..., H, D), k and v (..., Hkv, D) of the normed block x (..., width)."""
         q, k, v = self.project(x)
-        q = q.unflatten(-1, (self.heads, self.head_dim))
-        k = k.unflatten(-1, (self.kv_heads, self.head_dim))
-        v = v.unflatten(-1, (self.kv_heads, self.head_dim))
-        q = rotate(self.q_norm(q), rotary)
-        k = rotate(self.k_norm(k), rotary)
-        return q, k, v
+        q = self.q_norm(self.split_heads(q))
+        k = self.k_norm(self.split_heads(k))
+        v = self.split_heads(v)
+        return rotate(q, rotary), rotate(k, rotary), v
 
     def keys_values(self, context, rotary):
         """k and v (..., Hkv, D) of the context (..., width), which has no queries."""
         k, v = self.project_context(context)
-        k = k.unflatten(-1, (self.kv_heads, self.head_dim))
-        v = v.unflatten(-1, (self.kv_heads, self.head_dim))
-        k = rotate(self.k_norm(k), rotary)
-        return k, v
+        k = self.k_norm(self.split_heads(k))
+        v = self.split_heads(v)
+        return rotate(k, rotary), v
+
+    def split_heads(self, x):
+        return x.unflatten(-1, (-1, self.head_dim))
 
     def forward(self, x, context, block_rotary, context_rotary, attend):
         """Training. x (B, A, K, width), context (B, T, width); attend: see masked_attend()."""
@@ -307,8 +319,9 @@ class Attention(nn.Module):
         block_k = block_k.flatten(1, 2).transpose(1, 2)                      # (B, Hkv, A K, D)
         block_v = block_v.flatten(1, 2).transpose(1, 2)
         o = attend(q, context_k, context_v, block_k, block_v)
-        o = o.transpose(1, 2).unflatten(1, (A, K))                           # (B, A, K, H, D)
-        return self.o_proj(o.flatten(3))
+        o = o.transpose(1, 2)                                                # (B, A K, H, D)
+        o = o.unflatten(1, (A, K)).flatten(3)                                # (B, A, K, H D)
+        return self.o_proj(o)
 
     def decode(self, x, rotary, keys, values, positions):
         """Decoding. x (B, K, width) at positions (B, K).
@@ -320,19 +333,18 @@ class Attention(nn.Module):
         write_at(keys, positions, k)
         write_at(values, positions, v)
 
-        # block_visibility() for one block: everything up to the last position of the block, and in
-        # a sliding layer the last positions up to the query's own
-        key_position = torch.arange(keys.shape[2], device=x.device)
+        # the mask of block_visibility() for one block: everything up to its last position
+        length = keys.shape[2]
+        key_position = torch.arange(length, device=x.device)
         query_position = positions[:, :, None]
-        last_position = positions[:, -1:, None]
+        last_position = query_position[:, -1:]
         mask = key_position <= last_position.expand_as(query_position)       # (B, K, length)
-        if self.sliding_window is not None:
-            mask = mask & (key_position <= query_position)
-            mask = mask & (key_position > query_position - self.sliding_window)
+        mask = narrow(mask, query_position, key_position, *self.limits)
 
         q = q.transpose(1, 2)                                                # (B, H, K, D)
         o = masked_attention(q, keys, values, mask)
-        return self.o_proj(o.transpose(1, 2).flatten(2))
+        o = o.transpose(1, 2).flatten(2)                                     # (B, K, H D)
+        return self.o_proj(o)
 
 
 class MLP(nn.Module):
@@ -348,7 +360,8 @@ class MLP(nn.Module):
 
     def forward(self, x):
         gate, up = self.project(x)
-        return self.down_proj(F.silu(gate) * up)
+        gated = F.silu(gate) * up
+        return self.down_proj(gated)
 
     def project(self, x):
         return self.gate_proj(x), self.up_proj(x)
@@ -371,8 +384,7 @@ class RMSNorm(nn.Module):
 
 def to_fp32(x):
     """x in fp32, or unchanged if it is fp64. Statistics, softmax, and loss use this."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return x.to(dtype)
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def write_at(buffer, positions, x):
@@ -390,7 +402,7 @@ def rotary_table(positions, dim, theta):
     frequency is a quotient, like in transformers, because published weights were trained with it.
     theta^(-2i/dim) rounds differently, which changes cos by 0.01 at position 200,000.
     """
-    channels = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32)
+    channels = torch.arange(0, dim, 2, device=positions.device).float()
     frequencies = 1.0 / theta ** (channels / dim)
     angles = positions[..., None].float() * frequencies
     angles = torch.cat((angles, angles), -1)
@@ -406,7 +418,8 @@ def rotate(x, rotary):
     dim = cos.shape[-1]
     cos = cos[..., None, :].to(x.dtype)
     sin = sin[..., None, :].to(x.dtype)
-    turning, resting = x[..., :dim], x[..., dim:]
+    turning = x[..., :dim]
+    resting = x[..., dim:]
     first_half, second_half = turning.chunk(2, dim=-1)
     quarter_turn = torch.cat((-second_half, first_half), -1)
     turned = turning * cos + quarter_turn * sin
@@ -418,9 +431,9 @@ def rotate(x, rotary):
 def masked_attention(q, k, v, mask):
     """Attention (B, H, K, D) of a few queries to a whole buffer.
 
-    q (B, H, K, D); k, v (B, Hkv, length, D); mask (B, K, length), true where a query sees a key.
-    Invisible keys have a weight of exactly zero. The softmax is in fp32. Two matmuls instead of a
-    library call, because for so few queries library kernels take several times longer on a GPU.
+    q (B, H, K, D); k, v (B, Hkv, length, D); mask (B, K, length), true if a query sees a key.
+    Hidden keys have a weight of exactly zero. The softmax is in fp32. For so few queries, two
+    matmuls are several times faster on a GPU than library kernels.
     """
     B, H, K, D = q.shape
     Hkv = k.shape[1]
@@ -429,7 +442,8 @@ def masked_attention(q, k, v, mask):
     scores = to_fp32(stacked @ k.mT)
     scores = scores * D ** -0.5
     scores = scores.unflatten(2, (-1, K))                           # (B, Hkv, H/Hkv, K, length)
-    scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
+    hidden = ~mask[:, None, None]
+    scores = scores.masked_fill(hidden, -torch.inf)
     weights = scores.softmax(-1).to(v.dtype)
     o = weights.flatten(2, 3) @ v
     return o.view(B, H, K, D)

@@ -33,7 +33,7 @@ def tokenizer_in(folder):
         raise ValueError(f"no tokenizer.json in {folder!r}: copy it there from the checkpoint's "
                          "publisher")
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # OSError, ValueError and others for missing and broken files
         raise ValueError(f"no tokenizer in {folder!r}: {one_line(error)}") from None
 

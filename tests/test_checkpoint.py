@@ -1,23 +1,32 @@
 """
 Checkpoints of drafters: what engines read in them, how published ones differ, and what is refused.
 """
+import argparse
 import dataclasses
 import json
+import math
 import os
+import types
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
-from transformers import AutoModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, MuseGlimmerAssistantConfig, MuseGlimmerAssistantModel
 
-from checkpoint import (drafter_config, load_drafter, newest_checkpoint, public_drafter_config,
-                        read_target_config, save_drafter, save_weights)
+import checkpoint
+from checkpoint import (drafter_config, load_drafter, load_target, newest_checkpoint,
+                        public_drafter_config, read_target_config, save_drafter, save_weights,
+                        step_folders, write_whole)
 from fast.attention import grouped_attend
+from formats.files import one_line, printable
+from formats.keys import list_unknown
 from model import DFlashDraftModel
+from training.checkpoints import prune_checkpoints, read_state_file, save_checkpoint
+from training.guard import GradientGuard
 from tests.common import (DRAFTERS, FULL, HIDDEN, K, LAYER_IDS, MASK, NANO_DRAFTER, ROOT, SLIDING,
-                          V, apart, edit_json, perturb, random_normal, small_config,
-                          small_drafter)
+                          V, apart, edit_json, hub_copy, perturb, public_weights, publish,
+                          random_normal, small_config, small_drafter, small_target)
 
 
 def save(drafter, folder):
@@ -149,10 +158,17 @@ def test_checkpoint_loads_here_and_by_auto_model(layer_types, window, tmp_path):
 
 
 def test_newest_checkpoint_is_the_last_complete_step(tmp_path):
-    """A half-written folder, or the one that is listed last, is taken for the newest."""
-    for name in ("step-000010", "step-000009", "step-000011.part", "notes"):
+    """A half-written folder, a planted name, or the last one as text is taken for the newest."""
+    # as text, 1000000 comes before 999999
+    steps = ["step-000009", "step-000010", "step-999999", "step-1000000"]
+    for name in (*steps, "step-9999999.part", "step-9999999x", "step-", "notes"):
         (tmp_path / name).mkdir()
-    assert newest_checkpoint(str(tmp_path)) == str(tmp_path / "step-000010")
+        (tmp_path / name / "config.json").write_text("{}")
+    (tmp_path / "step-2000000").mkdir()
+    (tmp_path / "step-2000001").write_text("")
+    (tmp_path / "step-2000002").symlink_to(tmp_path / "notes")
+    assert step_folders(str(tmp_path)) == steps
+    assert newest_checkpoint(str(tmp_path)) == str(tmp_path / "step-1000000")
     (tmp_path / "config.json").write_text("{}")
     assert newest_checkpoint(str(tmp_path)) == str(tmp_path)
     assert newest_checkpoint("nowhere") == "nowhere"
@@ -230,6 +246,9 @@ def test_published_drafters_load_by_their_config(shape, layer_types, missing, ch
     # here, and by AutoModel from a new copy
     assert apart(hidden_of(loaded), hidden_of(drafter)) < 1e-5
     public["pad_token_id"] = loaded.config.pad_token_id
+    if "is_causal" in changed:
+        public["is_causal"] = changed["is_causal"]
+        public["dflash_config"]["causal"] = changed["is_causal"]
     assert save(loaded, tmp_path / "f-dflash") == public
     theirs = load_by_auto_model(tmp_path / "f-dflash")
     assert torch.equal(hidden_of(theirs), hidden_of(loaded))
@@ -270,46 +289,477 @@ def dflash(**change):
     return {"dflash_config": {name: v for name, v in config.items() if v is not None}}
 
 
+def small_folder(tmp_path, missing=(), **changed):
+    """A checkpoint of the small drafter with an edited config.json."""
+    folder = tmp_path / "c-dflash"
+    save(small_drafter(), folder)
+    edit_json(folder / "config.json", missing, **changed)
+    return folder
+
+
+def check_refusal(error, reason):
+    """An error of one printable line that fits on a screen and names the reason."""
+    text = str(error.value)
+    assert reason in text
+    assert len(text) < 200
+    assert text.isprintable()
+
+
+NAN = math.nan
 REFUSED = (  # keys that are missing, keys that are changed, the reason
     # the features or the head of a different target
     ((), {"hidden_size": 128}, "hidden_size is 128, the target's 64"),
     ((), {"vocab_size": 512}, "vocab_size is 512, the target's 300"),
     ((), {"num_target_layers": 24}, "num_target_layers is 24, the target's 8"),
+    ((), dflash(num_target_layers=24), "num_target_layers is 8 in one place and 24 in another"),
     ((), dflash(mask_token_id=300), "mask_token_id = 300 is not one of 300 ids"),
-    ((), dflash(target_layer_ids=[0, 3, 7]), r"\(0, 3, 7\) must ascend, .* 0 .. 6"),
+    ((), dflash(target_layer_ids=[0, 3, 7]), "(0, 3, 7) must ascend, differ, and be in 0 .. 6"),
     # other weights than the file has
-    ((), {"num_hidden_layers": 3, "layer_types": [FULL] * 3}, "layers.2.* is missing"),
-    ((), {"num_hidden_layers": 1, "layer_types": [FULL]}, "layers.1.* is left over"),
+    ((), {"num_hidden_layers": 3, "layer_types": [FULL] * 3}, "layers.2 is missing"),
+    ((), {"num_hidden_layers": 10**5, "layer_types": None}, "config.json has 100000 layers"),
+    ((), {"num_hidden_layers": 1, "layer_types": [FULL]}, "11 tensors of"),
     # missing and contradicting keys
-    (("dflash_config",), {}, "has no dflash_config"),
-    ((), dflash(mask_token_id=None), "mask_token_id"),
-    ((), {"block_size": 8}, "block_size is 8 at the top and 16 inside"),
-    (("block_size",), dflash(block_size=None), "block_size is None at the top and None inside"),
-    ((), {"rope_theta": 10000}, "rope_theta is 10000 at the top and 1"),
-    (("rope_theta", "rope_parameters"), {}, "rope_theta is None"),
+    (("dflash_config",), {}, "it has no mask_token_id"),
+    ((), dflash(mask_token_id=None), "it has no mask_token_id"),
+    ((), {"block_size": 8}, "block_size is 8 in one place and 16 in another"),
+    (("block_size",), dflash(block_size=None), "it has no block_size"),
+    ((), {"rope_theta": 10000}, "rope_theta is 10000 in one place and 10000000.0 in another"),
+    (("rope_theta", "rope_parameters"), {}, "it has no rope_theta"),
     ((), {"layer_types": [SLIDING, FULL]}, "no sliding_window"),
+    ((), {"is_causal": True} | dflash(causal=False), "causal is True in one place and False"),
+    (("rms_norm_eps",), {"speculation_type": "dflash"}, "it has no rms_norm_eps"),
+    # wrong types and numbers out of range
+    ((), dflash(mask_token_id=3.0), "mask_token_id = 3.0: use an integer"),
+    ((), dflash(mask_token_id=True), "mask_token_id = True: use an integer"),
+    ((), dflash(target_layer_ids=3), "target_layer_ids = 3: use a list"),
+    ((), dflash(target_layer_ids=[]), "target_layer_ids = []: use a list"),
+    ((), dflash(target_layer_ids=[0, "3"]), "target_layer_ids = '3': use an integer"),
+    ((), dflash(target_layer_ids=list(range(10**5))), "target_layer_ids = (0, 1, 2"),
+    ((), {"block_size": "16"}, "block_size = '16': use an integer"),
+    ((), {"block_size": 0}, "block_size = 0: use an integer from 2"),
+    ((), {"block_size": True}, "block_size = True"),
+    ((), {"num_hidden_layers": "2"}, "num_hidden_layers = '2'"),
+    ((), {"hidden_size": -64}, "hidden_size = -64"),
+    ((), {"num_attention_heads": 0}, "num_attention_heads = 0"),
+    ((), {"num_attention_heads": 3}, "3 must be a multiple of num_key_value_heads = 2"),
+    ((), {"head_dim": 15}, "head_dim = 15 must be even"),
+    ((), {"rms_norm_eps": NAN}, "rms_norm_eps = nan: use a number"),
+    ((), {"rope_theta": NAN}, "rope_theta = nan"),
+    ((), {"rope_parameters": ROPE | {"rope_theta": math.inf}}, "rope_theta = inf"),
+    ((), {"rope_theta": 10**400}, "rope_theta = 1000"),
+    ((), {"layer_types": [SLIDING, FULL], "sliding_window": -5}, "sliding_window = -5"),
+    ((), {"layer_types": "full_attention"}, "layer_types = 'full_attention': use a list"),
+    ((), {"layer_types": [FULL, 3]}, "layer_types contains 3"),
+    ((), {"layer_types": [FULL, "linear_attention"]}, "unknown kinds: ['linear_attention']"),
+    ((), {"layer_types": [FULL, "chunked_attention"]}, "unknown kinds: ['chunked_attention']"),
+    ((), {"layer_types": [FULL] * 3}, "layer_types has 3 entries for 2 layers"),
+    ((), {"attention_bias": "false"}, "attention_bias = 'false': use true or false"),
+    ((), {"is_causal": 1}, "is_causal = 1: use true or false"),
+    ((), {"dflash_config": [1]}, "dflash_config = [1] has no keys"),
+    ((), {"rope_scaling": "yarn"}, "rope_scaling = 'yarn' has no keys"),
     # what model.py does not compute
     ((), {"rope_parameters": ROPE | {"partial_rotary_factor": 0.25}}, "partial_rotary_factor"),
-    ((), {"rope_parameters": ROPE | {"rope_type": "yarn"}}, "yarn"),
-    (("rope_parameters",), {"rope_scaling": {"type": "yarn"}}, "yarn"),
-    ((), {"hidden_act": "gelu"}, "gelu"),
-    ((), {"rope_dim": 8}, "rope_dim"),
-    ((), {"is_neox_style": False}, "is_neox_style"),
-    ((), {"projector_type": "domino"}, "domino"),
+    ((), {"rope_parameters": ROPE | {"rope_type": "yarn"}}, "rope_type = 'yarn'"),
+    ((), {"rope_parameters": {FULL: ROPE, SLIDING: ROPE}}, "full_attention = {"),
+    ((), {"rope_scaling": {"type": "linear", "factor": 2}}, "type = 'linear'"),
+    ((), {"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "rope_type = 'yarn'"),
+    (("rope_parameters",), {"rope_scaling": {"type": "yarn"}}, "type = 'yarn'"),
+    ((), {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+    ((), {"hidden_act": "\x1b[2J" + 300 * "x"}, r"hidden_act = '\x1b[2Jxxx"),
+    ((), {"rope_dim": 8}, "rope_dim = 8 is not supported, only 16"),
+    ((), {"is_neox_style": False}, "is_neox_style = False is not supported, only True"),
+    ((), {"rope_is_neox_style": False}, "rope_is_neox_style"),
+    ((), {"projector_type": "domino"}, "projector_type = 'domino' is not supported"),
+    ((), dflash(projector_type="domino"), "projector_type = 'domino' is not supported"),
+    ((), dflash(attention_mode="mla"), "attention_mode = 'mla'"),
+    ((), {"input_embedding_scale": 2}, "input_embedding_scale = 2 is not supported, only 1"),
+    ((), dflash(input_embedding_scale=2.0), "input_embedding_scale = 2.0"),
+    ((), dflash(sample_from_anchor=True), "sample_from_anchor"),
+    ((), dflash(query_zero_predicts_next=True), "query_zero_predicts_next"),
+    ((), dflash(attention_sink_bias=True), "attention_sink_bias"),
+    ((), dflash(final_logit_softcapping=20.0), "final_logit_softcapping = 20.0"),
+    ((), dflash(output_multiplier=0.2), "output_multiplier = 0.2"),
     ((), dflash(conv_kernel_size=2), "conv_kernel_size"),
-    ((), {"is_causal": True}, "is_causal = True"),
-    ((), dflash(causal=True), "is_causal = True"),
-    ((), {"is_causal": False, "layer_types": [SLIDING, SLIDING], "sliding_window": 4},
-     "is_causal = False"),
+    ((), {"architectures": ["DFlash2DraftModel"]}, "architectures = ['DFlash2DraftModel']"),
+    ((), {"model_type": "llama"}, "model_type = 'llama'"),
+    ((), {"quantization_config": {"bits": 4}}, "quantization_config"),
 )
 
 
 @pytest.mark.parametrize("missing, changed, reason", REFUSED)
-def test_drafters_that_are_refused(tmp_path, missing, changed, reason):
+def test_drafters_that_are_refused(tmp_path, monkeypatch, missing, changed, reason):
     """Failures 3 and 10: a drafter of a different target, or one that asks for a different
-    computation, loads and silently guesses badly."""
-    save(small_drafter(), tmp_path / "c-dflash")
-    edit_json(tmp_path / "c-dflash" / "config.json", missing, **changed)
-    with pytest.raises(ValueError, match=reason) as error:
-        load(tmp_path / "c-dflash")
-    assert "\n" not in str(error.value)
+    computation, loads and silently guesses badly; a traceback; 100,000 layers are built."""
+    folder = small_folder(tmp_path, missing, **changed)
+    if "tensors of" not in reason:
+        monkeypatch.setattr(checkpoint, "DFlashDraftModel", None)
+    with pytest.raises(ValueError) as error:
+        load(folder)
+    check_refusal(error, reason)
+
+
+FLAT = {"mask_token_id": MASK, "target_layer_ids": list(LAYER_IDS)}
+HARMLESS = (  # keys that are missing, keys that are changed
+    ((), {"projector_type": "dflash", "attention_mode": "gqa"}),
+    ((), dflash(projector_type="dflash", attention_mode="gqa", num_target_layers=8)),
+    ((), {"is_causal": None, "rope_dim": None, "output_multiplier": None, "layer_types": None}),
+    ((), {"input_embedding_scale": 1.0, "output_multiplier": 1, "sample_from_anchor": False}),
+    ((), {"rope_scaling": {"rope_type": "default"}, "rope_is_neox_style": True, "rope_dim": 16}),
+    ((), {"architectures": None, "model_type": None, "num_target_layers": None, "head_dim": 16}),
+    ((), {"eos_token_id": [7, 8], "pad_token_id": None, "is_causal": False}),
+    (("dflash_config",), FLAT | {"speculation_type": "dflash"}),
+    (("dflash_config", "vocab_size", "num_target_layers", "architectures"), FLAT),
+)
+
+
+@pytest.mark.parametrize("missing, changed", HARMLESS)
+@torch.no_grad()
+def test_harmless_keys_are_accepted(tmp_path, capsys, missing, changed):
+    """A key with its neutral value, null, or in a different place is refused, or reported."""
+    loaded = load(small_folder(tmp_path, missing, **changed))
+    assert torch.equal(hidden_of(loaded), hidden_of(small_drafter().bfloat16().float()))
+    assert capsys.readouterr().err == ""
+
+
+def test_unknown_keys_are_listed_in_one_line(tmp_path, capsys):
+    """A key that nobody here knows, such as one of next year, is ignored in silence."""
+    list_unknown.cache_clear()
+    keys = {"\x1b[2Jx" + 300 * "y": 1, "zeta": [1], "nothing": None}
+    load(small_folder(tmp_path, **keys))
+    line = capsys.readouterr().err
+    assert line.startswith("note: 2 keys of the drafter's config.json are unknown and ignored: ")
+    assert len(line) < 200
+    assert line[:-1].isprintable()
+
+
+def sees(layer_type, window, is_causal, query, key):
+    """Whether position `query` of a block attends to position `key` of the sequence."""
+    if is_causal is None:
+        is_causal = layer_type == SLIDING
+    if is_causal and key > query:
+        return False
+    return layer_type == FULL or abs(query - key) < window
+
+
+@pytest.mark.parametrize("place", ("top", "causal", "is_causal"))
+@pytest.mark.parametrize("layer_type, is_causal", (
+    (FULL, None), (FULL, True), (FULL, False), (SLIDING, None), (SLIDING, True), (SLIDING, False)))
+def test_is_causal_decides_for_all_layers(tmp_path, place, layer_type, is_causal):
+    """is_causal is ignored, or the mask of training is not that of decoding: in z-lab's code, 4 of
+    7 guesses change with is_causal on full layers, and 1 without it on sliding ones."""
+    window = 5
+    save(small_drafter((layer_type,), window), tmp_path / "a-dflash")
+    keys = {"is_causal": is_causal} if place == "top" else dflash(**{place: is_causal})
+    edit_json(tmp_path / "a-dflash" / "config.json", **keys)
+    drafter = load(tmp_path / "a-dflash")
+    saved = save(drafter, tmp_path / "b-dflash")
+    assert saved.get("is_causal") == saved["dflash_config"].get("causal") == is_causal
+
+    n = 12      # the anchor
+    draw = random_normal()
+    inputs = draw(1, n, len(LAYER_IDS) * HIDDEN), draw(1, K, HIDDEN)
+    features, block = [x.requires_grad_() for x in inputs]
+    cache = drafter.new_cache(1, n + K)
+    drafter.write_context(features, cache, torch.tensor([0]))
+    decoded = drafter.decode_block(block, [(k.clone(), v.clone()) for k, v in cache],
+                                   torch.tensor([n]))
+    trained = drafter(features, block[:, None], torch.tensor([[n]]))[:, 0]
+    assert apart(decoded, trained) < 1e-5
+    for k in range(K):
+        gradients = torch.autograd.grad(trained[0, k].sum(), (features, block), retain_graph=True)
+        moved = torch.cat([gradient[0].abs().sum(-1) > 0 for gradient in gradients])
+        expected = [sees(layer_type, window, is_causal, n + k, key) for key in range(n + K)]
+        assert moved.tolist() == expected, k
+
+
+@torch.no_grad()
+def test_drafters_of_the_class_in_transformers_load(tmp_path):
+    """The flat format: its keys are read, but its sliding layers are not causal, and two of its
+    weights have different names."""
+    torch.manual_seed(0)
+    config = MuseGlimmerAssistantConfig(
+        hidden_size=HIDDEN, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-3, sliding_window=40,
+        rope_parameters={"rope_type": "default", "rope_theta": 5e5}, layer_types=[SLIDING, FULL],
+        block_size=K, mask_token_id=MASK, target_layer_ids=list(LAYER_IDS), bos_token_id=None,
+        eos_token_id=1, pad_token_id=0)
+    theirs = perturb(MuseGlimmerAssistantModel(config), scale=5.0)
+    theirs.save_pretrained(tmp_path)
+    ours = load(tmp_path)
+    draw = random_normal()
+    features, block = draw(1, 9, len(LAYER_IDS) * HIDDEN), draw(1, K, HIDDEN)
+    expected = theirs(block, features).last_hidden_state
+    assert apart(ours(features, block[:, None], torch.tensor([[9]]))[:, 0], expected) < 1e-5
+
+# ------------------------------------------------------------------------------------------------
+# targets
+
+
+TARGETS = (  # a change of text_config, and the reason or None if it is harmless
+    ({"attn_output_gate": False}, "attn_output_gate = False"),
+    ({"output_gate_type": "sigmoid"}, "output_gate_type = 'sigmoid'"),
+    ({"output_gate_type": "swish"}, None),
+    ({"use_sliding_window": True}, "use_sliding_window = True"),
+    ({"use_sliding_window": False, "sliding_window": None, "is_causal": True}, None),
+    ({"attention_bias": True}, "attention_bias"),
+    ({"final_logit_softcapping": 30}, "final_logit_softcapping"),
+    ({"rope_scaling": {"type": "yarn", "factor": 4}}, "type = 'yarn'"),
+    ({"rope_parameters": {FULL: {}}}, "full_attention"),
+    ({"architectures": ["Qwen3NextForCausalLM"]}, "architectures"),
+    ({"model_type": "llama"}, "model_type"),
+    ({"rope_theta": NAN}, "rope_theta = nan"),
+    ({"rms_norm_eps": 0}, "rms_norm_eps = 0"),
+    ({"sliding_window": -5}, "sliding_window = -5"),
+    ({"partial_rotary_factor": 2}, "partial_rotary_factor = 2"),
+    ({"rope_parameters": {"partial_rotary_factor": 0.03}}, "0 channels rotate"),
+    ({"vocab_size": True}, "vocab_size = True"),
+    ({"eos_token_id": [1, "2"]}, "eos_token_id = '2'"),
+    ({"eos_token_id": [5, 6], "pad_token_id": None}, None),
+    ({"tie_word_embeddings": "no"}, "tie_word_embeddings"),
+    ({"linear_conv_kernel_dim": 4.0}, "linear_conv_kernel_dim = 4.0"),
+    ({"layer_types": "full"}, "layer_types = 'full'"),
+    ({"full_attention_interval": 3}, "full_attention_interval = 3 is not supported, only 4"),
+    ({"linear_key_head_dim": None}, "linear_key_head_dim"),
+    ({"rms_norm_eps": None, "rope_theta": None, "layer_types": None}, None),
+    ({"num_hidden_layers": 10**5, "layer_types": None}, "config.json has 100000 layers"),
+)
+
+
+@pytest.mark.parametrize("change, reason", TARGETS)
+def test_targets_that_are_refused(tmp_path, monkeypatch, change, reason):
+    """Wrong results without a word: rope_theta NaN gives tau 15.75 on exclamation marks."""
+    publish(tmp_path, small_target(), shards=1, **change)
+    if reason is None:
+        target = load_target(str(tmp_path))
+        assert target.config.layer_types == small_config().layer_types
+        drafter_config(
+            target.config, num_hidden_layers=1, target_layer_ids=LAYER_IDS, mask_token_id=MASK,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=16, intermediate_size=96)
+        return
+    monkeypatch.setattr(checkpoint, "Target", None)
+    with pytest.raises(ValueError) as error:
+        load_target(str(tmp_path))
+    check_refusal(error, reason)
+
+# ------------------------------------------------------------------------------------------------
+# weight files
+
+
+def edit_weights(folder, edit):
+    """Rewrite a drafter's weights after edit(dict of tensors)."""
+    weights = load_file(folder / "model.safetensors")
+    edit(weights)
+    save_file(weights, folder / "model.safetensors")
+
+
+def cast(dtype):
+    def edit(weights):
+        weights["norm.weight"] = weights["norm.weight"].to(dtype)
+    return edit
+
+
+def in_many_files(folder, files):
+    """An index that names these files."""
+    index = {"weight_map": {f"tensor {i}": file for i, file in enumerate(files)}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def with_two_copies(folder):
+    save_file({"norm.weight": torch.ones(HIDDEN)}, folder / "more.safetensors")
+    in_many_files(folder, ["model.safetensors", "more.safetensors"])
+
+
+def outside(folder, name="w.safetensors"):
+    """Move the weights to the folder above."""
+    return (folder / "model.safetensors").rename(folder.parent / name)
+
+
+def as_link(folder):
+    (folder / "model.safetensors").symlink_to(outside(folder))
+
+
+def as_fifo(folder):
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")
+
+
+def with_many_names(folder):
+    extra = {f"\x1b[2J{i}.{300 * 'x'}": torch.ones(1) for i in range(1000)}
+    edit_weights(folder, lambda weights: weights.update(extra))
+
+
+def without_a_layer(folder):
+    def edit(weights):
+        for name in list(weights):
+            if name.startswith("layers.0."):
+                del weights[name]
+    edit_weights(folder, edit)
+
+
+WEIGHTS = (  # how the folder is broken, the reason
+    (lambda folder: edit_weights(folder, cast(torch.int8)), "'norm.weight' is I8; weights must be"),
+    (lambda folder: edit_weights(folder, cast(torch.bool)), "'norm.weight' is BOOL"),
+    (lambda folder: edit_weights(folder, cast(torch.float64)), "'norm.weight' is F64"),
+    (lambda folder: edit_weights(folder, cast(torch.float8_e4m3fn)), "'norm.weight' is F8_E4M3"),
+    (with_two_copies, "'norm.weight' is in the checkpoint twice"),
+    (as_link, "outside of the checkpoint's folder"),
+    (as_fifo, "no such file"),
+    (lambda folder: outside(folder), "no such file"),
+    (lambda folder: in_many_files(folder, [f"../{outside(folder).name}"]), "it is outside"),
+    (lambda folder: in_many_files(folder, [3]), "cannot load"),
+    (lambda folder: (folder / "model.safetensors").write_bytes(b"half"), "cannot load"),
+    (lambda folder: (folder / "config.json").write_text("[" * 10**5), "nested too deeply"),
+    (lambda folder: (folder / "config.json").write_text("[]"), "contains a list"),
+    (with_many_names, r"1000 tensors of"),
+    (without_a_layer, "11 tensors of"),
+)
+
+
+@pytest.mark.parametrize("breaks, reason", WEIGHTS)
+def test_weight_files_that_are_refused(tmp_path, breaks, reason):
+    """Integers are cast to weights; a file outside the folder is read; a FIFO hangs; the message
+    has 16,000 characters, or clears the screen."""
+    folder = small_folder(tmp_path)
+    breaks(folder)
+    with pytest.raises(ValueError) as error:
+        load(folder)
+    check_refusal(error, reason)
+
+
+def test_a_target_with_a_tensor_under_two_names_is_refused(tmp_path):
+    """Which of the two is used depends on their order."""
+    publish(tmp_path, small_target(), shards=1)
+    weights = public_weights(small_target())
+    weights["norm.weight"] = torch.ones(HIDDEN)
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError) as error:
+        load_target(str(tmp_path))
+    check_refusal(error, "'norm.weight' is in the checkpoint twice")
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.float32))
+def test_links_of_the_hub_and_plain_dtypes_load(tmp_path, dtype):
+    """A download of the hub, whose files are links to blobs, or fp16 weights are refused."""
+    folder = small_folder(tmp_path)
+    edit_weights(folder, cast(dtype))
+    hub_copy(tmp_path, "some/drafter-dflash", folder)
+    home = tmp_path / "models--some--drafter-dflash"
+    (home / "blobs").mkdir()
+    copy = home / "snapshots" / "abc" / "model.safetensors"
+    copy.rename(home / "blobs" / "0123")
+    copy.symlink_to("../../blobs/0123")
+    loaded = load(copy.parent)
+    assert torch.equal(hidden_of(loaded), hidden_of(load(folder)))
+
+# ------------------------------------------------------------------------------------------------
+# files that are written, text that is printed
+
+
+def test_files_are_written_whole_and_not_through_links(tmp_path):
+    """A planted link directs a file of ours to a file of the user, a name can be guessed, or a
+    write that fails leaves half of a file."""
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    for name in ("a", "a.tmp", "a.part"):
+        (tmp_path / name).symlink_to(victim)
+    write_whole(str(tmp_path / "a"), "text \u20ac")
+    write_whole(str(tmp_path / "b"), b"bytes")
+    assert victim.read_text() == "mine"
+    assert (tmp_path / "a").read_text() == "text \u20ac"
+    assert (tmp_path / "b").read_bytes() == b"bytes"
+    with pytest.raises(TypeError):
+        write_whole(str(tmp_path / "b"), 3)
+    assert (tmp_path / "b").read_bytes() == b"bytes"
+    assert sorted(os.listdir(tmp_path)) == ["a", "a.part", "a.tmp", "b", "victim"]
+
+
+def test_terminals_do_not_obey_text_from_outside():
+    """An escape sequence or a carriage return hides what was printed; a surrogate cannot be
+    printed at all; a message fills the screen."""
+    assert printable("a\tb\n\u00e9 \U0001f469\u200d\U0001f469") == (
+        "a\tb\n\u00e9 \U0001f469\u200d\U0001f469")
+    assert printable("\x1b[2J\r\x7f\x9b\u202e\ud800\u2028") == (
+        r"\x1b[2J\r\x7f\x9b\u202e\ud800\u2028")
+    assert one_line(ValueError("a\n  b\x00")) == r"a b\x00"
+    assert len(one_line("x" * 500)) == 150
+
+
+def test_every_from_pretrained_refuses_code():
+    """transformers asks whether to run a folder's code, or runs it."""
+    calls = 0
+    for folder, _, files in os.walk(ROOT):
+        for name in files:
+            is_ours = name.endswith(".py") and name not in ("model.py", "dflash.py")
+            if not is_ours or "tests" in folder:
+                continue
+            with open(os.path.join(folder, name)) as f:
+                for line in f:
+                    if ".from_pretrained(" in line:
+                        assert "trust_remote_code=False" in line, (name, line)
+                        calls += 1
+    assert calls >= 2
+
+# ------------------------------------------------------------------------------------------------
+# checkpoints of a run
+
+
+def training_state(**change):
+    """The content of a small training_state.pt, edited."""
+    return {
+        "global_step": 3, "args": argparse.Namespace(ranks=1, grad_accum_steps=2),
+        "optimizer_state_dict": {"state": {0: {"step": torch.tensor(3.0)}}},
+        "master_weights": {"a": torch.ones(2)}, "gradient_guard": vars(GradientGuard())} | change
+
+
+@pytest.mark.parametrize("change, reason", (
+    ({"global_step": "6"}, "global_step = '6': use an integer"),
+    ({"global_step": -1}, "global_step = -1"),
+    ({"args": argparse.Namespace(ranks=True)}, "ranks = True"),
+    ({"args": argparse.Namespace(grad_accum_steps="x")}, "grad_accum_steps = 'x'"),
+    ({"gradient_guard": {"usual_norm": NAN}}, "usual_norm = nan"),
+    ({"gradient_guard": {"skipped": 1.0}}, "skipped = 1.0"),
+    ({"gradient_guard": {"other": 1}}, "other"),
+    ({"master_weights": {"a": torch.ones(2, dtype=torch.int8)}}, "moment is torch.int8"),
+    ({"master_weights": {"a": torch.tensor([NAN])}}, "not finite"),
+    ({"optimizer_state_dict": {"state": {}}, "master_weights": 3}, "cannot read"),
+    ({"optimizer_state_dict": {"state": {0: {"step": torch.tensor(-1.0)}}}}, "step = -1.0"),
+    ({"optimizer_state_dict": 3}, "cannot read"),
+    ({"draft_state_dict": {}}, "specforge export --to hf"),
+))
+def test_training_states_that_are_refused(tmp_path, change, reason):
+    """A number of a broken or foreign training_state.pt is used, or raises later."""
+    torch.save(training_state(), tmp_path / "training_state.pt")
+    assert read_state_file(str(tmp_path))["global_step"] == 3
+    torch.save(training_state(**change), tmp_path / "training_state.pt")
+    with pytest.raises(ValueError) as error:
+        read_state_file(str(tmp_path))
+    check_refusal(error, reason)
+
+
+def test_planted_names_do_not_stop_a_run(tmp_path):
+    """A file step-000000 or a folder step-zzz0 in out_dir stops the run after its save, or pruning
+    deletes the new checkpoint."""
+    drafter = small_drafter()
+    config = types.SimpleNamespace(out_dir=str(tmp_path), target="t", data="d", num_layers=2,
+                                   block_size=K, target_layer_ids=LAYER_IDS)
+    run = types.SimpleNamespace(
+        config=config, step=0, total_steps=9, drafter=drafter, guard=GradientGuard(),
+        optimizer=torch.optim.AdamW(drafter.parameters()))
+    planted = ["step-000000", "step-000001.part", "step-1.0123456789abcdef.part"]
+    for name in planted:
+        (tmp_path / name).write_text("file")
+    for name in ("step-zzz0", "step-000002", "step-000001", "step-000001.old"):
+        (tmp_path / name).mkdir()
+    for run.step in (0, 1, 2, 3):
+        folder = save_checkpoint(run)
+        assert newest_checkpoint(str(tmp_path)) == folder
+        assert len(os.listdir(folder)) == 5
+    assert step_folders(str(tmp_path)) == ["step-000001", "step-000002", "step-000003"]
+
+    # checkpoints of a later step, which somebody has put there
+    for name in ("step-000007", "step-000008", "step-000009"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    prune_checkpoints(str(tmp_path), "step-000003")
+    assert step_folders(str(tmp_path))[0] == "step-000003"
+    assert (tmp_path / "step-zzz0").is_dir()

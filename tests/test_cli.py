@@ -203,7 +203,7 @@ BROKEN_FOLDERS = (
     ("target", "config.json", "{", "cannot use .*config.json"),
     ("target", "config.json", "[]", "cannot use .*config.json"),
     ("target", "config.json", {"num_experts": 8}, "cannot use .*mixture-of-experts"),
-    ("target", "config.json", {"intermediate_size": 400}, r"up_proj.weight is .384, 128., not .40"),
+    ("target", "config.json", {"intermediate_size": 400}, r"_proj.weight is .384, 128., not .40"),
     ("target", "tokenizer.json", None, "no tokenizer.json in"),
     ("target", "tokenizer.json", "{", "no tokenizer in"),
     ("target", "tokenizer.json", ('"?": 30,', '"?": 987,'), "vocabulary of 512"),
@@ -301,6 +301,6 @@ def test_cli_broken_checkpoint_to_resume_from(main, small_run, tmp_path):
     config_file = write_config(tmp_path / "small.py", config)
     folder = tmp_path / "run-dflash" / "step-000001"
     folder.mkdir(parents=True)
-    assert "no training_state.pt" in main(train, str(config_file), "--resume")
+    assert "nothing to resume" in main(train, str(config_file), "--resume")
     (folder / "training_state.pt").write_text("{}")
     assert "cannot read" in main(train, str(config_file), "--resume")

@@ -7,13 +7,17 @@ the step, and the configuration. Its layout is SpecForge's, so runs of SpecForge
 """
 import argparse
 import os
+import re
+import secrets
 import shutil
 from typing import NamedTuple
 
 import torch
 from torch.utils._pytree import tree_map
 
-from checkpoint import load_drafter, one_line, save_drafter, step_folders
+from checkpoint import load_drafter, public_drafter_config, save_drafter, step_folders
+from formats.files import one_line, short, where
+from formats.keys import check_number
 from model import DFlashDraftModel
 from training.guard import GradientGuard
 from training.optimizer import moment_name
@@ -32,10 +36,11 @@ def save_checkpoint(run):
     number of processes.
     """
     config = run.config
-    folder = os.path.join(config.out_dir, f"step-{run.step:06d}")
+    name = f"step-{run.step:06d}"
+    folder = os.path.join(config.out_dir, name)
     weights = to_whole_cpu(run.drafter.state_dict())
     moments = to_whole_cpu(run.optimizer.state_dict())
-    already_there = os.path.isdir(folder)  # then it is whole, and of this step
+    already_there = name in step_folders(config.out_dir)  # then it is whole, and of this step
     if rank() == 0 and not already_there:
         state = {
             "epoch": 0,
@@ -50,15 +55,10 @@ def save_checkpoint(run):
         with torch.device("meta"):
             drafter = DFlashDraftModel(run.drafter.config)
         drafter.load_state_dict(weights, assign=True)
-        try:
-            save_drafter(drafter, folder, model_card(run), {"training_state.pt": state})
-        except Exception as error:  # a full disk: OSError, or types of torch and safetensors
-            free = shutil.disk_usage(config.out_dir).free / 1e6
-            shutil.rmtree(folder + ".part", ignore_errors=True)
-            raise ValueError(f"cannot write {folder}, its disk has {free:.1f} MB left "
-                             f"({one_line(error)}): make room, then --resume continues from the "
-                             "last checkpoint") from None
-        prune_checkpoints(config.out_dir)
+        if os.path.lexists(folder):  # something else has this name
+            os.replace(folder, f"{folder}.{secrets.token_hex(8)}.old")
+        save_drafter(drafter, folder, model_card(run), {"training_state.pt": state})
+        prune_checkpoints(config.out_dir, name)
     wait_for_all()
     return folder
 
@@ -83,16 +83,18 @@ def model_card(run):
             f"Step {run.step} of {run.total_steps}; data: {data_name}.\n")
 
 
-def prune_checkpoints(out_dir):
-    """Delete old checkpoints and the remains of interrupted saves.
+def prune_checkpoints(out_dir, newest):
+    """Delete old checkpoints, but not the newest, and the remains of interrupted saves.
 
     A folder is renamed first, because half of a folder would look like a checkpoint.
     """
     for name in step_folders(out_dir)[:-KEEP_CHECKPOINTS]:
-        os.replace(os.path.join(out_dir, name), os.path.join(out_dir, name + ".part"))
+        if name != newest:
+            path = os.path.join(out_dir, name)
+            os.replace(path, f"{path}.{secrets.token_hex(8)}.part")
     for name in os.listdir(out_dir):
-        if name.startswith("step-") and name.endswith(".part"):
-            shutil.rmtree(os.path.join(out_dir, name))
+        if re.fullmatch(r"step-[0-9]+\.[0-9a-f]{16}\.part", name):
+            shutil.rmtree(os.path.join(out_dir, name), ignore_errors=True)
 
 # --------------------------------------------------------------------------------------------------
 # reading
@@ -101,6 +103,12 @@ def prune_checkpoints(out_dir):
 FREE_KEYS = ("resume", "resume_from", "out_dir", "log_every", "eval_every", "save_every",
              "decode_prompts", "wandb_project", "device", "pad_to_multiple_of", "compile",
              "parallel", "grad_accum_steps")
+
+# type, smallest, and largest value of the numbers in training_state.pt
+STATE_NUMBERS = {
+    "global_step": (int, 0, 10**9), "usual_norm": (float, 0, 1e30), "skipped": (int, 0, 10**9),
+    "skipped_in_a_row": (int, 0, 10**9), "grad_accum_steps": (int, 1, 10**6),
+    "ranks": (int, 1, 10**6)}
 
 
 class SavedRun(NamedTuple):
@@ -127,22 +135,28 @@ def load_training_state(folder, drafter, target_config, config):
         # SpecForge saves no float32 weights, so we take the folder's bfloat16 ones. Its global_step
         # counts micro-batches. AdamW itself counts steps.
         published = load_drafter(folder, target_config)
-        if published.config.dflash_config != drafter.config.dflash_config:
-            raise ValueError(f"{folder} has {published.config.dflash_config}, "
-                             f"this run {drafter.config.dflash_config}")
+        theirs = public_drafter_config(published.config)
+        ours = public_drafter_config(drafter.config)
+        for key in ("dflash_config", "layer_types", "rope_theta", "rms_norm_eps"):
+            if theirs[key] != ours[key]:
+                raise ValueError(f"{where(folder, 30)}: {key} is {short(theirs[key])}, in this run "
+                                 f"it is {short(ours[key])}")
         weights = published.state_dict()
-        step = int(moments[0]["step"])
     try:
         drafter.load_state_dict(weights)
         for i, parameter in enumerate(drafter.parameters()):
             name = moment_name(config.optimizer, parameter)
-            if name not in moments[i]:
+            names = [name] if name == "momentum_buffer" else [name, "exp_avg_sq", "step"]
+            if sorted(moments[i]) != sorted(names):
                 raise ValueError(f"it was not trained with optimizer = {config.optimizer!r}")
-            shape = moments[i][name].shape
-            if shape != parameter.shape:
-                raise ValueError(f"moment {i} is {shape}, not {parameter.shape}")
+            for name, moment in moments[i].items():
+                if name != "step" and moment.shape != parameter.shape:
+                    raise ValueError(f"moment {i} is {moment.shape}, not {parameter.shape}")
+        if not is_ours:
+            step = int(moments[0]["step"])
     except (RuntimeError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder} does not fit this drafter: {one_line(error)[:150]}") from None
+        raise ValueError(f"{where(folder)} does not fit this drafter: "
+                         f"{one_line(error, 110)}") from None
     guard = GradientGuard(**state.get("gradient_guard", {}))  # SpecForge saves none
     return SavedRun(moments, step, guard)
 
@@ -151,18 +165,33 @@ def read_state_file(folder):
     """training_state.pt of a folder. It can contain only tensors and a Namespace."""
     path = os.path.join(folder, "training_state.pt")
     if not os.path.isfile(path):
-        raise ValueError(f"{folder} has no training_state.pt, so it cannot be resumed")
+        raise ValueError(f"{where(folder)} has no training_state.pt, so it cannot be resumed")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True)
-        vars(state["args"])
-        memory_of_first = state["optimizer_state_dict"]["state"][0]
-        if "master_weights" not in state:
-            int(memory_of_first["step"])
-        int(state["global_step"])
+        if "draft_state_dict" in state:
+            raise ValueError("a newer SpecForge wrote it. Start from the folder that `specforge "
+                             "export --to hf` makes")
+        moments = state["optimizer_state_dict"]["state"]
+        guard = state.get("gradient_guard", {})
+        GradientGuard(**guard)
+        numbers = vars(state["args"]) | guard | {"global_step": state["global_step"]}
+        for key, limits in STATE_NUMBERS.items():
+            if key in numbers:
+                check_number(key, numbers[key], limits)
+        for moment in moments.values():
+            check_number("step", float(moment.get("step", 0)), (float, 0, 1e9))
+        tree_map(check_tensor, [moments, state.get("master_weights", {})])
     except Exception as error:  # torch and pickle raise many types for a broken or foreign file
-        raise ValueError(f"cannot read {path}: {one_line(error)[:150]}") from None
+        raise ValueError(f"cannot read {where(path)}: {one_line(error, 130)}") from None
     return state
+
+
+def check_tensor(tensor):
+    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"a weight or moment is {tensor.dtype}")
+    if not tensor.sum().isfinite():
+        raise ValueError("a weight or moment is not finite")
 
 
 def check_same_run(folder, before, config):
@@ -170,14 +199,16 @@ def check_same_run(folder, before, config):
     differences = []
     for key, value in vars(config).items():
         old_value = before.get(key, value)
-        if key not in FREE_KEYS and old_value != value:
-            differences.append(f"{key} was {old_value!r}, now {value!r}")
+        is_plain = not isinstance(old_value, torch.Tensor)
+        if key not in FREE_KEYS and not (is_plain and old_value == value):
+            differences.append(f"{key} was {short(old_value, 20)}, now {short(value, 20)}")
     old_batches = before.get("grad_accum_steps", 1) * before.get("ranks", 1)
     batches = config.grad_accum_steps * world_size()
     if old_batches != batches:
         differences.append(f"grad_accum_steps x processes was {old_batches}, now {batches}")
     if differences:
-        raise ValueError(f"cannot resume {folder}: settings changed: {'; '.join(differences)}")
+        raise ValueError(one_line(f"cannot resume {where(folder)}: {len(differences)} settings "
+                                  f"changed: {'; '.join(differences[:3])}", 199))
 
 
 def load_moments(optimizer, moments):
