@@ -13,7 +13,7 @@ from model import Attention, DFlashDraftModel
 from model import RMSNorm as DrafterRMSNorm
 from target import RMSNorm as TargetRMSNorm
 from target import Target
-from tokenizer import chat_prompt
+from tokenizer import chat_text
 
 # the tests that catch several of them
 TRAINED_FORM = "test_drafter_decodes_as_it_was_trained"
@@ -90,16 +90,16 @@ INPUTS = (
     # Trained without thinking, but the engine thinks by default, so the prompt ends with an open
     # thought. Seen in z-lab/dflash #133: 25 % accepted instead of 60 %.
     Bug("thinking_left_on", CHAT, Edit(
-        chat_prompt,
+        chat_text,
         "enable_thinking=thinking",
         "enable_thinking=True")),
 
     # The engine's chat template has no thinking. So the empty thought of the training rows is
     # missing, and the answer begins right after the assistant's header.
     Bug("empty_thought_left_out", CHAT, Edit(
-        chat_prompt,
-        "enable_thinking=thinking,",
-        r'chat_template=tokenizer.chat_template.replace(r"<think>\n\n</think>\n\n", ""),')),
+        chat_text,
+        "enable_thinking=thinking",
+        r'chat_template=tokenizer.chat_template.replace(r"<think>\n\n</think>\n\n", "")')),
 )
 
 COMPUTATION = (

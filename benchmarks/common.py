@@ -25,7 +25,7 @@ from typing import NamedTuple
 import fast
 from benchmarks.drafters import random_drafter
 from benchmarks.machine import print_row
-from benchmarks.prompts import is_correct, load_prompts
+from benchmarks.prompts import NOT_GRADED, is_correct, load_prompts
 from benchmarks.timing import alternating_order, progress
 from checkpoint import load_drafter, load_target, write_whole
 from draft_decode import collect, generate_many
@@ -186,8 +186,9 @@ def tokens_per_second(rows, mode):
 
 
 def share(flags):
-    """The fraction of true flags. None if there are no flags, or if one of them is unknown."""
-    flags = list(flags)
+    """The fraction of true flags. None if there are no flags, or if one of them is unknown. What
+    could not be graded does not count."""
+    flags = [flag for flag in flags if flag != NOT_GRADED]
     if not flags or None in flags:
         return None
     return sum(flags) / len(flags)
@@ -240,6 +241,7 @@ def summarize(rows, tokenizer, block_size):
         "identical_to_steps": agreement(rows, "target"),
         "accuracy": {mode: share(verdicts[mode]) for mode in verdicts},
         "need_math_verify": sum(verdicts[mode].count(None) for mode in verdicts),
+        "not_graded": sum(verdicts[mode].count(NOT_GRADED) for mode in verdicts),
         "tokens_per_s": speed,
         "speedup": speed["speculative"] / max(1e-9, speed["target"])}
 
@@ -251,7 +253,10 @@ def print_figures(report):
               f"{report['prompts']} prompts")
     print_row("identical outputs", f"{report['identical']:.1%} to the target alone with forwards "
               f"of the same shape, {report['identical_to_steps']:.1%} with 1-token forwards")
-    print_row("accuracy", accuracy_text(report["accuracy"], report["need_math_verify"]))
+    accuracy = accuracy_text(report["accuracy"], report["need_math_verify"])
+    if report["not_graded"]:
+        accuracy += f", the grader failed on {report['not_graded']} answers"
+    print_row("accuracy", accuracy)
     speeds = [f"{speed:,.0f} {mode}" for mode, speed in report["tokens_per_s"].items()]
     print_row("tokens/s", f"{', '.join(speeds)}; sequences at once: {report['slots']}")
     print_row("speedup", f"{report['speedup']:.2f}x over the target alone with 1-token forwards")
