@@ -78,10 +78,15 @@ def chat_text(tokenizer, messages, thinking=False, tools=None, opens_answer=True
 
 def special_token_in(tokenizer, value):
     """A special token that occurs in the texts of a JSON value; None if there is none."""
-    # In JSON, text stays as it is, except for quotes, backslashes and control characters.
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    match = special_tokens(tokenizer).search(text)
-    return match and match[0]
+    if isinstance(value, str):
+        match = special_tokens(tokenizer).search(value)
+        return match and match[0]
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, list):
+        found = (special_token_in(tokenizer, inner) for inner in value)
+        return next(filter(None, found), None)
+    return None
 
 
 @functools.cache

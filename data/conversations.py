@@ -279,8 +279,13 @@ def answer_template(target, thinking):
 
 def find_all(part, tokens):
     """Where a list of tokens occurs in a longer one."""
-    starts = [i for i, token in enumerate(tokens) if token == part[0]]
-    return [i for i in starts if tokens[i:i + len(part)] == part]
+    found = []
+    i = -1
+    for _ in range(tokens.count(part[0])):
+        i = tokens.index(part[0], i + 1)
+        if tokens[i:i + len(part)] == part:
+            found.append(i)
+    return found
 
 
 def encode(conversation, target, thinking, max_length):

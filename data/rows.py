@@ -148,12 +148,9 @@ def conversation_of(row):
     if "user" not in roles:
         raise UnusableRow("no message of a user")
     tools = listed(row.get("tools"), "tools")
-    calls = [message.get("tool_calls") for message in messages]
-    answer = row.get("answer")
-    check_depth([tools, calls, answer, row.get("id")], DEEPEST)
-    check_unicode(messages, tools)
     conversation = Conversation(
-        messages, tools or None, row.get("target_turns"), answer, row.get("id"))
+        messages, tools or None, row.get("target_turns"), row.get("answer"), row.get("id"))
+    check_value(list(conversation))
     check_turns(conversation)
     return conversation
 
@@ -247,25 +244,24 @@ def joined_text(parts):
     return "".join(texts)
 
 
-def check_depth(value, levels):
-    """UnusableRow if lists and dicts are nested deeper than some levels."""
+def check_value(value, levels=DEEPEST):
+    """UnusableRow for a value that a file of JSON cannot hold, or that is nested too deeply for a
+    template."""
     if not levels:
         raise UnusableRow("JSON that is nested too deeply")
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list):
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise UnusableRow("text that is not Unicode: a lone surrogate") from None
+    elif isinstance(value, dict):
+        check_value(list(value), levels)
+        check_value(list(value.values()), levels)
+    elif isinstance(value, list):
         for inner in value:
-            check_depth(inner, levels - 1)
-
-
-def check_unicode(messages, tools):
-    """UnusableRow for a lone surrogate, which neither a tokenizer nor a file can hold."""
-    try:
-        json.dumps([messages, tools], ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise UnusableRow("text that is not Unicode: a lone surrogate") from None
-    except (TypeError, ValueError):  # parquet holds dates and bytes
-        raise UnusableRow("values that are not JSON") from None
+            check_value(inner, levels - 1)
+    elif not isinstance(value, int | float | None):  # tables hold dates and bytes
+        raise UnusableRow("values that are not JSON")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -285,6 +281,25 @@ def render(tokenizer, messages, tools, thinking, opens_answer=True):
         kind = type(error.__cause__).__name__
         raise UnusableRow(f"refused by the chat template ({kind})") from None
 
+    # every tool, tool call and result must make a difference
+    def is_the_same(messages, tools):
+        try:
+            return chat_text(tokenizer, messages, thinking, tools, opens_answer) == text
+        except ValueError:
+            return False
+
+    if tools and is_the_same(messages, None):
+        raise UnusableRow("the chat template ignores tools")
+    for i, message in enumerate(messages):
+        is_rare = message["role"] in ("developer", "tool")
+        if is_rare and is_the_same(messages[:i] + messages[i + 1:], tools):
+            raise UnusableRow(f"the chat template ignores the role {message['role']}")
+        calls = message.get("tool_calls", [])
+        for j in range(len(calls)):
+            one_less = message | {"tool_calls": calls[:j] + calls[j + 1:]}
+            if is_the_same(messages[:i] + [one_less] + messages[i + 1:], tools):
+                raise UnusableRow("the chat template ignores tool_calls")
+
     # every message must be in the text, in this order
     position = 0
     for message in messages:
@@ -296,22 +311,6 @@ def render(tokenizer, messages, tools, thinking, opens_answer=True):
         if position < 0:
             raise UnusableRow(f"the chat template leaves out text of the role {message['role']}")
         position += len(content)
-
-    # tools and tool calls must make a difference
-    def is_the_same(messages, tools):
-        try:
-            return chat_text(tokenizer, messages, thinking, tools, opens_answer) == text
-        except ValueError:
-            return False
-
-    if tools and is_the_same(messages, None):
-        raise UnusableRow("the chat template ignores tools")
-    for i, message in enumerate(messages):
-        calls = message.get("tool_calls", [])
-        for j in range(len(calls)):
-            one_less = message | {"tool_calls": calls[:j] + calls[j + 1:]}
-            if is_the_same(messages[:i] + [one_less] + messages[i + 1:], tools):
-                raise UnusableRow("the chat template ignores tool_calls")
     return text
 
 
