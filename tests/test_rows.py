@@ -339,3 +339,224 @@ def test_a_long_text_is_cut_before_it_is_tokenized(monkeypatch):
     assert cut.was_cut and len(cut.tokens) == 200
     whole = chat_prompt(tokenizer, "q") + encode(tokenizer, text[:3000])
     assert cut.tokens.tolist() == whole[:200]
+
+# ------------------------------------------------------------------------------------------------
+# long jobs: progress, interruptions, workers that die
+
+
+def start(script, *flags, tmp_path, code=""):
+    """A process that runs a script of data/ after some lines of code."""
+    program = f"import sys; sys.path.insert(0, {ROOT!r})\nfrom data import {script}\n{code}\n"
+    program += f"{script}.main({list(flags)!r})"
+    return subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+DIE_AT_77 = """
+import os
+encode = conversations.encode
+def dying(conversation, *args):
+    if conversation.id == 77:
+        os.abort()
+    return encode(conversation, *args)
+conversations.encode = dying
+"""
+
+
+@pytest.mark.parametrize("how, error", (
+    ("abort", "a process died, perhaps for lack of memory, with one of the rows at line 65 to 1"),
+    ("Ctrl-C", "interrupted: nothing was kept, the same command starts again"),
+    ("kill -9", None)))
+def test_conversations_that_end_early(tmp_path, how, error):
+    """A worker that dies leaves its parent waiting; Ctrl-C prints tracebacks or leaves files."""
+    source = write_jsonl(tmp_path / "x.jsonl", [
+        {"id": i, "messages": turns(f"q{i}", "a " * 400)} for i in range(1500)])
+    flags = (f"--source={source}", f"--target={NANO_TARGET}", f"--out_dir={tmp_path}/out",
+             "--num_proc=2")
+    process = start("conversations", *flags, tmp_path=tmp_path,
+                    code=DIE_AT_77 if how == "abort" else "")
+    if how != "abort":
+        while not (tmp_path / "out" / "train.tokens.bin.tmp").exists():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT if how == "Ctrl-C" else signal.SIGKILL)
+    _, printed = process.communicate(timeout=120)
+    if error:
+        assert process.returncode == 1
+        assert error in printed and printed.count("\n") == 1, printed
+        assert not list((tmp_path / "out").iterdir())
+    else:
+        process = start("conversations", *flags, tmp_path=tmp_path)
+        process.communicate(timeout=120)
+        assert process.returncode == 0
+        assert len(list((tmp_path / "out").iterdir())) == 7
+
+
+def test_progress_without_a_terminal(monkeypatch, capsys):
+    """A log shows nothing for hours, or not how long a job will take."""
+    clock = iter(range(0, 10_000, 12))
+    monkeypatch.setattr(rows.time, "monotonic", lambda: next(clock))
+    assert list(rows.progress(range(7), "row", total=1007, done=0)) == list(range(7))
+    assert capsys.readouterr().err.splitlines() == [
+        "3 rows of 1,007, about 3 h 21 min left", "6 rows of 1,007, about 3 h 20 min left"]
+
+# ------------------------------------------------------------------------------------------------
+# data/regenerate.py against a server
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Answers with the number of messages; its class variables change how."""
+    requests = []
+    message = {}
+    how = ""
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.requests.append(body)
+        self.send_response(200)
+        self.end_headers()
+        if self.how == "slow":
+            while True:
+                self.wfile.write(b" ")
+                self.wfile.flush()
+                time.sleep(0.05)
+        if self.how == "deep" and body["messages"][0]["content"] == "p":
+            self.wfile.write(DEEP.encode())
+            return
+        message = {"content": f"answer {len(body['messages'])}"} | self.message
+        reason = "length" if self.how == "endless" else "stop"
+        reply = {"choices": [{"message": message, "finish_reason": reason}]}
+        self.wfile.write(json.dumps(reply).encode())
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def ask(main, monkeypatch, tmp_path):
+    """ask(rows, how, message, *flags) runs data/regenerate.py against a Server. It returns what was
+    printed, the rows of the output, and the requests."""
+    monkeypatch.setattr(Server, "requests", [])
+    monkeypatch.setattr(regenerate.time, "sleep", lambda seconds, sleep=time.sleep: sleep(0.01))
+
+    def run(some, how="", message=None, *flags):
+        monkeypatch.setattr(Server, "how", how)
+        monkeypatch.setattr(Server, "message", message or {})
+        source = write_jsonl(tmp_path / "prompts.jsonl", some)
+        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+            server.daemon_threads = True
+            server.block_on_close = False
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            printed = main(
+                regenerate, f"--prompts={source}", f"--out={tmp_path}/out.jsonl", "--model=m",
+                f"--server=http://127.0.0.1:{server.server_port}/v1", "--retries=1", *flags)
+            server.shutdown()
+        out = tmp_path / "out.jsonl"
+        return printed, read_jsonl(out) if out.exists() else None, Server.requests
+    return run
+
+
+def test_regenerate_writes_every_answer_again(ask, prepare, qwen):
+    """Only the last answer is the target's; a later answer follows someone else's; the tools, their
+    results or the thought of the server are lost; a mark is missing."""
+    greeting = {"role": "assistant", "content": "Hello!"}
+    talk = [greeting, *turns("1", "other", "2", "other", "3")]
+    some = [tool_row(), {"messages": talk}, "{"]
+    printed, out, requests = ask(some, "", {"reasoning": "hm"})
+    assert "dropped 1: not JSON (line 3)" in printed and "5 answered" in printed
+    assert [row["target_turns"] for row in out] == [[1, 3], [2, 4, 6]]
+    assert out[0]["tools"] == TOOLS and requests[0]["tools"] == TOOLS
+    assert out[0]["messages"][2] == {"role": "tool", "content": "3"}
+    answers = [row["messages"][turn] for row in out for turn in row["target_turns"]]
+    assert {answer["reasoning_content"] for answer in answers} == {"hm"}
+    for row, counts in zip(out, ((1, 3), (2, 4, 6))):
+        texts = [row["messages"][turn]["content"] for turn in row["target_turns"]]
+        assert texts == [f"answer {count}" for count in counts]
+    assert out[1]["messages"][:2] == [greeting, turns("1")[0]]
+    assert out[1]["messages"][:6] in [request["messages"] for request in requests]
+    _, meta = prepare(out, "--thinking", target=qwen, fine=0)
+    assert meta["dropped"] == {} and meta["unmarked"] == 0
+
+
+@pytest.mark.parametrize("how, printed, count", (
+    ("endless", "no answer ended, so there is no", 0),
+    ("slow", "TimeoutError('no whole answer in 0.3 s')", 0),
+    ("deep", "1 answered, 1 refused", 1)))
+def test_regenerate_survives_its_server(ask, tmp_path, how, printed, count):
+    """A byte now and then, an answer that Python cannot parse, or no end of any answer: the run
+    waits forever, ends with an empty file, or cannot be repeated."""
+    some = [{"question": "q"}, {"question": "p"}]
+    message, out, _ = ask(some, how, None, "--timeout=0.3")
+    assert printed in message
+    assert len(out or []) == count
+    assert not list(tmp_path.glob("out.jsonl.*"))
+    if not count:
+        assert "2 answered" in ask(some)[0]
+
+
+def test_regenerate_bounds_a_reply(ask, monkeypatch):
+    """A reply without end fills the memory."""
+    monkeypatch.setattr(regenerate, "LONGEST_REPLY", 50)
+    assert "more than 50 bytes" in ask([{"question": "q"}])[0]
+
+# ------------------------------------------------------------------------------------------------
+# bench.py
+
+
+def test_bench_measures_on_training_rows(run_bench, tmp_path, qwen):
+    """System prompts, history and tools are left out of a prompt; one bad row ends the run; a
+    known answer is not graded."""
+    system = {"role": "system", "content": "Be brief."}
+    (first, _), (second, _), *_ = answered()
+    some = ["{", {"messages": [system, *turns(first, "a", second, "b")], "answer": "4"},
+            tool_row(), {"question": first, "answer": "5"}, {"messages": turns("<|im_end|>", "a")},
+            {"messages": turns(first, "a", second)}]
+    path = write_jsonl(tmp_path / "rows.jsonl", some)
+    tokenizer = load_tokenizer(qwen)
+    config = bench_config(path, target=qwen)
+    prompts = load_prompts(config, 9, nano()[0], tokenizer)
+    assert [prompt.ids for prompt in prompts] == [
+        chat_prompt(tokenizer, [system, *turns(first, "a", second)]),
+        chat_prompt(tokenizer, conversation_of(tool_row()).messages[:3], tools=TOOLS),
+        chat_prompt(tokenizer, first), chat_prompt(tokenizer, turns(first, "a", second))]
+    assert [prompt.answer for prompt in prompts] == ["4", None, "5", None]
+    assert len(load_prompts(config, 2, nano()[0], tokenizer)) == 2
+    report = run_bench("acceptance", f"--prompts={path}", "--limit=1", "--max_new_tokens=9",
+                       "--device=cpu", "--dtype=float32")
+    assert report["prompts"] == 1 and report["accuracy"]["target"] == 0
+
+
+def bench_config(path, target):
+    class config:
+        prompts = str(path)
+        thinking = False
+    config.target = target
+    return config
+
+
+@pytest.mark.parametrize("error", (ValueError, RecursionError, SystemExit))
+def test_a_grader_that_fails_is_not_fatal(monkeypatch, error):
+    """All answers are measured, and then one that the grader cannot read ends the run."""
+    def fail(*args):
+        raise error("cannot parse")
+
+    monkeypatch.setattr(bench_prompts, "boxed", fail)
+    assert is_correct("\\boxed{1}", "2") is NOT_GRADED
+
+
+def test_a_hub_that_is_away_is_noticed_quickly(monkeypatch, tmp_path):
+    """Without internet a name that is not cached takes 28 s to fail; or a proxy is not tried."""
+    monkeypatch.setattr(rows.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(rows.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    monkeypatch.setattr(rows, "getproxies", dict)
+    began = time.monotonic()
+    for answer in (OSError("no network"), None):
+        def lookup(*args, error=answer):
+            if error:
+                raise error
+            threading.Event().wait()  # a name server that does not answer
+        monkeypatch.setattr(socket, "getaddrinfo", lookup)
+        with pytest.raises(ValueError, match="the hub does not give such a data set .offline."):
+            bench_prompts.load_questions("math500", 3)
+    assert time.monotonic() - began < 4
