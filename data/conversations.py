@@ -81,11 +81,9 @@ def prepare(config):
     # A first pass counts the rows and chooses the held-out ones: their questions have the smallest
     # keys. The choice depends neither on the order of the rows nor on chance.
     keys = question_keys(config)
-    held_out = held_out_keys(keys, config.val_rows)
-    meta = write_split(config, keys, held_out)
-    if not meta["splits"]["val"]["rows"]:  # all held-out rows were dropped: choose from the others
-        held_out = held_out_keys(keys, config.val_rows)
-        meta = write_split(config, keys, held_out)
+    meta = write_split(config, keys)
+    while not meta["splits"]["val"]["rows"]:  # all held-out rows were dropped: choose others
+        meta = write_split(config, keys)
     return meta
 
 
@@ -100,8 +98,8 @@ def question_keys(config):
             if isinstance(conversation, UnusableRow):
                 raise conversation
             split_answer(conversation, template, config.thinking)
-            question = conversation.messages[conversation.first_user()]["content"]
-            keys.append(zlib.crc32(question.strip().encode()))
+            asked = [m["content"] for m in conversation.messages if m["role"] == "user"]
+            keys.append(zlib.crc32(asked[0].strip().encode()))
             dropped.add(None, place)
         except UnusableRow as reason:
             keys.append(None)
@@ -127,8 +125,8 @@ def held_out_keys(keys, val_rows):
     return held_out
 
 
-def write_split(config, keys, held_out):
-    """Write the samples. Returns the content of meta.json. Sets the key of a dropped row to None.
+def write_split(config, keys):
+    """Write the samples. keys: question_keys(). Returns the content of meta.json.
 
     A sample to train on has all answers of the target. A held-out sample has the last one only: it
     follows the prompt that decoding gets.
@@ -145,6 +143,7 @@ def write_split(config, keys, held_out):
         "other_answers": 0,
         "unmarked": 0,
     }
+    held_out = held_out_keys(keys, config.val_rows)
     dropped = Dropped(config.source)
     with split_writers(config.out_dir, ("train", "val"), meta) as writers:
         results = encode_all(read_conversations(config.source), config)
@@ -208,10 +207,12 @@ def encode_all(rows, config):
             waiting.popleft()
     except BrokenProcessPool:
         # a process has one chunk, and the pool keeps one more at hand
-        lost = [chunk for chunk, future in waiting if future.exception()][:config.num_proc + 1]
+        lost = [chunk for chunk, future in waiting if future.exception()] or [chunk]
+        first, _ = lost[0][0]
+        last, _ = lost[:config.num_proc + 1][-1][-1]
         raise ValueError(
             f"a process died, perhaps for lack of memory, with one of the rows at line "
-            f"{lost[0][0][0]} to {lost[-1][-1][0]} of {config.source}") from None
+            f"{first} to {last} of {config.source}") from None
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -54,13 +54,9 @@ class Conversation(NamedTuple):
 
     def answers(self):
         """The numbers of the assistant's messages that follow a user's message."""
-        first = self.first_user()
-        return [i for i, message in enumerate(self.messages)
-                if message["role"] == "assistant" and i > first]
-
-    def first_user(self):
         roles = [message["role"] for message in self.messages]
-        return roles.index("user")
+        first = roles.index("user")
+        return [i for i, role in enumerate(roles) if role == "assistant" and i > first]
 
 
 class Dropped:
@@ -489,10 +485,10 @@ def has_copy(name):
 # progress
 
 
-def progress(items, unit, total=None, done=0):
+def progress(items, unit, total=None):
     """Yield the items. A terminal shows a bar; a log gets a line about every 30 seconds."""
     if sys.stderr.isatty():
-        yield from tqdm(items, initial=done, total=total, unit=unit)
+        yield from tqdm(items, total=total, unit=unit)
         return
     start = time.monotonic()
     last = start
@@ -502,18 +498,8 @@ def progress(items, unit, total=None, done=0):
         if now - last < PROGRESS_SECONDS:
             continue
         last = now
-        line = f"{done + count:,} {unit}s"
+        line = f"{count:,} {unit}s"
         if total:
-            seconds = (now - start) / count * max(0, total - done - count)
-            line += f" of {total:,}, about {duration(seconds)} left"
+            minutes = (now - start) / 60 / count * max(0, total - count)
+            line += f" of {total:,}, about {minutes:.1f} minutes left"
         print(line, file=sys.stderr, flush=True)
-
-
-def duration(seconds):
-    """A time in words, such as "3 h 20 min"."""
-    minutes = round(seconds / 60)
-    if minutes < 1:
-        return f"{seconds:.0f} s"
-    if minutes < 60:
-        return f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60} min"

@@ -25,12 +25,14 @@ QWEN = r"""
 {%- if messages[0].content == 'poison' %}{{ 1 // 0 }}{% endif %}
 {%- if tools %}{{- '<|im_start|>system\n# Tools\n\n<tools>' }}
 {%- for tool in tools %}{{- '\n' + tool | tojson }}{% endfor %}
-{{- '\n</tools>' }}{% if messages[0].role == 'system' %}{{- '\n\n' + messages[0].content }}{% endif %}
+{{- '\n</tools>' }}
+{%- if messages[0].role == 'system' %}{{- '\n\n' + messages[0].content }}{% endif %}
 {{- '<|im_end|>\n' }}
 {%- elif messages[0].role == 'system' %}
 {{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}{% endif %}
 {%- set ns = namespace(query=0) %}
-{%- for m in messages %}{% if m.role == 'user' %}{% set ns.query = loop.index0 %}{% endif %}{% endfor %}
+{%- for m in messages %}
+{%- if m.role == 'user' %}{% set ns.query = loop.index0 %}{% endif %}{% endfor %}
 {%- for m in messages %}
 {%- if m.role == 'user' %}{{- '<|im_start|>user\n' + m.content | trim + '<|im_end|>\n' }}
 {%- elif m.role == 'assistant' %}
@@ -396,9 +398,9 @@ def test_progress_without_a_terminal(monkeypatch, capsys):
     """A log shows nothing for hours, or not how long a job will take."""
     clock = iter(range(0, 10_000, 12))
     monkeypatch.setattr(rows.time, "monotonic", lambda: next(clock))
-    assert list(rows.progress(range(7), "row", total=1007, done=0)) == list(range(7))
+    assert list(rows.progress(range(7), "row", total=1007)) == list(range(7))
     assert capsys.readouterr().err.splitlines() == [
-        "3 rows of 1,007, about 3 h 21 min left", "6 rows of 1,007, about 3 h 20 min left"]
+        "3 rows of 1,007, about 200.8 minutes left", "6 rows of 1,007, about 200.2 minutes left"]
 
 # ------------------------------------------------------------------------------------------------
 # data/regenerate.py against a server
@@ -416,10 +418,10 @@ class Server(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         self.end_headers()
         if self.how == "slow":
-            while True:
+            for _ in range(20):
                 self.wfile.write(b" ")
-                self.wfile.flush()
-                time.sleep(0.05)
+                threading.Event().wait(0.05)
+            return
         if self.how == "deep" and body["messages"][0]["content"] == "p":
             self.wfile.write(DEEP.encode())
             return
@@ -446,6 +448,7 @@ def ask(main, monkeypatch, tmp_path):
         with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
             server.daemon_threads = True
             server.block_on_close = False
+            server.handle_error = lambda request, address: None
             threading.Thread(target=server.serve_forever, daemon=True).start()
             printed = main(
                 regenerate, f"--prompts={source}", f"--out={tmp_path}/out.jsonl", "--model=m",
@@ -480,7 +483,7 @@ def test_regenerate_writes_every_answer_again(ask, prepare, qwen):
 
 @pytest.mark.parametrize("how, printed, count", (
     ("endless", "no answer ended, so there is no", 0),
-    ("slow", "TimeoutError('no whole answer in 0.3 s')", 0),
+    ("slow", "the last one: refused: TimeoutError", 0),
     ("deep", "1 answered, 1 refused", 1)))
 def test_regenerate_survives_its_server(ask, tmp_path, how, printed, count):
     """A byte now and then, an answer that Python cannot parse, or no end of any answer: the run
