@@ -5,11 +5,12 @@ Decoding, benchmarks and training data all go through chat_prompt, so that no tw
 different templates. A drafter trained on one template and served with another loses half of its
 acceptance.
 """
+import functools
 import json
 import os
+import re
 import zlib
 
-from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from checkpoint import checkpoint_folder, one_line, read_target_config
@@ -38,25 +39,74 @@ def tokenizer_in(folder):
         raise ValueError(f"no tokenizer in {folder!r}: {one_line(error)}") from None
 
 
-def chat_prompt(tokenizer, prompt, thinking=False):
+def chat_prompt(tokenizer, prompt, thinking=False, tools=None):
     """Token ids of a conversation and the opening of the answer.
 
-    prompt: the user's text, or a list of {"role", "content"} that ends with the user's turn.
+    prompt: the user's text, or a list of messages that ends with the user's turn. The other
+    arguments are chat_text's. ValueError as in chat_text, and if a message contains a special
+    token: "<|im_end|>", typed by a user, would end the message.
+    """
+    messages = prompt
+    if isinstance(prompt, str):
+        messages = [{"role": "user", "content": prompt}]
+    token = special_token_in(tokenizer, [messages, tools])
+    if token:
+        raise ValueError(f"the prompt contains {token}, which is a special token of this "
+                         "tokenizer: remove it from the text")
+    text = chat_text(tokenizer, messages, thinking, tools)
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def chat_text(tokenizer, messages, thinking=False, tools=None, opens_answer=True):
+    """The text that the chat template makes of messages and tools.
+
     thinking: passed on explicitly, because its default differs between the public targets.
-    ValueError when the tokenizer has no template, or the template refuses the conversation.
+    opens_answer: whether the text ends with the opening of an answer. ValueError if the tokenizer
+    has no template, or if the template refuses the conversation.
     """
     if not tokenizer.chat_template:
         raise ValueError("this tokenizer has no chat template: use that of a chat model, or "
                          "continue text with --raw")
-    messages = prompt
-    if isinstance(prompt, str):
-        messages = [{"role": "user", "content": prompt}]
     try:
         return tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, enable_thinking=thinking, return_dict=False)
-    except TemplateError as error:
-        reason = one_line(error)
-        raise ValueError(f"the chat template refuses this conversation: {reason}") from None
+            messages, tools=tools, tokenize=False, add_generation_prompt=opens_answer,
+            enable_thinking=thinking)
+    except Exception as error:  # a template is a program, so it can raise anything
+        reason = one_line(error)[:100]
+        raise ValueError(f"the chat template refuses this conversation: {reason}") from error
+
+
+def special_token_in(tokenizer, value):
+    """A special token that occurs in the texts of a JSON value; None if there is none."""
+    if isinstance(value, str):
+        match = special_tokens(tokenizer).search(value)
+        return match and match[0]
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, list):
+        found = (special_token_in(tokenizer, inner) for inner in value)
+        return next(filter(None, found), None)
+    return None
+
+
+@functools.cache
+def special_tokens(tokenizer):
+    """A pattern of the tokens that structure a chat. <think>, <tool_call> and the like are not
+    among them, because an answer may contain them."""
+    tokens = []
+    for token in tokenizer.added_tokens_decoder.values():
+        is_markup = token.content.startswith("<|") or token.special
+        if is_markup and token.content not in ("<think>", "</think>"):
+            tokens.append(re.escape(token.content))
+    return re.compile("|".join(tokens) or "(?!)")  # (?!) matches nothing
+
+
+@functools.cache
+def max_characters(tokenizer, count):
+    """So many characters are always more than `count` tokens."""
+    longest = max(map(len, tokenizer.get_vocab()))
+    # normalization can join two characters into one, for example a letter and its accent
+    return 2 * longest * (count + 1)
 
 
 def stop_ids(tokenizer):

@@ -12,7 +12,7 @@ from model import Attention, DFlashDraftModel
 from model import RMSNorm as DrafterRMSNorm
 from target import RMSNorm as TargetRMSNorm
 from target import Target
-from tokenizer import chat_prompt
+from tokenizer import chat_text
 
 # the tests that catch several of them
 TRAINED_FORM = "test_drafter_decodes_as_it_was_trained"
@@ -72,14 +72,14 @@ INPUTS = (
 
     # The drafter was trained without thinking, but the engine thinks by default, so the prompt ends
     # with an open thought. Seen in z-lab/dflash #133: 25 % accepted instead of 60 %.
-    Bug("thinking_left_on", CHAT, chat_prompt,
+    Bug("thinking_left_on", CHAT, chat_text,
         "enable_thinking=thinking",
         "enable_thinking=True"),
 
     # The engine's chat template has no thinking, so the prompt lacks the rows' empty thought.
-    Bug("empty_thought_left_out", CHAT, chat_prompt,
-        "enable_thinking=thinking,",
-        r'chat_template=tokenizer.chat_template.replace(r"<think>\n\n</think>\n\n", ""),'),
+    Bug("empty_thought_left_out", CHAT, chat_text,
+        "enable_thinking=thinking",
+        r'chat_template=tokenizer.chat_template.replace(r"<think>\n\n</think>\n\n", "")'),
 )
 
 COMPUTATION = (

@@ -32,7 +32,7 @@ import transformers
 
 import fast
 from benchmarks.drafters import random_drafter
-from benchmarks.prompts import is_correct, load_prompts
+from benchmarks.prompts import NOT_GRADED, is_correct, load_prompts
 from benchmarks.timing import alternating_order, device_name, progress
 from checkpoint import load_drafter, load_target, write_whole
 from draft_decode import collect, generate_many
@@ -228,22 +228,22 @@ def tokens_per_second(rows, mode):
 
 
 def share(flags):
-    """The fraction of true flags. None if there are no flags, or if one of them is unknown."""
-    flags = list(flags)
+    """The fraction of true flags. None if there are no flags, or if one of them is unknown. What
+    could not be graded does not count."""
+    flags = [flag for flag in flags if flag != NOT_GRADED]
     if not flags or None in flags:
         return None
     return sum(flags) / len(flags)
 
 
-def accuracy(rows, tokenizer, mode):
-    """The fraction of right answers, over the prompts whose answer is known. None: only the package
-    math-verify could tell."""
+def verdicts_of(rows, tokenizer, mode):
+    """Whether each answer is right, for the prompts whose answer is known, see is_correct()."""
     verdicts = []
     for row in rows:
         if row["answer"] is not None:
             text = tokenizer.decode(row[mode]["tokens"], skip_special_tokens=True)
             verdicts.append(is_correct(text, row["answer"]))
-    return share(verdicts)
+    return verdicts
 
 
 def round_figures(of_prompts, block_size):
@@ -268,12 +268,14 @@ def summarize(rows, tokenizer, block_size):
     figures = round_figures([row["speculative"]["rounds"] for row in rows], block_size)
     speed = {}
     identical = {}  # to the speculative tokens
+    verdicts = {mode: verdicts_of(rows, tokenizer, mode) for mode in ("target", "speculative")}
     for mode in ("target", "target_same_shape", "speculative"):
         speed[mode] = tokens_per_second(rows, mode)
         identical[mode] = share(row["speculative"]["tokens"] == row[mode]["tokens"] for row in rows)
     return {"prompts": len(rows)} | figures | {
         "identical": identical["target_same_shape"], "identical_to_steps": identical["target"],
-        "accuracy": {mode: accuracy(rows, tokenizer, mode) for mode in ("target", "speculative")},
+        "accuracy": {mode: share(verdicts[mode]) for mode in verdicts},
+        "not_graded": sum(verdicts[mode].count(NOT_GRADED) for mode in verdicts),
         "tokens_per_s": speed, "speedup": speed["speculative"] / max(1e-9, speed["target"])}
 
 
@@ -292,6 +294,8 @@ def print_figures(report):
     accuracy_text = "no known answers, or pip install math-verify"
     if None not in report["accuracy"].values():
         accuracy_text = ", ".join(f"{x:.1%} {mode}" for mode, x in report["accuracy"].items())
+    if report["not_graded"]:
+        accuracy_text += f", the grader failed on {report['not_graded']} answers"
     print_row("accuracy", accuracy_text)
     speeds = [f"{speed:,.0f} {mode}" for mode, speed in report["tokens_per_s"].items()]
     print_row("tokens/s", f"{', '.join(speeds)}; sequences at once: {report['slots']}")

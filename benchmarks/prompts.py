@@ -12,8 +12,12 @@ from fractions import Fraction
 from data.nano.problems import boxed, problems
 from data.nano.refusals import REFUSAL, REFUSED_EXAMPLES
 from data.questions import SUFFIX
-from data.samples import read_source
-from tokenizer import chat_prompt
+from data.rows import (
+    Dropped, UnusableRow, UnwantedRow, prompt_ids, read_conversations, read_rows)
+
+
+BLOCK_ROOM = 16  # tokens of the context that decoding keeps for a block
+NOT_GRADED = "not graded"
 
 
 @dataclass
@@ -34,10 +38,29 @@ def load_prompts(config, count, target, tokenizer):
         raise ValueError(f"the target {config.target!r} has no tokenizer: "
                          "use --prompts=random:64:256")
     prompts = []
-    for question, answer in questions:
-        ids = chat_prompt(tokenizer, question, config.thinking)
-        prompts.append(Prompt(ids, answer, question))
+    dropped = Dropped(config.prompts, "prompt")
+    context = target.config.max_position_embeddings
+    for number, (question, answer) in enumerate(questions, 1):
+        messages, tools = messages_of(question)
+        try:
+            ids = prompt_ids(tokenizer, messages, tools, config.thinking, context)
+            if len(ids) + BLOCK_ROOM >= context:
+                raise UnwantedRow("longer than the target's context")
+        except UnusableRow as reason:
+            dropped.add(reason, number)
+        else:
+            dropped.add(None, number)
+            prompts.append(Prompt(ids, answer, messages[-1]["content"]))
+    dropped.check()
+    dropped.print_report()
     return prompts
+
+
+def messages_of(question):
+    """(messages, tools) of a question, which is a text or such a pair."""
+    if isinstance(question, str):
+        return [{"role": "user", "content": question}], None
+    return question
 
 
 def random_prompts(name, count, vocab_size):
@@ -69,11 +92,12 @@ PUBLIC = {  # name of the prompts: (hub id, configuration)
 
 
 def load_questions(name, count):
-    """The first `count` questions of a source: [(question, known answer or None)].
+    """The first `count` questions of a source: [(question, known answer or None)]. A question is a
+    text, or a pair (messages, tools) if it has more than one message.
 
     "nano" and "plain" are test splits of the nano task. "refusals" are the hand-written texts that
     nano must refuse. math500, gsm8k and humaneval come from the hub, or with ":PATH" from a copy of
-    their files. Any other name is a file of JSON lines.
+    their files. Any other name is a file of conversations that data/rows.py can read.
     """
     if count < 1:
         raise ValueError(f"limit = {count}: measure at least one prompt")
@@ -82,30 +106,48 @@ def load_questions(name, count):
         return [(question, answer) for question, _, answer in rows]
     if name == "refusals":
         return [(text, REFUSAL) for text in REFUSED_EXAMPLES[:count]]
-    data_set, _, path = name.partition(":")
-    configuration = None
     if os.path.isfile(name):
-        data_set = "a row with a question"
-        source = name
-    elif data_set not in PUBLIC:
+        return list(questions_of_file(name, count))
+    data_set, _, path = name.partition(":")
+    if data_set not in PUBLIC:
         raise ValueError(f"prompts = {name!r} must be one of nano, plain, refusals, "
                          f"{', '.join(PUBLIC)}, a file of JSON lines, or random:64:256")
-    elif path and not os.path.exists(path):
+    if path and not os.path.exists(path):
         raise ValueError(f"prompts = {name!r}: there is no file or folder {path!r}")
-    else:
-        hub_id, configuration = PUBLIC[data_set]
-        source = path or hub_id
+    hub_id, configuration = PUBLIC[data_set]
+    source = path or hub_id
     questions = []
-    rows = read_source(source, "test", configuration)
-    for number, row in enumerate(itertools.islice(rows, count), 1):
+    for place, row in itertools.islice(read_rows(source, "test", configuration), count):
         try:
             questions.append(question_of(data_set, row))
         except (LookupError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{source}, row {number} does not look like {data_set}: {error!r}") from None
+                f"{source}, row {place} does not look like {data_set}: {error!r}") from None
     if not questions:
         raise ValueError(f"{source} contains no prompts")
     return questions
+
+
+def questions_of_file(path, count):
+    """(question, known answer or None) of conversations, each cut before its last answer. If a user
+    has the last word, nothing is cut."""
+    dropped = Dropped(path)
+    for place, conversation in read_conversations(path):
+        if isinstance(conversation, UnusableRow):
+            dropped.add(conversation, place)
+            continue
+        dropped.add(None, place)
+        messages = conversation.messages
+        if messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        question = (messages, conversation.tools)
+        if len(messages) == 1 and not conversation.tools:
+            question = messages[0]["content"]
+        yield question, conversation.answer
+        if dropped.kept == count:
+            break
+    dropped.check()
+    dropped.print_report()
 
 
 def question_of(data_set, row):
@@ -115,12 +157,9 @@ def question_of(data_set, row):
     if data_set == "gsm8k":
         result = row["answer"].split("####")[1]
         return row["question"] + SUFFIX, result.strip().replace(",", "")
-    if data_set == "humaneval":
-        question = ("Write a solution to the following problem and make sure that it passes the "
-                    f"tests:\n```python\n{row['prompt']}\n```")
-        return question, None
-    question = row.get("question") or row.get("problem") or row["prompt"]
-    return question, row.get("answer")
+    question = ("Write a solution to the following problem and make sure that it passes the "
+                f"tests:\n```python\n{row['prompt']}\n```")
+    return question, None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -129,10 +168,20 @@ def question_of(data_set, row):
 
 def is_correct(text, answer):
     """Whether the boxed result of a text is the known answer, as text, as a number or as
-    mathematics. None: only the package math-verify can tell, and it is not installed.
+    mathematics. None: only the package math-verify can tell, and it is not installed. NOT_GRADED:
+    the grader failed.
 
     A text that must be refused is answered correctly only by the exact refusal.
     """
+    try:
+        return grade(text, answer)
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # math-verify's TimeoutException is not an Exception
+        return NOT_GRADED
+
+
+def grade(text, answer):
     if answer == REFUSAL:
         return text.strip() == REFUSAL
     result = boxed(text)

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from statistics import mean
 
 from benchmarks.common import print_table, setup_of, share, text_of, write_rows
-from benchmarks.prompts import is_correct, load_questions
+from benchmarks.prompts import is_correct, load_questions, messages_of
 from benchmarks.timing import alternating_order, progress
 
 MODES = ("speculative", "baseline")
@@ -53,8 +53,11 @@ def run(config):
 
 def ask(url, body, question):
     """One answer: {"text", "tokens" as the server counts them}, or {"error": the reason}."""
-    messages = [{"role": "user", "content": question}]
-    content = json.dumps(body | {"messages": messages}).encode()
+    messages, tools = messages_of(question)
+    body = body | {"messages": messages}
+    if tools:
+        body["tools"] = tools
+    content = json.dumps(body).encode()
     request = urllib.request.Request(
         f"{url}/chat/completions", content, {"Content-Type": "application/json"})
     try:

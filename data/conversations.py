@@ -3,8 +3,9 @@ Training samples for train.py from conversations whose answers the target wrote 
 
     python data/conversations.py --source=answers.jsonl --target=DIR --out_dir=data/mine
 
-A source is a file of JSON lines or parquet, a folder of such files, or a data set on the hub. Each
-row has a list of {"role", "content"} under "conversations" or "messages".
+A source is a file of JSON lines or parquet, a .json array, a folder of such files, or a data set on
+the hub. data/rows.py says which rows can be read. If a row has "target_turns" (data/regenerate.py
+writes them), only these messages are supervised; without them, all answers of the row are.
 
 A sample begins with exactly the tokens that chat_prompt gives to decoding. A drafter that was
 trained with a different template loses half of its acceptance.
@@ -14,19 +15,25 @@ import functools
 import itertools
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 import zlib
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), ".."))
 sys.path.insert(0, ROOT)  # the project's modules, from any working directory
-from tokenizer import chat_prompt, load_tokenizer, tokenizer_fingerprint
+from tokenizer import chat_prompt, load_tokenizer, max_characters, tokenizer_fingerprint
 from checkpoint import read_target_config
 from configurator import configure
-from data.samples import read_source, split_writers
+from data.rows import (
+    Conversation, Dropped, UnusableRow, UnwantedRow, check_special_tokens, progress,
+    read_conversations, render)
+from data.samples import split_writers
 
 source = ""             # hub id, file or folder of JSON lines or parquet
 target = ""             # whose tokenizer and chat template to use: folder or hub id
@@ -38,7 +45,7 @@ num_proc = min(8, os.cpu_count() or 1)    # processes that tokenize
 
 ASSISTANT = "<|im_start|>assistant\n"
 END = "<|im_end|>"
-MARKS = ("<|im_start|>", END)  # a text that holds one would pretend to be several messages
+CHUNK = 16  # rows that a process gets at a time
 
 
 def main(argv=None):
@@ -47,13 +54,16 @@ def main(argv=None):
         meta = prepare(config)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: nothing was kept, the same command starts again")
     splits = meta["splits"]
     kept = sum(split["rows"] for split in splits.values())
     dropped = sum(meta["dropped"].values())
     print(f"{config.out_dir}: {meta['read']:,} rows read, {kept:,} kept ({meta['cut']:,} of them "
           f"cut at {config.max_length} tokens), {dropped:,} dropped")
-    for reason, count in meta["dropped"].items():
-        print(f"dropped {count:,}: {reason}")
+    print(f"{meta['answers']:,} answers are supervised, {meta['other_answers']:,} are not; "
+          f"{meta['unmarked']:,} rows have no target_turns, so all their answers count as the "
+          "target's own")
     for name, split in splits.items():
         print(f"{name}: {split['rows']:,} samples, {split['tokens']:,} tokens, "
               f"{split['supervised']:,} supervised")
@@ -71,8 +81,56 @@ def prepare(config):
     # A first pass counts the rows and chooses the held-out ones: their questions have the smallest
     # keys. The choice depends neither on the order of the rows nor on chance.
     keys = question_keys(config)
-    largest_val_key = largest_held_out_key(keys, config.val_rows)
+    meta = write_split(config, keys)
+    while not meta["splits"]["val"]["rows"]:  # all held-out rows were dropped: choose others
+        meta = write_split(config, keys)
+    return meta
 
+
+def question_keys(config):
+    """A number for each row of the source: a hash of its first question, so rows of one question
+    have the same key. None for a row that is dropped."""
+    template = answer_template(config.target, config.thinking)
+    dropped = Dropped(config.source)
+    keys = []
+    for place, conversation in progress(read_conversations(config.source), "row"):
+        try:
+            if isinstance(conversation, UnusableRow):
+                raise conversation
+            split_answer(conversation, template, config.thinking)
+            asked = [m["content"] for m in conversation.messages if m["role"] == "user"]
+            keys.append(zlib.crc32(asked[0].strip().encode()))
+            dropped.add(None, place)
+        except UnusableRow as reason:
+            keys.append(None)
+            dropped.add(reason, place)
+    dropped.check()
+    return keys
+
+
+def held_out_keys(keys, val_rows):
+    """The smallest keys: together val_rows rows, but at most a tenth of all.
+
+    A key with more rows than that stays in the training data, unless no other key is left.
+    """
+    counts = collections.Counter(key for key in keys if key is not None)
+    wanted = min(val_rows, max(1, counts.total() // 10))
+    held_out = set()
+    for key in sorted(counts):
+        if counts[key] <= wanted:
+            held_out.add(key)
+            wanted -= counts[key]
+    if not held_out and len(counts) > 1:
+        held_out.add(min(counts, key=counts.get))
+    return held_out
+
+
+def write_split(config, keys):
+    """Write the samples. keys: question_keys(). Returns the content of meta.json.
+
+    A sample to train on has all answers of the target. A held-out sample has the last one only: it
+    follows the prompt that decoding gets.
+    """
     meta = {
         "vocab_size": read_target_config(config.target)[0].vocab_size,
         "tokenizer": tokenizer_fingerprint(config.target),
@@ -81,80 +139,120 @@ def prepare(config):
         "thinking": config.thinking,
         "read": len(keys),
         "cut": 0,
+        "answers": 0,
+        "other_answers": 0,
+        "unmarked": 0,
     }
-    dropped = collections.Counter()
+    held_out = held_out_keys(keys, config.val_rows)
+    dropped = Dropped(config.source)
     with split_writers(config.out_dir, ("train", "val"), meta) as writers:
-        results = encode_all(read_source(config.source), config)
-        bar = tqdm(results, total=len(keys), unit="row", disable=not sys.stderr.isatty())
-        for (encoded, why_dropped), key in zip(bar, keys):
-            if why_dropped:
-                dropped[why_dropped] += 1
+        results = encode_all(read_conversations(config.source), config)
+        for i, (place, result) in enumerate(progress(results, "row", len(keys))):
+            if isinstance(result, EncodedRow) and keys[i] in held_out:
+                result = last_answer_only(result)
+            if isinstance(result, UnusableRow):
+                keys[i] = None
+                dropped.add(result, place)
                 continue
-            split = "val" if key <= largest_val_key else "train"
-            writers[split].add(encoded.tokens, encoded.mask)
-            meta["cut"] += encoded.was_cut
-        meta["dropped"] = dict(sorted(dropped.items()))
+            dropped.add(None, place)
+            split = "val" if keys[i] in held_out else "train"
+            writers[split].add(result.tokens, result.mask)
+            meta["cut"] += result.was_cut
+            meta["answers"] += result.answers
+            meta["other_answers"] += result.other_answers
+            meta["unmarked"] += not result.is_marked
+        meta["dropped"] = dropped.counts()
+        dropped.check()
         train_count = writers["train"].samples
-        val_count = writers["val"].samples
-        if not train_count or not val_count:
+        if not train_count or not held_out_keys(keys, config.val_rows):
             raise ValueError(
-                f"{config.source!r} gives {train_count} rows to train on and {val_count} to hold "
-                f"out, and needs one of each; {len(keys)} were read, dropped: {meta['dropped']}")
+                f"{config.source!r} gives {train_count} rows to train on and "
+                f"{writers['val'].samples} to hold out, and needs one of each; {len(keys)} were "
+                f"read, dropped: {meta['dropped']}")
+    dropped.print_report()
     return meta
 
 
-def question_keys(config):
-    """A number for each row of the source: a hash of its first message, so rows of one question
-    have the same key. None for a row that is dropped."""
-    template = answer_template(config.target, config.thinking)
-    keys = []
-    for row in read_source(config.source):
-        try:
-            messages, _ = split_answer(row, template, config.thinking)
-            keys.append(zlib.crc32(messages[0]["content"].encode()))
-        except UnusableRow:
-            keys.append(None)
-    return keys
-
-
-def largest_held_out_key(keys, val_rows):
-    """Rows up to this key are held out: val_rows of them, but at most a tenth of all."""
-    known = sorted(key for key in keys if key is not None)
-    if not known:
-        return -1
-    count = min(val_rows, max(1, len(known) // 10))
-    return known[count - 1]
+def last_answer_only(row):
+    """An EncodedRow with only its last answer supervised, or an UnwantedRow."""
+    mask = row.mask.copy()
+    mask[:row.answer_start] = 0
+    if not mask.any():
+        return UnwantedRow("held out, and the last answer is beyond max_length")
+    skipped = row.answers - 1
+    return row._replace(mask=mask, answers=1, other_answers=row.other_answers + skipped)
 
 
 def encode_all(rows, config):
-    """encode_or_reason() of each row, in order, in num_proc processes."""
+    """Yield (place, EncodedRow or UnusableRow) of each row, in order, from num_proc processes."""
     work = functools.partial(
-        encode_or_reason, target=config.target, thinking=config.thinking,
+        encode_chunk, target=config.target, thinking=config.thinking,
         max_length=config.max_length)
-    if config.num_proc == 1:
-        yield from map(work, rows)
-        return
     rows = iter(rows)
-    at_once = 1024 * config.num_proc  # rows in memory
-    with multiprocessing.Pool(config.num_proc) as pool:
-        some = list(itertools.islice(rows, at_once))
-        while some:
-            yield from pool.map(work, some, 64)
-            some = list(itertools.islice(rows, at_once))
+    chunks = iter(lambda: list(itertools.islice(rows, CHUNK)), [])
+    if config.num_proc == 1:
+        for chunk in chunks:
+            yield from work(chunk)
+        return
+    waiting = collections.deque()
+    pool = ProcessPoolExecutor(config.num_proc, initializer=prepare_worker)
+    try:
+        for chunk in chunks:
+            waiting.append((chunk, pool.submit(work, chunk)))
+            if len(waiting) == 8 * config.num_proc:
+                yield from waiting[0][1].result()
+                waiting.popleft()
+        while waiting:
+            yield from waiting[0][1].result()
+            waiting.popleft()
+    except BrokenProcessPool:
+        # a process has one chunk, and the pool keeps one more at hand
+        lost = [chunk for chunk, future in waiting if future.exception()] or [chunk]
+        first, _ = lost[0][0]
+        last, _ = lost[:config.num_proc + 1][-1][-1]
+        raise ValueError(
+            f"a process died, perhaps for lack of memory, with one of the rows at line "
+            f"{first} to {last} of {config.source}") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def prepare_worker():
+    """A process of the pool leaves Ctrl-C to its parent, and ends with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def encode_chunk(rows, target, thinking, max_length):
+    """[(place, EncodedRow or UnusableRow), ..] of some (place, Conversation or UnusableRow)."""
+    results = []
+    for place, row in rows:
+        if isinstance(row, Conversation):
+            try:
+                row = encode(row, target, thinking, max_length)
+            except UnusableRow as reason:
+                row = reason
+        results.append((place, row))
+    return results
 
 
 # --------------------------------------------------------------------------------------------------
 # one row
 
 
-class UnusableRow(ValueError):
-    """Why a row is dropped."""
-
-
 class EncodedRow(NamedTuple):
     tokens: np.ndarray
     mask: np.ndarray
     was_cut: bool
+    answer_start: int       # where the last answer begins
+    answers: int            # how many are supervised
+    other_answers: int
+    is_marked: bool         # whether the row says which answers are the target's own
 
 
 class AnswerTemplate(NamedTuple):
@@ -182,91 +280,127 @@ def answer_template(target, thinking):
 
 def find_all(part, tokens):
     """Where a list of tokens occurs in a longer one."""
-    starts = range(len(tokens) - len(part) + 1)
-    return [i for i in starts if tokens[i:i + len(part)] == part]
+    found = []
+    i = -1
+    for _ in range(tokens.count(part[0])):
+        i = tokens.index(part[0], i + 1)
+        if tokens[i:i + len(part)] == part:
+            found.append(i)
+    return found
 
 
-def encode_or_reason(row, target, thinking, max_length):
-    """(EncodedRow, None) of a row, or (None, why it is dropped)."""
-    try:
-        return encode(row, target, thinking, max_length), None
-    except UnusableRow as reason:
-        return None, str(reason)
+def encode(conversation, target, thinking, max_length):
+    """The EncodedRow of a Conversation; UnusableRow says why there is none.
 
-
-def encode(row, target, thinking, max_length):
-    """The EncodedRow of a conversation; UnusableRow says why there is none.
-
-    Supervised is what assistants say, with the closing <|im_end|>.
+    Supervised is what the target says, with the closing <|im_end|>.
     """
     template = answer_template(target, thinking)
     tokenizer = template.tokenizer
-    messages, answer = split_answer(row, template, thinking)
-    try:
-        prompt = chat_prompt(tokenizer, messages, thinking)
-    except ValueError:
-        raise UnusableRow("refused by the chat template") from None
-    reply = tokenizer.encode(answer + END, add_special_tokens=False)
+    last, answer = split_answer(conversation, template, thinking)
+    messages = conversation.messages
+    check_special_tokens(tokenizer, messages[last])
+    text = render(tokenizer, messages[:last], conversation.tools, thinking)
+    if "tool_calls" in messages[last]:
+        answer = answer_with_calls(conversation, last, text, template, thinking)
+
+    # a text much longer than max_length would take gigabytes as tokens, so it is cut before
+    longest = max_characters(tokenizer, max_length)
+    prompt = tokenizer.encode(text[:longest], add_special_tokens=False)
+    reply = tokenizer.encode((answer + END)[:longest], add_special_tokens=False)
+    tokens = np.array(prompt + reply, np.uint32)[:max_length]
     mask = np.zeros(len(prompt) + len(reply), np.uint8)
     mask[len(prompt):] = 1
-    if any(message["role"] == "assistant" for message in messages):
-        supervise_earlier_answers(prompt, mask, template, end=reply[-1])
-    if not mask[:max_length].any():
-        raise UnusableRow(f"no answer within {max_length} tokens")
-    tokens = np.array(prompt + reply, np.uint32)
-    return EncodedRow(tokens[:max_length], mask[:max_length], was_cut=len(tokens) > max_length)
-
-
-def supervise_earlier_answers(prompt, mask, template, end):
-    """Set the mask to 1 on the answers inside a prompt, each up to its closing <|im_end|>."""
+    begins = [len(prompt)]
     headers = find_all(template.header, prompt)
-    for i in headers[:-1]:  # the last one opens the answer that comes after the prompt
-        begin = i + len(template.header)
+    earlier = [i for i in range(last) if messages[i]["role"] == "assistant"]
+    if len(headers) != len(earlier) + 1 and len(text) <= longest:
+        raise UnusableRow("the chat template joins or leaves out messages")
+    own = own_turns(conversation)
+    for i, header in zip(earlier, headers):
+        begin = header + len(template.header)
         opening_end = begin + len(template.opening)
-        if prompt[begin:opening_end] == template.opening:
+        has_opening = prompt[begin:opening_end] == template.opening
+        if i not in own or (thinking and not has_opening):
+            continue  # of somebody else, or the template left its thought out
+        if has_opening:
             begin = opening_end
-        mask[begin:prompt.index(end, begin) + 1] = 1
+        mask[begin:find_end(reply[-1], prompt, begin)] = 1
+        begins.append(begin)
+    answers = sum(begin < max_length for begin in begins)
+    if not answers:
+        raise UnwantedRow(f"no answer within {max_length} tokens")
+    return EncodedRow(
+        tokens, mask[:max_length], len(mask) > max_length, len(prompt), answers,
+        len(earlier) + 1 - answers, conversation.target_turns is not None)
 
 
-def split_answer(row, template, thinking):
-    """(messages before the last answer, the last answer) of a row; UnusableRow says why not.
+def find_end(end, tokens, begin):
+    """The position after the closing <|im_end|> of an answer that begins here."""
+    try:
+        return tokens.index(end, begin) + 1
+    except ValueError:  # it was cut off
+        return len(tokens)
 
-    What follows the last answer is left out, and so is an opening that chat_prompt writes itself.
+
+def own_turns(conversation):
+    """The numbers of the messages that the target wrote. A row without target_turns is taken to be
+    the target's own as a whole, because a data set of a target's answers need not say so."""
+    if conversation.target_turns is None:
+        return conversation.answers()
+    return conversation.target_turns
+
+
+def split_answer(conversation, template, thinking):
+    """(number of the target's last message, its text after the prompt). UnusableRow says why not.
+
+    The text has no opening, because chat_prompt writes it.
     """
-    messages = read_conversation(row)
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if not answers or answers[-1] == 0:
+    own = own_turns(conversation)
+    if not own:
         raise UnusableRow("no assistant's answer")
-    last = answers[-1]
-    answer = messages[last]["content"].removeprefix(template.opening_text)
-    if not answer.strip():
+    last = max(own)
+    for message in conversation.messages[:last + 1]:
+        if message["role"] == "assistant":
+            check_answer(message, template, thinking)
+    message = conversation.messages[last]
+    text = message["content"].removeprefix(template.opening_text)
+    thought = message.get("reasoning_content", "").strip()
+    if thinking and thought:
+        text = thought + "\n</think>\n\n" + text.lstrip("\n")
+    if thinking and "</think>" not in text:
+        raise UnwantedRow("no thought, with thinking on")
+    return last, text
+
+
+def check_answer(message, template, thinking):
+    """UnusableRow for an assistant's message that is empty or whose thought is ambiguous."""
+    text = message["content"].removeprefix(template.opening_text)
+    thought = message.get("reasoning_content", "").strip()
+    ends = text.count("</think>")
+    begins = text.lstrip().startswith("<think>")
+    if not text.strip() and "tool_calls" not in message:
         raise UnusableRow("an empty answer")
-    for message in messages:
-        if any(mark in message["content"] for mark in MARKS):
-            raise UnusableRow("<|im_start|> or <|im_end|> in the text")
-    has_thought = "</think>" in answer
-    if has_thought and not thinking:
-        raise UnusableRow("a thought, with thinking off")
-    if thinking and not has_thought:
-        raise UnusableRow("no thought, with thinking on")
-    return messages[:last], answer
+    if not thinking and (thought or (begins and ends)):
+        raise UnwantedRow("a thought, with thinking off")
+    if not thinking and ends:
+        raise UnusableRow("</think> in the text of an answer")
+    if ends > 1 or (ends and thought):
+        raise UnusableRow("more than one </think> in an answer")
+    if thinking and begins:
+        raise UnusableRow("a thought that begins differently than in the chat template")
 
 
-def read_conversation(row):
-    """The messages [{"role", "content"}, ..] of a row; UnusableRow says why there are none."""
-    messages = row.get("conversations") or row.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise UnusableRow("no conversation")
-    conversation = []
-    for message in messages:
-        if not isinstance(message, dict):
-            raise UnusableRow("a message without role and content")
-        role = message.get("role")
-        content = message.get("content")
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise UnusableRow("a message without role and content")
-        conversation.append({"role": role, "content": content})
-    return conversation
+def answer_with_calls(conversation, last, prompt, template, thinking):
+    """The text of an answer with tool calls, as the chat template writes it after a prompt."""
+    text = render(template.tokenizer, conversation.messages[:last + 1], conversation.tools,
+                  thinking, opens_answer=False)
+    answer, end, _ = text[len(prompt):].partition(END)
+    if not text.startswith(prompt) or not end:
+        raise UnusableRow("the chat template opens an answer with tool_calls differently")
+    thought = conversation.messages[last].get("reasoning_content", "").strip()
+    if thought not in answer or (thinking and "</think>" not in answer):
+        raise UnusableRow("the chat template leaves out the thought before tool_calls")
+    return answer
 
 
 if __name__ == "__main__":

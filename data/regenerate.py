@@ -8,9 +8,14 @@ answers.
         --target=DIR --drafter=DIR                              # decodes here
 
 A drafter guesses what this target says, right or wrong. Answers of a different model cost it
-acceptance. The first form sends many prompts at a time to an OpenAI-compatible server, for example
-SGLang or vLLM. The second form decodes as many prompts at once as it has slots. Above temperature 0
-it decodes one after another, because then each prompt has its own noise.
+acceptance. So the target writes every message of the assistant again, in order, each one after the
+messages before it. The results of tools stay as they are. A conversation ends before a message that
+the target does not finish. "target_turns" of a row are the numbers of the messages that it wrote.
+
+data/rows.py says which prompts can be read. The first form sends many prompts at a time to an
+OpenAI-compatible server, for example SGLang or vLLM. The second form decodes as many prompts at
+once as it has slots. Above temperature 0 it decodes one after another, because then each prompt has
+its own noise.
 
 Each answer goes to OUT.part as soon as it ends. After an interruption the same command resumes
 there.
@@ -20,35 +25,36 @@ import functools
 import http.client
 import json
 import os
+import queue
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), ".."))
 sys.path.insert(0, ROOT)  # the project's modules, from any working directory
-from tokenizer import chat_prompt, load_tokenizer, stop_ids
+from tokenizer import load_tokenizer, stop_ids
 import fast
 from checkpoint import load_drafter, load_target
 from configurator import configure
-from data.conversations import UnusableRow, read_conversation
-from data.samples import read_source
+from data.rows import (
+    Dropped, UnusableRow, parse_json, progress, prompt_ids, read_conversations, read_message)
+from data.samples import new_file
 from draft_decode import Request, generate_many
 from sampling import Sampling
 
-prompts = ""                    # hub id, file or folder: question, problem, prompt or messages
-out = ""                        # JSON lines of id and messages
+prompts = ""                    # hub id, file or folder: questions or conversations
+out = ""                        # JSON lines of id, messages, target_turns and tools
 server = ""                     # address up to /v1 of an OpenAI-compatible server; empty: none
 model = ""                      # the target's name on the server
 in_flight = 64                  # requests at a time
 retries = 6                     # per request that a busy or restarting server did not answer
-timeout = 3600.0                # seconds until a request counts as not answered
+timeout = 3600.0                # seconds until a whole request counts as not answered
 target = "Qwen/Qwen3.5-0.8B"    # without a server: folder or hub id of the target
 drafter = ""                    # without a server: folder or hub id of a drafter; empty: none
 slots = 32                      # without a server: prompts decoded at once at temperature 0
@@ -57,6 +63,9 @@ dtype = "float32" if device == "cpu" else "bfloat16"     # without a server: of 
 temperature = 0.0               # of the target's choice; 0 is greedy
 thinking = False                # let a target that can think do so
 max_new_tokens = 2048           # per answer; an answer that does not end within them is left out
+
+LONGEST_REPLY = 2 ** 26     # bytes of a server's reply
+MAX_REFUSALS = 16           # a run ends if all of so many first prompts are refused
 
 
 def main(argv=None):
@@ -72,7 +81,7 @@ def main(argv=None):
 
 
 def regenerate(config):
-    """Answer all prompts. Returns {result: number of prompts with it}."""
+    """Answer all prompts. Returns {result: number of answers with it}."""
     has_files = config.prompts and config.out
     server_is_complete = bool(config.server) == bool(config.model)
     if not has_files or not server_is_complete or min(config.in_flight, config.slots) < 1:
@@ -83,29 +92,27 @@ def regenerate(config):
     prompts = read_prompts(config.prompts)
     os.makedirs(os.path.dirname(os.path.abspath(config.out)), exist_ok=True)
     part = config.out + ".part"
-    answered = resume(part, part_header(config), prompts)
+    written = resume(part, part_header(config), prompts)
 
-    waiting = {}  # messages by the number of their prompt
-    for number, prompt in enumerate(prompts):
-        if number not in answered:
-            waiting[number] = prompt.messages
-    if config.server:
-        ask_one = functools.partial(ask, config)
-        answers = zip(waiting, map_in_order(ask_one, waiting.values(), config.in_flight))
-    else:
-        answers = decode_here(config, waiting)
-    bar = tqdm(answers, initial=len(answered), total=len(prompts), unit="prompt",
-               disable=not sys.stderr.isatty())
+    answer_all = ask_all if config.server else decode_here
+    refusals = 0
     with open(part, "a") as f:
-        for number, answer in bar:
-            # A refusal can concern one prompt only, for example a prompt longer than the context.
-            # If the first prompt is refused, probably all will be, so stop there.
-            if number == 0 and answer.is_refused():
-                raise ValueError(f"the first prompt is {answer.why_none}")
-            row = {"number": number, "prompt": prompts[number].messages, "answer": answer.text,
-                   "why": answer.why_none}
-            f.write(json.dumps(row) + "\n")
-            f.flush()
+        waiting = written.requests()
+        while waiting:  # for one message of each conversation
+            answers = answer_all(config, waiting)
+            for number, answer in progress(answers, "answer", len(waiting)):
+                row = {"number": number, "prompt": checksum(prompts[number]),
+                       "message": answer.message, "why": answer.why_none}
+                f.write(json.dumps(row) + "\n")
+                f.flush()
+                written.add(number, answer.message)
+                # A refusal can concern one prompt only, for example a prompt longer than the
+                # context. If the first prompts are all refused, probably all will be.
+                refusals += answer.is_refused()
+                if refusals == written.added == MAX_REFUSALS:
+                    os.remove(part)
+                    raise ValueError(f"the first {refusals} prompts are {answer.why_none}")
+            waiting = written.requests()
     return finish(part, config.out, prompts)
 
 # --------------------------------------------------------------------------------------------------
@@ -114,86 +121,158 @@ def regenerate(config):
 
 class Prompt(NamedTuple):
     id: object          # the row's own, or its number as text
-    messages: list      # [{"role", "content"}, ..] that ends with a user's turn
+    messages: list
+    tools: list | None
+    turns: list         # numbers of the messages that the target writes
+
+    def with_answers(self, answers):
+        """The messages up to the next one to write, with the target's answers so far."""
+        messages = self.messages + [None]
+        for turn, answer in zip(self.turns, answers):
+            messages[turn] = answer
+        if len(answers) < len(self.turns):
+            return messages[:self.turns[len(answers)]]
+        return messages[:self.turns[-1] + 1]
+
+
+class Written:
+    """What the target has written so far."""
+    def __init__(self, prompts):
+        self.prompts = prompts
+        self.answers = {}       # of unfinished conversations, by the number of the prompt
+        self.finished = set()
+        self.added = 0
+
+    def add(self, number, message):
+        """The next message of a conversation; None if there is none, which ends it."""
+        self.added += 1
+        answers = self.answers.pop(number, []) + [message]
+        if message is None or len(answers) == len(self.prompts[number].turns):
+            self.finished.add(number)
+        else:
+            self.answers[number] = answers
+
+    def add_row(self, row):
+        """Add a line of OUT.part. Returns whether it is for the prompt of its number."""
+        try:
+            number = row["number"]
+            is_same = row["prompt"] == checksum(self.prompts[number])
+            message = row["message"]
+        except (LookupError, TypeError):
+            return False
+        if is_same:
+            self.add(number, message)
+        return is_same
+
+    def requests(self):
+        """{number: (messages, tools)} for the next message of each unfinished conversation."""
+        waiting = {}
+        for number, prompt in enumerate(self.prompts):
+            if number not in self.finished:
+                messages = prompt.with_answers(self.answers.get(number, []))
+                waiting[number] = (messages, prompt.tools)
+        return waiting
 
 
 def read_prompts(source):
-    """The Prompts of a file, a folder or a hub data set. ValueError names a row without one."""
+    """The Prompts of a source. Prints which rows are dropped."""
     prompts = []
-    for number, row in enumerate(read_source(source), 1):
-        try:
-            messages = question_of(row) or read_conversation(row)
-        except UnusableRow as reason:
-            raise ValueError(f"{source}, row {number}: no question, problem or prompt, "
-                             f"and {reason}") from None
-        # the target answers the last user's turn of a conversation again
-        while messages and messages[-1]["role"] != "user":
-            messages = messages[:-1]
-        if not messages:
-            raise ValueError(f"{source}, row {number}: no message of a user")
-        prompts.append(Prompt(row.get("id", str(number - 1)), messages))
-    if not prompts:
-        raise ValueError(f"{source!r} holds no prompts")
+    dropped = Dropped(source)
+    for number, (place, conversation) in enumerate(read_conversations(source)):
+        if isinstance(conversation, UnusableRow):
+            dropped.add(conversation, place)
+            continue
+        dropped.add(None, place)
+        messages = conversation.messages
+        turns = conversation.answers()
+        if messages[-1]["role"] != "assistant":
+            turns.append(len(messages))
+        name = str(number) if conversation.id is None else conversation.id
+        prompts.append(Prompt(name, messages, conversation.tools, turns))
+    dropped.check()
+    dropped.print_report()
     return prompts
 
 
-def question_of(row):
-    """The messages of a row whose prompt is a plain text; None if it has none."""
-    for key in ("question", "problem", "prompt"):
-        if isinstance(row.get(key), str):
-            return [{"role": "user", "content": row[key]}]
-    return None
+def checksum(prompt):
+    """A number that tells whether a prompt is the same as in the run before."""
+    return zlib.crc32(json.dumps([prompt.messages, prompt.tools]).encode())
 
 # --------------------------------------------------------------------------------------------------
-# answers, of a server or decoded here
+# answers of a server
 
 
 class Answer(NamedTuple):
-    text: str | None            # None: there is none
+    message: dict | None            # None: there is none
     why_none: str | None = None
 
     def is_refused(self):
-        return self.text is None and self.why_none.startswith("refused")
+        return self.message is None and self.why_none.startswith("refused")
 
 
-def ask(config, messages):
+def ask_all(config, waiting):
+    """The server's answers to prompts, {number: (messages, tools)}, in_flight at a time. Yields
+    (number, Answer) of each answer as it ends."""
+    unasked = queue.SimpleQueue()
+    for number in waiting:
+        unasked.put(number)
+    answers = queue.SimpleQueue()
+
+    def work():
+        while not unasked.empty():
+            try:
+                number = unasked.get_nowait()
+                answers.put((number, ask(config, *waiting[number])))
+            except queue.Empty:
+                return
+            except Exception as error:
+                answers.put((None, error))
+
+    # Ctrl-C does not wait for a daemon
+    for _ in range(config.in_flight):
+        threading.Thread(target=work, daemon=True).start()
+    try:
+        for _ in waiting:
+            number, answer = answers.get()
+            if number is None:
+                raise answer
+            yield number, answer
+    finally:
+        while not unasked.empty():
+            unasked.get()
+
+
+def ask(config, messages, tools):
     """The server's Answer.
 
-    After a temporary failure (a busy server, a broken connection) it waits and tries again, each
-    time twice as long. ValueError after the last try.
+    After a temporary failure (a busy server, a broken connection, half an answer) it waits and
+    tries again, each time twice as long. ValueError if the server is still away after the last try.
     """
-    request = chat_request(config, messages)
+    request = chat_request(config, messages, tools)
     for attempt in range(config.retries + 1):
         if attempt:
             time.sleep(min(60.0, 0.5 * 2 ** attempt))
+        is_away = False
         try:
-            with urllib.request.urlopen(request, timeout=config.timeout) as response:
-                choice = json.load(response)["choices"][0]
-            text = choice["message"]["content"]
-            ended = choice["finish_reason"] == "stop"
-        except urllib.error.HTTPError as error:
-            body = error.read(500).decode(errors="replace")
-            failure = f"{error.code} {' '.join(body.split())}"
-            may_pass = error.code in (408, 429) or error.code >= 500
-            if not may_pass:
-                return Answer(None, f"refused: {failure}")
-        # no connection, or an answer that is cut off or malformed
-        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
+            status, body = send(request, config.timeout)
+            if status == 200:
+                return read_answer(body)
+            failure = f"{status} {' '.join(body.decode(errors='replace').split())}"
+            is_away = status in (408, 429, 502, 503, 504)
+            if status < 500 and not is_away:
+                break
+        except (TimeoutError, ValueError, LookupError, TypeError, AttributeError) as error:
+            failure = repr(error)  # too slow, or malformed
+        except (OSError, http.client.HTTPException) as error:
             failure = repr(error)
-        else:
-            if choice["message"].get("reasoning_content"):
-                raise ValueError(f"{config.server} takes thoughts out of its answers: start it "
-                                 "without a reasoning parser")
-            if not ended:
-                return Answer(None, "did not end")
-            if not text:
-                return Answer(None, "empty")
-            return Answer(text)
-    raise ValueError(f"{config.server} gave no answer in {config.retries + 1} tries ({failure}): "
-                     "the same command resumes from here")
+            is_away = True
+    if is_away:
+        raise ValueError(f"{config.server} gave no answer in {config.retries + 1} tries "
+                         f"({failure[:100]}): the same command resumes from here")
+    return Answer(None, f"refused: {failure[:100]}")
 
 
-def chat_request(config, messages):
+def chat_request(config, messages, tools):
     body = {
         "model": config.model,
         "messages": messages,
@@ -201,46 +280,80 @@ def chat_request(config, messages):
         "max_tokens": config.max_new_tokens,
         "chat_template_kwargs": {"enable_thinking": config.thinking},
     }
+    if tools:
+        body["tools"] = tools
     address = f"{config.server.rstrip('/')}/chat/completions"
     headers = {"Content-Type": "application/json"}
     return urllib.request.Request(address, json.dumps(body).encode(), headers)
 
 
-def map_in_order(function, items, width):
-    """function(item) of each item, in order. It runs `width` calls at a time, at most 4 * width
-    ahead of the caller."""
-    ahead = collections.deque()
-    with ThreadPoolExecutor(width) as pool:
+def send(request, seconds):
+    """(status, body) of a request. TimeoutError if the whole of it takes longer than this: the
+    timeout of urlopen() begins again with every byte."""
+    replies = queue.SimpleQueue()
+
+    def fetch():
         try:
-            for item in items:
-                ahead.append(pool.submit(function, item))
-                if len(ahead) == 4 * width:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        finally:  # after an error: cancel the calls that have not begun
-            for future in ahead:
-                future.cancel()
+            with urllib.request.urlopen(request, timeout=seconds) as response:
+                replies.put((200, response.read(LONGEST_REPLY + 1)))
+        except urllib.error.HTTPError as error:
+            replies.put((error.code, error.read(500)))
+        except Exception as error:
+            replies.put((None, error))
+
+    threading.Thread(target=fetch, daemon=True).start()
+    try:
+        status, body = replies.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"no whole answer in {seconds:g} s") from None
+    if status is None:
+        raise body
+    if len(body) > LONGEST_REPLY:
+        raise ValueError(f"an answer of more than {LONGEST_REPLY:,} bytes")
+    return status, body
+
+
+def read_answer(body):
+    """The Answer in the body of a reply. An error if it is malformed."""
+    choice = parse_json(body)["choices"][0]
+    if choice["finish_reason"] not in ("stop", "tool_calls"):
+        return Answer(None, "did not end")
+    reply = choice["message"]
+    if not reply.get("content") and not reply.get("tool_calls"):
+        return Answer(None, "empty")
+    return Answer(read_message(reply | {"role": "assistant"}))
+
+# --------------------------------------------------------------------------------------------------
+# answers decoded here
+
+
+@functools.cache
+def load_models(target_name, drafter_name, device, dtype):
+    """(target, drafter or None), prepared for decoding."""
+    target = load_target(target_name, device, dtype)
+    drafter = None
+    if drafter_name:
+        drafter = load_drafter(drafter_name, target.config, device, dtype)
+    fast.prepare_for_decoding(target, drafter)
+    return target, drafter
 
 
 def decode_here(config, waiting):
-    """Decode the answers to prompts, {number: messages}. Yields (number, Answer): first the refused
-    prompts, then each answer as it ends."""
-    target = load_target(config.target, config.device, config.dtype)
+    """Decode the answers to prompts, {number: (messages, tools)}. Yields (number, Answer): first
+    the refused prompts, then each answer as it ends."""
+    target, drafter = load_models(config.target, config.drafter, config.device, config.dtype)
     tokenizer = load_tokenizer(config.target)
     stops = stop_ids(tokenizer)
-    drafter = None
     tokens_per_forward = 1  # the target's fastest mode without a drafter
-    if config.drafter:
-        drafter = load_drafter(config.drafter, target.config, config.device, config.dtype)
+    if drafter:
         tokens_per_forward = drafter.block_size
-    fast.prepare_for_decoding(target, drafter)
     sizes = (target.config, tokens_per_forward)
+    context = target.config.max_position_embeddings
 
     token_ids = {}  # of prompts that can be answered, by number
-    for number, messages in waiting.items():
+    for number, (messages, tools) in waiting.items():
         try:
-            prompt = chat_prompt(tokenizer, messages, config.thinking)
+            prompt = prompt_ids(tokenizer, messages, tools, config.thinking, context)
             # Check each prompt here, because generate_many refuses all prompts if it refuses one.
             Request(number, prompt, config.max_new_tokens, stops, sizes)
         except ValueError as error:
@@ -271,14 +384,14 @@ def decode_here(config, waiting):
 
 
 def text_answer(tokenizer, tokens, stops):
-    """The Answer with these tokens. Its text is None if they did not end, or if they change when
-    they are decoded and encoded again."""
+    """The Answer with these tokens. There is none if they did not end, or if they change when they
+    are decoded and encoded again."""
     if tokens[-1] not in stops:
         return Answer(None, "did not end")
     text = tokenizer.decode(tokens[:-1])
     if tokenizer.encode(text) != tokens[:-1]:
         return Answer(None, "does not survive as text")
-    return Answer(text)
+    return Answer({"role": "assistant", "content": text})
 
 # --------------------------------------------------------------------------------------------------
 # files: OUT.part has a header line that says how it was made, then a line per answer
@@ -296,54 +409,74 @@ def part_header(config):
 
 
 def resume(part, header, prompts):
-    """The numbers of the prompts that OUT.part already answers. A torn last line is cut off.
+    """What OUT.part already holds, as Written. A torn last line is cut off.
 
     ValueError if it was made with different settings or from different prompts.
     """
+    written = Written(prompts)
     if not os.path.exists(part) or not os.path.getsize(part):
-        with open(part, "w") as f:
-            f.write(json.dumps(header) + "\n")
-        return set()
-    with open(part, "rb+") as f:
-        lines = [line for line in f if line.endswith(b"\n")]
-        f.truncate(sum(map(len, lines)))
-    rows = [json.loads(line) for line in lines]
-    is_same = rows[:1] == [header]
-    answered = set()
-    for row in rows[1:]:
-        number = row.get("number", len(prompts))
-        is_same = is_same and number < len(prompts) and row["prompt"] == prompts[number].messages
-        answered.add(number)
+        with new_file(part) as f:
+            f.write(json.dumps(header).encode() + b"\n")
+        return written
+    end = 0
+    is_same = not os.path.islink(part)
+    with open(part, "rb") as f:
+        for line in f:
+            if not is_same or not line.endswith(b"\n"):
+                break
+            row = json.loads(line)
+            is_same = written.add_row(row) if end else row == header
+            end += len(line)
     if not is_same:
-        raise ValueError(f"{part} was made from other prompts or in another way ({rows[:1]}): "
-                         "remove it, or give another --out")
-    return answered
+        raise ValueError(f"{part} was made from other prompts or in another way: remove it, or "
+                         "give another --out")
+    os.truncate(part, end)
+    return written
 
 
 def finish(part, out, prompts):
     """Write the conversations that have an answer from OUT.part to OUT, in the prompts' order, and
-    remove OUT.part. Returns {result: number of prompts with it}."""
-    counts = collections.Counter()
-    with open(part, "rb") as answered, open(out + ".tmp", "w") as f:
-        line_starts = {}  # by the number of the prompt
-        line = answered.readline()  # the header
-        while line:
-            start = answered.tell()
-            line = answered.readline()
-            if line:
-                line_starts[json.loads(line)["number"]] = start
-        for number, prompt in enumerate(prompts):
-            answered.seek(line_starts[number])
-            row = json.loads(answered.readline())
-            outcome = row["why"] or "answered"
-            counts[outcome.partition(":")[0]] += 1
-            if row["why"] is None:
-                answer = {"role": "assistant", "content": row["answer"]}
-                conversation = {"id": prompt.id, "messages": prompt.messages + [answer]}
-                f.write(json.dumps(conversation) + "\n")
+    remove OUT.part. Returns {result: number of answers with it}."""
+    counts = collections.Counter(answered=0)
+    with open(part, "rb") as f:
+        starts = collections.defaultdict(list)  # of the lines of a prompt
+        end = len(f.readline())  # the header
+        for line in f:
+            row = json.loads(line)
+            starts[row["number"]].append(end)
+            end += len(line)
+            why_none = row["why"] or "answered"
+            counts[why_none.partition(":")[0]] += 1
+        if not counts["answered"]:
+            os.remove(part)
+            listed = ", ".join(f"{count:,} {result}" for result, count in counts.items())
+            raise ValueError(f"no answer ended, so there is no {out}: {listed}; the last one: "
+                             f"{why_none}")
+        with new_file(out + ".tmp") as conversations:
+            for number, prompt in enumerate(prompts):
+                answers = []
+                for start in starts[number]:
+                    f.seek(start)
+                    answers.append(json.loads(f.readline())["message"])
+                write_conversation(conversations, prompt, answers)
     os.replace(out + ".tmp", out)
     os.remove(part)
     return counts
+
+
+def write_conversation(f, prompt, answers):
+    """Write a line of OUT. The conversation ends with the last answer; without one, there is no
+    line."""
+    if answers[-1] is None:
+        answers = answers[:-1]
+    if not answers:
+        return
+    turns = prompt.turns[:len(answers)]
+    row = {"id": prompt.id, "messages": prompt.with_answers(answers)[:turns[-1] + 1],
+           "target_turns": turns}
+    if prompt.tools:
+        row["tools"] = prompt.tools
+    f.write(json.dumps(row).encode() + b"\n")
 
 
 if __name__ == "__main__":

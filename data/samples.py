@@ -9,16 +9,15 @@ split,
 
 and meta.json, which is written last: a folder without it is unfinished. Each sample goes to disk at
 once, so a data set can be larger than the memory.
-
-read_source, at the end of this file, reads the rows of public data sets.
 """
 import array
 import contextlib
-import glob
 import json
 import os
 
 import numpy as np
+
+from checkpoint import write_whole
 
 FORMAT = 1  # of the folder, in meta.json
 
@@ -93,8 +92,8 @@ class SplitWriter:
     """Writes one split: add() for each sample, close() at the end."""
     def __init__(self, folder, split, vocab_size):
         self.path = os.path.join(folder, split)
-        self.tokens = open(f"{self.path}.tokens.bin.tmp", "wb")
-        self.mask = open(f"{self.path}.mask.bin.tmp", "wb")
+        self.tokens = new_file(f"{self.path}.tokens.bin.tmp")
+        self.mask = new_file(f"{self.path}.mask.bin.tmp")
         self.offsets = array.array("Q", [0])
         self.vocab_size = vocab_size
         self.samples = 0
@@ -124,7 +123,8 @@ class SplitWriter:
         """Give the files their names; returns the split's counts for meta.json."""
         self.tokens.close()
         self.mask.close()
-        np.array(self.offsets, np.uint64).tofile(f"{self.path}.offsets.bin.tmp")
+        with new_file(f"{self.path}.offsets.bin.tmp") as f:
+            f.write(self.offsets.tobytes())
         for content in ("tokens", "mask", "offsets"):
             path = f"{self.path}.{content}.bin"
             os.replace(path + ".tmp", path)
@@ -134,6 +134,26 @@ class SplitWriter:
             "tokens": self.offsets[-1],
             "supervised": self.supervised,
         }
+
+    def discard(self):
+        """Remove the files that have no name yet."""
+        self.tokens.close()
+        self.mask.close()
+        for content in ("tokens", "mask", "offsets"):
+            remove(f"{self.path}.{content}.bin.tmp")
+
+
+def new_file(path):
+    """A new file for writing bytes, in place of one that a killed run left. It never follows a link
+    that stands under this name."""
+    remove(path)
+    return open(path, "xb")
+
+
+def remove(path):
+    """Remove a file or a link, if it is there."""
+    if os.path.lexists(path):
+        os.remove(path)
 
 
 @contextlib.contextmanager
@@ -145,17 +165,18 @@ def split_writers(folder, splits, meta):
     """
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, "meta.json")
-    if os.path.exists(path):
-        os.remove(path)  # from here on the folder is unfinished
+    remove(path)  # from here on the folder is unfinished
     writers = {}
-    for split in splits:
-        writers[split] = SplitWriter(folder, split, meta["vocab_size"])
-    yield writers
-    meta["format"] = FORMAT
-    meta["splits"] = {split: writer.close() for split, writer in writers.items()}
-    with open(path + ".tmp", "w") as f:
-        json.dump(meta, f, indent=2)
-    os.replace(path + ".tmp", path)
+    try:
+        for split in splits:
+            writers[split] = SplitWriter(folder, split, meta["vocab_size"])
+        yield writers
+        meta["format"] = FORMAT
+        meta["splits"] = {split: writer.close() for split, writer in writers.items()}
+        write_whole(path, json.dumps(meta, indent=2))
+    finally:
+        for writer in writers.values():
+            writer.discard()
 
 
 def write_samples(folder, splits, meta):
@@ -166,72 +187,3 @@ def write_samples(folder, splits, meta):
             for tokens, mask in samples:
                 writers[split].add(tokens, mask)
     return meta
-
-
-# --------------------------------------------------------------------------------------------------
-# reading public data sets
-
-
-def read_source(source, split="train", part=None):
-    """Rows, as dicts, of JSON lines or parquet: a file, a folder of files, or a hub data set.
-
-    split and part (its configuration, if it has several) are for hub data sets only. Raises
-    ValueError, which names the file and line, for rows that cannot be read or are not dicts.
-    """
-    if not os.path.exists(source):
-        yield from read_hub(source, split, part)
-        return
-    for path in source_files(source):
-        if path.endswith(".parquet"):
-            yield from read_parquet(path)
-        else:
-            yield from read_json_lines(path)
-
-
-def source_files(source):
-    """The files that a path names: itself, or those in its folder, sorted."""
-    if os.path.isfile(source):
-        return [source]
-    json_lines = glob.glob(os.path.join(source, "*.jsonl"))
-    parquet = glob.glob(os.path.join(source, "*.parquet"))
-    if not json_lines and not parquet:
-        raise ValueError(f"{source!r} holds no .jsonl or .parquet file")
-    return sorted(json_lines + parquet)
-
-
-def read_json_lines(path):
-    with open(path, "rb") as f:
-        for number, line in enumerate(f, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError("no JSON object")
-            except ValueError as error:  # not JSON, or not text
-                raise ValueError(f"{path}, line {number}: {error}") from None
-            yield row
-
-
-def read_parquet(path):
-    import pyarrow.parquet
-
-    try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024):
-            yield from batch.to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
-        message = " ".join(str(error).split())
-        raise ValueError(f"cannot read {path}: {message}") from None
-
-
-def read_hub(name, split, part):
-    import datasets  # here, because it takes a second, and local files do not need it
-
-    try:
-        yield from datasets.load_dataset(name, part, split=split)
-    # Offline, unknown, gated, a broken copy: four libraries raise a dozen types of exceptions.
-    except Exception as error:
-        raise ValueError(
-            f"no file {name!r}, and the hub does not give such a data set "
-            f"({type(error).__name__}): copy its files here and give the path of their folder "
-            "instead") from None

@@ -385,8 +385,8 @@ def test_bench_limit_of_a_file(tmp_path):
         assert [question for question, _ in questions] == ["0", "1", "2", "3"][:limit]
     with pytest.raises(ValueError, match="limit = 0"):
         load_questions(str(path), 0)
-    write_jsonl(path, [rows[0], {"text": "1"}])
-    with pytest.raises(ValueError, match="row 2 does not look like a row with a question"):
+    write_jsonl(path, [{"text": "1"}, {"text": "2"}, rows[0]])
+    with pytest.raises(ValueError, match="x.jsonl, line 1: no conversation. 2 of 3 rows"):
         load_questions(str(path), 9)
 
 

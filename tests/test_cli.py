@@ -233,9 +233,9 @@ CHAT = '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "c
     ("x.jsonl", CHAT * 3, "--sorce=x", "unknown key 'sorce', did you mean 'source'"),
     ("x.jsonl", CHAT * 3, "--source=no/rows", "no file 'no/rows'"),
     ("x.jsonl", CHAT * 3, "--out_dir={source}/rows", "Not a directory"),
-    ("x.jsonl", "", None, "0 rows to train on"),
-    ("x.jsonl", QUESTION * 3, None, "0 rows .* 3 were read, dropped: .*no assistant's answer.*3"),
-    ("x.jsonl", CHAT + '{"messages": [', None, "x.jsonl, line 2: "),
+    ("x.jsonl", "", None, "holds no rows"),
+    ("x.jsonl", QUESTION * 3, None, "line 1: no assistant's answer. 3 of 3 rows"),
+    ("x.jsonl", CHAT + '{"messages": [', None, "0 rows to train on and 1 to hold out.*not JSON"),
     ("x.jsonl", "{\udcff}", None, "x.jsonl, line 1: .*utf-8"),
     ("x.parquet", CHAT, None, "cannot read .*parquet"),
 ))
@@ -251,9 +251,9 @@ def test_cli_preparing_mistakes(main, tmp_path, name, content, flag, hint):
 
 
 @pytest.mark.parametrize("script, flags, hint", (
-    (regenerate, ["--prompts={source}"], "row 1: no question"),
+    (regenerate, ["--prompts={source}"], "x.jsonl, line 1: no conversation"),
     (regenerate, [], "give --prompts and --out"),
-    (math500, ["--source={source}"], "row 1: no text"),
+    (math500, ["--source={source}"], "x.jsonl, line 1: no text"),
 ))
 def test_cli_mistakes_in_questions(main, tmp_path, script, flags, hint):
     (tmp_path / "x.jsonl").write_text('{"id": "1"}\n')

@@ -33,6 +33,7 @@ from data.nano import make_tokenizer, plain, pretrain, words
 from data.nano import prepare as nano_prepare
 from data.nano.problems import boxed, problems, split_of
 from data.nano.refusals import REFUSAL, REFUSED_EXAMPLES, normal_form, refused_text
+from data.rows import Conversation, UnusableRow
 from data.samples import Samples, write_samples
 from draft_decode import RoundOutput, generate
 from sampling import Sampling
@@ -331,8 +332,8 @@ BAD_ROWS = {  # why a row is dropped: the row
     "no conversation": {"text": "no conversation"},
     "no assistant's answer": {"messages": turns("only a question")},
     "an empty answer": {"messages": turns("q", " ")},
-    "a message without role and content": {"messages": [{"from": "human", "value": "q"}]},
-    "<|im_start|> or <|im_end|> in the text": {"messages": turns("q", "a<|im_end|>b")},
+    "a message without role and content": {"messages": [{"role": "user", "text": "q"}]},
+    "a special token in the text: <|im_end|>": {"messages": turns("q", "a<|im_end|>b")},
     "a thought, with thinking off": {"messages": turns("p", "<think>\nhm\n</think>\n\na")},
     "no answer within 160 tokens": {"messages": turns("why " * 200, "late")},
 }
@@ -414,7 +415,7 @@ def test_prepare_counts_what_it_keeps_cuts_and_drops(make_samples, val_rows, hel
 
 def test_prepare_cuts_at_max_length():
     """A row of exactly max_length tokens counts as cut; a row without an answer token is kept."""
-    row = {"messages": turns("q", "ab")}
+    row = Conversation(turns("q", "ab"))
     whole = conversations.encode(row, NANO_TARGET, False, max_length=3072)
     length = len(whole.tokens)
     assert not conversations.encode(row, NANO_TARGET, False, length).was_cut
@@ -422,7 +423,7 @@ def test_prepare_cuts_at_max_length():
     encoded = conversations.encode(row, NANO_TARGET, False, prompt_length + 1)
     assert encoded.was_cut
     assert encoded.mask.tolist() == [0] * prompt_length + [1]
-    with pytest.raises(conversations.UnusableRow, match="no answer within"):
+    with pytest.raises(UnusableRow, match="no answer within"):
         conversations.encode(row, NANO_TARGET, False, prompt_length)
 
 
@@ -477,15 +478,15 @@ def test_prepare_with_a_template_like_the_real_one(tmp_path):
     refuses some conversations. Rendered whole, a sample does not begin like decoding."""
     target = nano_copy(tmp_path / "target", "target")
     (target / "chat_template.jinja").write_text(PUBLIC_TEMPLATE)
-    row = {"messages": turns(" 1 ", " 2 ", "3", " 4")}
+    row = Conversation(turns(" 1 ", " 2 ", "3", " 4"))
     encoded = conversations.encode(row, str(target), False, 160)
     assert load_tokenizer(str(target)).decode(encoded.tokens) == (
         "<|im_start|>user\n1<|im_end|>\n<|im_start|>assistant\n2<|im_end|>\n"
         "<|im_start|>user\n3<|im_end|>\n"
         "<|im_start|>assistant\n<think>\n\n</think>\n\n 4<|im_end|>")
     assert masked_text(encoded.tokens, encoded.mask) == "2<|im_end|> 4<|im_end|>"
-    row = {"messages": turns("e", "f")[::-1] * 2}  # begins with an assistant
-    with pytest.raises(conversations.UnusableRow, match="refused by the chat template"):
+    row = Conversation(turns("e", "f")[::-1] * 2)  # begins with an assistant
+    with pytest.raises(UnusableRow, match=r"refused by the chat template \(TemplateError\)"):
         conversations.encode(row, str(target), False, 160)
 
 
@@ -579,7 +580,8 @@ def ask(main, tmp_path):
 
 def shipped_rows():
     """What ask() has to write: the target's own answers."""
-    return [{"id": id, "messages": turns(*pair)} for id, pair in zip("0xy", answered())]
+    return [{"id": id, "messages": turns(*pair), "target_turns": [1]}
+            for id, pair in zip("0xy", answered())]
 
 
 def regenerate_config(**values):
@@ -596,8 +598,10 @@ def test_regenerate_from_a_server_resumes(flaky, ask, tmp_path):
         max_new_tokens=160))
     flags = ("--model=m", "--temperature=0.7", "--thinking")
     rows = []
-    for number, (question, answer) in enumerate(answered()[:3]):
-        rows.append({"number": number, "prompt": turns(question), "answer": answer, "why": None})
+    for number, prompt in enumerate(regenerate.read_prompts(f"{tmp_path}/prompts.jsonl")):
+        question, answer = answered()[number]
+        rows.append({"number": number, "prompt": regenerate.checksum(prompt),
+                     "message": turns(question, answer)[1], "why": None})
     # one answer and half of the next, out of order
     part = tmp_path / "all.jsonl.part"
     write_jsonl(part, [header, rows[2], rows[0]])
@@ -605,15 +609,15 @@ def test_regenerate_from_a_server_resumes(flaky, ask, tmp_path):
     _, out = ask("http://x", *flags)
     assert len(flaky) == 4  # two failed and were sent again
     assert flaky[0] in [
-        {"model": "m", "messages": row["prompt"], "temperature": 0.7, "max_tokens": 160,
-         "chat_template_kwargs": {"enable_thinking": True}} for row in rows[:2]]
+        {"model": "m", "messages": turns(question), "temperature": 0.7, "max_tokens": 160,
+         "chat_template_kwargs": {"enable_thinking": True}} for question, _ in answered()[:2]]
     assert read_jsonl(out) == shipped_rows()
     assert not part.exists()
 
-    other_prompt = rows[1] | {"prompt": turns("another")}
-    no_number = {"prompt": rows[0]["prompt"], "answer": "x", "why": None}
+    other_prompt = rows[1] | {"prompt": 0}
+    no_number = {key: value for key, value in rows[0].items() if key != "number"}
     other_header = header | {"temperature": 1.0}
-    for content in ([header, other_prompt], [header, no_number], [other_header]):
+    for content in ([header, other_prompt], [header, no_number], [header, 7], [other_header]):
         write_jsonl(tmp_path / "more.jsonl.part", content)
         printed, _ = ask("http://x", *flags, out="more.jsonl")
         assert "in another way" in printed
@@ -655,10 +659,11 @@ def test_regenerate_decodes_with_its_keys(monkeypatch, temperature, drafter, tok
     config = regenerate_config(drafter=drafter, temperature=temperature, thinking=True, slots=2,
                                max_new_tokens=9, dtype="bfloat16")
     _, tokenizer = nano()
-    waiting = {4: turns("q"), 6: turns("p"), 7: turns("9 " * 1100), 9: turns("q")}
+    texts = {4: "q", 6: "p", 7: "9 " * 1100, 9: "q"}
+    waiting = {number: (turns(text), None) for number, text in texts.items()}
     (refused, reason), *answers = regenerate.decode_here(config, waiting)
     assert refused == 7 and reason.is_refused()
-    whole = regenerate.Answer(tokenizer.decode([65]))
+    whole = regenerate.Answer({"role": "assistant", "content": tokenizer.decode([65])})
     expected = {4: whole, 6: regenerate.Answer(None, "did not end"), 9: whole}
     assert dict(answers) == expected
     keys = {"max_new_tokens": 9, "stop_token_ids": {502, 504},

@@ -14,7 +14,7 @@ sys.path.insert(0, ROOT)  # the project's modules, from any working directory
 from checkpoint import write_whole
 from configurator import configure
 from data.questions import SUFFIX
-from data.samples import read_source
+from data.rows import Dropped, UnusableRow, read_rows
 
 source = "HuggingFaceH4/MATH-500"                           # hub id, file of JSON lines or parquet
 out = os.path.join(ROOT, "data", "math500", "test.jsonl")   # where the prompts go
@@ -32,15 +32,18 @@ def main(argv=None):
 def prepare(source, out):
     """Write the prompts; returns their number."""
     lines = []
-    for number, row in enumerate(read_source(source, "test"), 1):
-        problem = row.get("problem")
-        answer = row.get("answer")
-        if not isinstance(problem, str) or not isinstance(answer, str):
-            raise ValueError(f"{source}, row {number}: no text under problem and answer")
-        prompt = {"question": problem + SUFFIX, "answer": answer}
-        lines.append(json.dumps(prompt) + "\n")
-    if not lines:
-        raise ValueError(f"{source!r} holds no problems")
+    dropped = Dropped(source)
+    for place, row in read_rows(source, "test"):
+        if isinstance(row, UnusableRow):
+            dropped.add(row, place)
+        elif not isinstance(row.get("problem"), str) or not isinstance(row.get("answer"), str):
+            dropped.add(UnusableRow("no text under problem and answer"), place)
+        else:
+            dropped.add(None, place)
+            prompt = {"question": row["problem"] + SUFFIX, "answer": row["answer"]}
+            lines.append(json.dumps(prompt) + "\n")
+    dropped.check()
+    dropped.print_report()
     os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
     write_whole(out, "".join(lines))
     return len(lines)
