@@ -244,7 +244,8 @@ def test_guesses_have_their_own_temperature():
         block_size=K, target_layer_ids=(), new_cache=lambda batch, length: [],
         draft_logits=lambda anchor, target, cache, position: logits)
     decoder = Decoder(tiny_target(), drafter, length=64, tokens_per_forward=K, sampling=sampling)
-    noise = decoder.noise_at(torch.arange(5, 5 + K)[None])
+    positions = torch.arange(5, 5 + K)[None]
+    noise = decoder.noise_at(torch.zeros_like(positions), positions)
     decoder.draft(noise)
     expected = choose(logits, sampling, 4.0, noise[:, :-1])
     assert decoder.block[:, 1:].tolist() == expected.tolist()
