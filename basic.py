@@ -168,8 +168,8 @@ def drafter_hidden(drafter, features, x):
 # -------------------------------------------------------------------------- decoding and training
 def decode(target, drafter, state, prompt, end):
     """Yields three lists per round: accepted guesses, rejected guess (if any), the target's token.
-    The first yield is not a round: it has the target's token after the prompt. Because a guess must
-    equal the target's choice, the drafter affects how many tokens a round adds, but never which."""
+    The first yield is not a round: it has the target's token after the prompt. A guess must equal
+    the target's choice. So the drafter affects how many tokens each round adds, but never which."""
     for token in prompt:
         choice = target_step(target, state, token).argmax().item()
     yield [], [], [choice]

@@ -113,9 +113,9 @@ def chunk_length(v):
 def gated_delta_rule(q, k, v, g, beta, *, S=None, chunk=None):
     """The same rule for T tokens in chunks: parallel inside a chunk, one update of S per chunk.
 
-    Shapes are those of delta_step, with T tokens instead of 1. S None: zeros. chunk: tokens per
-    chunk. Returns o in v's dtype, and the last S in fp32 or fp64. The last chunk is padded with
-    tokens of beta = g = 0. They write nothing and cause no decay, so S keeps its bits.
+    The shapes are the same as for delta_step, with T tokens instead of 1. S None: zeros. chunk:
+    tokens per chunk. Returns o in v's dtype, and the last S in fp32 or fp64. The last chunk is
+    padded with tokens of beta = g = 0. They write nothing and cause no decay, so S keeps its bits.
 
     If v is bf16, inputs and outputs of most matmuls are bf16, as in the rest of the model. Decays,
     A, its inverse, and S stay in fp32. (fp32 matmuls of a bf16 model use TF32 on a GPU, see

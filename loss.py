@@ -6,7 +6,7 @@ the k-th token after the anchor. basic.py computes the same loss one block at a 
 blocks of a text use the target's head together, and their logits never exist all at once.
 
 Shapes: B batch, T tokens of a sequence, A anchors in a sequence, K block size, V vocabulary size;
-`width` is that of the residual stream.
+`width` is the residual stream's width.
 """
 from typing import NamedTuple
 
@@ -90,7 +90,7 @@ def block_labels(tokens, supervised, anchors, is_valid, *, K, gamma):
 #     d loss / d z = weight * (softmax(z) - onehot)            (weights scale rows)
 #     d loss / d h = (d loss / d z) head
 #
-# This gradient is available as soon as the logits are. So the guesses go through the head in
+# This gradient is available as soon as the logits are. So we multiply the guesses with the head in
 # chunks. Each chunk yields its part of the loss and of d loss / d h, and then its logits are
 # dropped. Memory: the logits of one chunk (1.0 GB in fp32 for 1,024 guesses, plus half of that for
 # a copy in bf16), and until the backward pass the gradient d loss / d h, which is as large as h (31
@@ -104,7 +104,7 @@ class Targets(NamedTuple):
 
 
 def block_loss(hidden, head, targets, *, loss_chunk_size=1024, chunk_loss_function=None):
-    """The loss of training blocks, as a *sum* of weight * nll.
+    """The loss of training blocks: the *sum* of weight * nll.
 
     The caller divides it by the sum of all weights of a step, over micro-batches and processes. So
     the split of a step does not matter, up to rounding.

@@ -9,8 +9,8 @@ Then the argmax is a sample of softmax(logits / temperature). This is the Gumbel
 
 The noise depends only on the seed, the sequence, the position, and the token id. So the target has
 exactly one choice at each position, sampled or not. It does not matter whether the position is
-computed alone or in a block of 16. Therefore verification only compares tokens, and the output is
-the target's own sample, whatever the drafter guessed.
+computed alone or in a block of 16. Therefore verification only compares tokens. The output is the
+target's own sample, and no guess can change it.
 
 Other projects use rejection sampling: they accept a guess with probability min(1, p / q), and
 otherwise sample from the remaining distribution. That preserves the target's distribution. The rule

@@ -7,11 +7,11 @@ The target: the text model of Qwen3.5, a hybrid of Gated DeltaNet and gated atte
 
 Three out of four layers are Gated DeltaNets. They keep one matrix S per head instead of a key-value
 cache, and delta_rule.py updates it. decode_state.py keeps what decoding needs of a sequence, and
-rolls back rejected guesses. Parameter names are those of the public checkpoints.
+rolls back rejected guesses. Parameters have the names of the public checkpoints.
 
 Shapes: B batch, T tokens, K tokens of a block, H heads of queries and keys, Hkv key-value heads, Hv
-value heads of a Gated DeltaNet, D and Dv their widths, V vocabulary; `width` is that of the
-residual stream.
+value heads of a Gated DeltaNet, D and Dv their widths, V vocabulary; `width` is the
+residual stream's width.
 """
 from dataclasses import dataclass
 

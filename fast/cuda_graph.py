@@ -28,7 +28,7 @@ class Graphs:
     - A number that changes is a tensor: an input, or something that the function itself keeps. An
       int has to be part of the name, so that there is a graph for each of its values.
     - What outlives a run is changed in place. Only the outputs may be new tensors.
-    - Outputs hold until the next run of any name, as all graphs share their memory.
+    - Outputs are valid until the next run of any name, because all graphs share their memory.
     """
 
     def __init__(self, device):
@@ -58,7 +58,7 @@ class Graphs:
         """Record the kernels of function(*inputs). None of them runs."""
         inputs = [x.clone() for x in inputs]
         graph = torch.cuda.CUDAGraph()
-        # other threads may go on asking CUDA things, as that of NCCL does in training
+        # other threads, such as NCCL's in training, may still call CUDA
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             outputs = function(*inputs)
         self.pool = graph.pool()

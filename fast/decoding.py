@@ -159,7 +159,7 @@ def tf32_if_bfloat16(target):
     try:
         yield
     finally:
-        setting.allow_tf32 = False       # puts back what allow_tf32 changes besides
+        setting.allow_tf32 = False       # because allow_tf32 changes more than fp32_precision
         setting.fp32_precision = before
 
 # --------------------------------------------------------------------------------------------------
@@ -216,7 +216,7 @@ class CompiledDrafter(DFlashDraftModel):
 
 
 def compile_for_decoding(target, drafter=None):
-    """Compile the forwards of decoding. torch.compile does its work when they first run."""
+    """Compile the forwards of decoding. torch.compile compiles each when it first runs."""
     # kinds of layer x (block sizes and segments) x buffer lengths
     torch._dynamo.config.recompile_limit = 64
     options = {"combo_kernels": True}  # fuses independent small kernels into one launch

@@ -2,7 +2,7 @@
 Prefills the prompts of a Decoder, on a GPU several at once.
 
 A GPU takes as long for one prompt of 256 tokens as for eight. So short prompts are prefilled
-together, in a DecodeState of their own with a few rows, and then copied into their slots.
+together, in a separate DecodeState with a few rows, and then copied into their slots.
 
 The bits of a prompt must not depend on the prompts that happen to wait with it. Therefore all
 shapes follow from the prompt's own length and the number of slots. Prompts with segments of the

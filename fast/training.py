@@ -59,7 +59,7 @@ def with_graphs(target_features, graphs):
 def warm_up(run, micro_batch_loss):
     """Compile for every length of samples before the first step.
 
-    Each length runs twice, because the first forward of the target runs eagerly and the second is
+    Each length runs twice, because the target's first forward runs eagerly and its second one is
     recorded as a graph. The longest comes first, so that shorter ones reuse its memory.
     """
     config = run.config
