@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 import decode_state
 import train
+from fast import prefill
 from fast import training as fast_training
 from fast.attention import flex_attend, grouped_attend
 from fast.cuda_graph import Graphs
@@ -160,14 +161,17 @@ def tensors_of(decoder):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("slots, sampling", ((1, Sampling()), (3, Sampling(1.0, seed=3))))
-def test_replays_of_graphs_are_runs(slots, sampling):
+@pytest.mark.parametrize("slots, sampling, shortest, graph_count", (
+    (1, Sampling(), 256, 4), (3, Sampling(1.0, seed=3), 256, 4), (1, Sampling(), 16, 5)))
+def test_replays_of_graphs_are_runs(monkeypatch, slots, sampling, shortest, graph_count):
     """Failure 5: a prompt or round depends on what was decoded when its graph was recorded, or the
-    next graph overwrites features."""
+    next graph overwrites features, or short and long prompts replay each other's graphs."""
+    monkeypatch.setattr(prefill, "SHORTEST_SEGMENT", shortest)
     plain = new_decoder(slots, sampling, on_cuda=False)
     replayed = new_decoder(slots, sampling, on_cuda=True)
     with recorded_graphs() as graphs:
-        for number, length in enumerate((2 * P, 5, 2 * P + 1, 2 * P + K + 5, K + 1, P, 2 * P + 9)):
+        lengths = (2 * P, 5, 2 * P + 1, 2 * P + K + 5, K + 1, P, 2 * P + 9, 9, 7)
+        for number, length in enumerate(lengths):
             slot = number % slots
             prompt = tokens_of(length, seed=number).tolist()
             first = replayed.start_sequences({slot: prompt}, {slot: 0})
@@ -179,8 +183,8 @@ def test_replays_of_graphs_are_runs(slots, sampling):
             if length == P:
                 replayed.release_slot(slot)
                 plain.release_slot(slot)
-        # a round, the last block, and segments at 0 and after P
-        assert len(graphs) == 4
+        # a round, segments at 0 and after P, and the last block, of short prompts too
+        assert len(graphs) == graph_count
 
 
 def test_graphs_are_for_cuda_only():
