@@ -1,55 +1,33 @@
 """
-Every test of the project. None needs the network, a GPU or files that are not in the repository.
+Every test of the project. None needs the network, a GPU, or files that are not in the repository.
 
     python test_all.py                    # all, five minutes on two cores
-    python test_all.py test_kernel        # those of a file in tests/; several may be named
-    python test_all.py cuts resume        # those with "cuts" or "resume" in their name
-    python test_all.py -k "cuts and bf16" # after names, if any: options of pytest
+    python test_all.py fast               # the promises of the README, a minute
+    python test_all.py test_kernel        # the tests of one or more files in tests/
+    python test_all.py cuts resume        # tests with "cuts" or "resume" in their name
+    python test_all.py -k "cuts and bf16" # options of pytest
 
-Each test's docstring names the failure it catches. The numbers are those of the table of failures
-that people reported with this method (training accuracy 0.99, acceptance 0.12; greedy output that
-differs; ...):
+Each test's docstring names the failure that it catches. Numbers in docstrings mean failures that
+people reported with this method:
 
-    1  training leaks, or is off by one
-          test_drafter and test_train: test_leak_*
-          test_generate: test_training_form_predicts_decoded_rounds
-    2  labels, mask or blocks are not those of serving
-          test_basic: test_loss_*, test_drafter_*; test_drafter: test_drafter_*;
-          test_train: test_leak_*
-    3  the drafter's rotary embedding
-          test_basic: test_drafter_equals_basic; test_drafter: test_failure_3_*
-    4  features of the wrong target layer
-          test_target: test_target_equals_transformers, test_failure_4_*; test_drafter: test_taps_*
-    5  output differs from the target alone
-          test_decode_state: test_cuts_*; test_generate: test_generate_is_identical_*
-          test_slots, test_cuda_graph: all of it
-          test_prefill: test_prefill_padding_changes_no_bit
+    1  training leaks, or labels are off by one
+    2  labels, mask, or blocks differ from decoding
+    3  the drafter's rotary embedding is wrong
+    4  features come from the wrong target layer
+    5  the output differs from the target alone
     6  a rejected block leaves traces
-          test_decode_state: test_cuts_rejected_block, test_cuts_propose_twice
-    7  logits of all anchors at once
-          test_loss: test_loss_never_holds_all_logits
-    8  wrong state after a block of 16
-          test_kernel: all of it; test_basic: test_blocks_*
-    9  another chat template when served
-          test_data: test_failure_9_*, test_chat_*, test_prepare*
-    10 rope_theta dropped, wrong target
-          test_checkpoint: all of it; test_target: test_load_target_*
-    11 temperature ignored
-          test_sampling: all of it; test_generate: test_sampled_*
-    12 resuming is another run
-          test_train: test_resume_*, test_ranks_are_the_same_run
-    13 the loss depends on the split into micro-batches and ranks
-          test_train: test_step_does_not_depend_on_the_split, test_ranks_are_the_same_run
-          test_scaling: test_scaling_arms_do_the_same_work
-    14 shapes that vary
-          test_loss: test_anchors_*; test_train: test_batches_*
-          test_prefill: test_prefill_of_all_lengths_is_one_graph
-    15 a flattering benchmark
-          test_generate: test_generate_ends_*; test_bench, test_speed and test_scaling:
-          all of it
+    7  the logits of all anchors exist at once
+    8  the state is wrong after a block of 16
+    9  the chat template differs when served
+    10 rope_theta is dropped, or the target is the wrong one
+    11 temperature is ignored
+    12 a resumed run is a different run
+    13 the loss depends on the split into micro-batches and processes
+    14 shapes vary, so code compiles again
+    15 a benchmark flatters
 
-test_bugs makes such bugs on purpose, one at a time, and sees that the test which shall catch it
-fails.
+tests/test_bugs.py injects such bugs, one at a time, and checks that the named test fails.
+tests/try_bug.py tries a bug of your own.
 """
 import os
 import sys
@@ -57,6 +35,8 @@ import sys
 import pytest
 
 TESTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tests")
+FAST = ("test_readme", "test_basic", "test_drafter", "test_loss", "test_decode_state",
+        "test_sampling", "test_prefill")
 
 
 def main():
@@ -68,6 +48,8 @@ def main():
         if argument.startswith("-"):
             options = sys.argv[i:]
             break
+        elif argument == "fast":
+            files += [os.path.join(TESTS, name + ".py") for name in FAST]
         elif os.path.isfile(path):
             files.append(path)
         else:
