@@ -1,10 +1,9 @@
 """
-The path of a practitioner who has a fine-tuned target and chats of their own: let the target answer
-the chats, make samples, train a drafter, decode with it, and measure it on the same chats.
+The path of a practitioner who has a fine-tuned target and chats: let the target answer the chats,
+make samples, train a drafter, decode with it, and measure it on the same chats.
 """
 import filecmp
 import json
-import math
 import os
 import random
 import re
@@ -27,6 +26,7 @@ from tokenizer import tokenizer_fingerprint
 
 SOMEONE = "An answer of someone else."
 END = "<|im_end|>"
+CPU = ("--device=cpu", "--dtype=float32")
 BAD_ROWS = {  # why a row is dropped: the row
     "text that is not Unicode: a lone surrogate": {"question": "\ud800"},
     "not JSON": '{"question": "What is 3',
@@ -34,14 +34,6 @@ BAD_ROWS = {  # why a row is dropped: the row
     "images, which the target cannot read": {"messages": turns("q", "a"), "images": ["x"]},
     "refused: a special token in the text: <|im_start|>": {"messages": turns("<|im_start|>", "a")},
 }
-
-
-def publish_nano(folder):
-    """The shipped target in the form in which Qwen3.5 is published, with a template like its."""
-    publish(folder, load_target(NANO_TARGET), shards=1)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(os.path.join(NANO_TARGET, name), folder)
-    (folder / "chat_template.jinja").write_text(QWEN)
 
 
 def chats():
@@ -72,15 +64,11 @@ def chats():
 
 
 def supervised_texts(folder, target, split):
-    """(supervised text of each sample, the first questions of the samples)."""
+    """(the supervised text of each sample, the first questions of all samples)."""
     samples = Samples(folder, split, 512, tokenizer_fingerprint(target))
-    texts = []
-    questions = set()
-    for tokens, mask in samples:
-        texts.append(masked_text(tokens, mask))
-        text = nano()[1].decode(tokens)
-        questions.add(re.search(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", text, re.DOTALL)[1])
-    return texts, questions
+    texts = [nano()[1].decode(tokens) for tokens, _ in samples]
+    questions = {re.search(r"user\n(.*?)<\|im_end\|>", text, re.DOTALL)[1] for text in texts}
+    return [masked_text(tokens, mask) for tokens, mask in samples], questions
 
 
 def own_answers(row):
@@ -92,17 +80,23 @@ def test_practitioners_path(main, tmp_path):
     a word; someone else's answers are trained on; a printed command cannot be pasted."""
     work = tmp_path / "my files"
     work.mkdir()
-    target = str(work / "fine-tuned target")
-    publish_nano(work / "fine-tuned target")
+    target = work / "fine-tuned target"
+    answers = work / "answers.jsonl"
+    samples = str(work / "samples")
+    out_dir = work / "tiny-dflash"
+
+    # the shipped target in the form in which Qwen3.5 is published, with a template like Qwen3.5's
+    publish(target, load_target(NANO_TARGET), shards=1)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(os.path.join(NANO_TARGET, name), target)
+    (target / "chat_template.jinja").write_text(QWEN)
+
+    # it answers the chats: every row is answered or reported
     rows = chats()
     assert len(rows) == 200
     source = write_jsonl(work / "chats.jsonl", rows)
-    answers = work / "answers.jsonl"
-    samples = str(work / "samples")
-
-    # the target answers: every row is answered or reported
     printed = main(regenerate, f"--prompts={source}", f"--out={answers}", f"--target={target}",
-                   "--max_new_tokens=40", "--device=cpu", "--dtype=float32")
+                   "--max_new_tokens=40", *CPU)
     for reason, bad in BAD_ROWS.items():
         first, second = [number for number, row in enumerate(rows, 1) if row == bad]
         line = f"dropped 2: {reason} (line {first}, {second})"
@@ -115,17 +109,17 @@ def test_practitioners_path(main, tmp_path):
     assert len(answered) > 170  # the others were too long
     assert SOMEONE not in answers.read_text()
     kinds = [[message["role"] for message in row["messages"]] for row in answered]
-    for kind in ("system user assistant", "assistant user assistant user assistant",
-                 "user assistant tool assistant", "user assistant"):
-        assert kind.split() in kinds, kind
+    assert ["system", "user", "assistant"] in kinds
+    assert ["user", "assistant", "tool", "assistant"] in kinds
+    assert ["assistant", "user", "assistant", "user", "assistant"] in kinds
 
     # samples: all rows are kept, and only what the target wrote is supervised
     main(conversations, f"--source={answers}", f"--target={target}", f"--out_dir={samples}",
          "--max_length=512", "--num_proc=1")
     meta = json.loads((work / "samples" / "meta.json").read_text())
     assert (meta["read"], meta["dropped"], meta["unmarked"]) == (len(answered), {}, 0)
-    held_out, held_out_questions = supervised_texts(samples, target, "val")
-    trained_on, questions = supervised_texts(samples, target, "train")
+    held_out, held_out_questions = supervised_texts(samples, str(target), "val")
+    trained_on, questions = supervised_texts(samples, str(target), "train")
     assert not questions & held_out_questions  # with two system prompts too
     assert len(answered) // 20 < len(held_out) <= len(answered) // 10
     for row in answered:
@@ -138,20 +132,16 @@ def test_practitioners_path(main, tmp_path):
     assert held_out == trained_on == []
 
     # a drafter
-    out_dir = work / "tiny-dflash"
     printed = main(
         train, f"--target={target}", f"--data={samples}", f"--out_dir={out_dir}", "--num_layers=1",
         "--num_heads=2", "--num_kv_heads=1", "--head_dim=32", "--intermediate_size=64",
         "--target_layer_ids=3,7", "--num_anchors=16", "--max_length=512", "--epochs=0.2",
-        "--pad_to_multiple_of=64", "--lr=1e-2", "--log_every=1", "--decode_prompts=2",
-        "--device=cpu", "--dtype=float32")
+        "--pad_to_multiple_of=64", "--lr=1e-2", "--log_every=1", "--decode_prompts=2", *CPU)
     losses = [entry["loss"] for entry in read_jsonl(out_dir / "log.jsonl")]
-    assert losses[-1] < losses[0] and all(map(math.isfinite, losses))
+    assert losses[-1] < losses[0]
     assert "(2 prompts)" in printed
-    commands = {}
-    for line in printed.splitlines()[-4:]:
-        name, command = line.split(": ", 1)
-        commands[name] = shlex.split(command)
+    lines = [line.split(": ", 1) for line in printed.splitlines()[-4:]]
+    commands = {name: shlex.split(command) for name, command in lines}
     folder, = out_dir.glob("step-*")
 
     # what it exports
@@ -161,21 +151,20 @@ def test_practitioners_path(main, tmp_path):
     with safe_open(folder / "model.safetensors", "pt") as f:
         assert len(f.keys()) == 3 + 11
 
-    # the printed commands, as they are but for the question and sizes
-    assert {target, str(folder)} <= set(commands["SGLang"])
-    assert target in commands["vLLM"]
+    # the printed commands, with a question and small sizes
+    assert {str(target), str(folder)} <= set(commands["SGLang"])
     assert json.loads(commands["vLLM"][-1])["model"] == str(folder)
     python, script, *flags, question = commands["decode"]
     assert (python, script, question) == ("python", "draft_decode.py", "--prompt=...")
-    printed = main(draft_decode, *flags, "--prompt=30 * 3", "--max_new_tokens=40")
+    printed = main(draft_decode, *flags, "--prompt=30 * 3", "--max_new_tokens=40", *CPU)
     assert printed.endswith("identical\n")
     python, script, *flags = commands["measure"]
     assert (python, script, flags[-1]) == ("python", "bench.py", f"--prompts={answers}")
-    printed = main(bench, *flags, "--limit=4", "--max_new_tokens=40", f"--out_dir={work}/bench")
+    printed = main(bench, *flags, "--limit=4", "--max_new_tokens=40", f"--out_dir={work}", *CPU)
     report = json.loads(printed.splitlines()[-1])
     assert (report["prompts"], report["identical"]) == (4, 1)
 
     # the prompts were the same in all commands, because the last answers are
-    measured = read_jsonl(work / "bench" / "acceptance.jsonl")
+    measured = read_jsonl(work / "acceptance.jsonl")
     texts = [nano()[1].decode(row["speculative"]["tokens"]) for row in measured]
     assert texts == [own_answers(row)[-1] + END for row in answered[:4]]
