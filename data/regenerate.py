@@ -347,7 +347,6 @@ def decode_here(config, waiting):
     tokens_per_forward = 1  # the target's fastest mode without a drafter
     if drafter:
         tokens_per_forward = drafter.block_size
-    sizes = (target.config, tokens_per_forward)
     context = target.config.max_position_embeddings
 
     token_ids = {}  # of prompts that can be answered, by number
@@ -355,7 +354,9 @@ def decode_here(config, waiting):
         try:
             prompt = prompt_ids(tokenizer, messages, tools, config.thinking, context)
             # Check each prompt here, because generate_many refuses all prompts if it refuses one.
-            Request(number, prompt, config.max_new_tokens, stops, sizes)
+            Request(
+                number, prompt, sequence_id=number, stops=stops, config=target.config,
+                max_new_tokens=config.max_new_tokens, tokens_per_forward=tokens_per_forward)
         except ValueError as error:
             yield number, Answer(None, f"refused: {error}")
         else:
@@ -438,6 +439,7 @@ def finish(part, out, prompts):
     """Write the conversations that have an answer from OUT.part to OUT, in the prompts' order, and
     remove OUT.part. Returns {result: number of answers with it}."""
     counts = collections.Counter(answered=0)
+    refusals = collections.Counter()
     with open(part, "rb") as f:
         starts = collections.defaultdict(list)  # of the lines of a prompt
         end = len(f.readline())  # the header
@@ -447,6 +449,8 @@ def finish(part, out, prompts):
             end += len(line)
             why_none = row["why"] or "answered"
             counts[why_none.partition(":")[0]] += 1
+            if why_none.startswith("refused"):
+                refusals[why_none] += 1
         if not counts["answered"]:
             os.remove(part)
             listed = ", ".join(f"{count:,} {result}" for result, count in counts.items())
@@ -461,6 +465,8 @@ def finish(part, out, prompts):
                 write_conversation(conversations, prompt, answers)
     os.replace(out + ".tmp", out)
     os.remove(part)
+    for reason, count in refusals.most_common(20):
+        print(f"{count:,} {reason}")
     return counts
 
 
