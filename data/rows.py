@@ -82,9 +82,7 @@ class Dropped:
         """Count a row that usable() gave as dropped. reason: an UnusableRow."""
         self.unusable += not isinstance(reason, UnwantedRow)
         places, count = self.places.get(str(reason), ([], 0))
-        if count < 3:
-            places.append(str(place))
-        self.places[str(reason)] = (places, count + 1)
+        self.places[str(reason)] = ([*places, str(place)][:3], count + 1)
 
     def counts(self):
         return {reason: count for reason, (_, count) in sorted(self.places.items())}
@@ -96,7 +94,8 @@ class Dropped:
         if not self.read:
             raise ValueError(f"{where(self.source)!r} holds no rows")
         if not kept or self.unusable > self.read / 2:
-            reason, (places, count) = max(self.places.items(), key=by_count)
+            reason = max(self.places, key=self.counts().get)
+            places, count = self.places[reason]
             raise ValueError(
                 f"{where(self.source)}, {self.unit} {one_line(places[0], 50)}: {one_line(reason)}. "
                 f"{count:,} of {self.read:,} rows are like this, and {kept:,} can be used")
@@ -104,10 +103,6 @@ class Dropped:
             dots = ", .." if count > 3 else ""
             places = one_line(", ".join(places))
             print(f"dropped {count:,}: {one_line(reason)} ({self.unit} {places}{dots})")
-
-
-def by_count(item):
-    return item[1][1]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -121,15 +116,15 @@ def read_conversations(source, split="train", part=None):
     """
     for place, row in read_rows(source, split, part):
         try:
-            yield place, conversation_of(row)
+            if isinstance(row, dict):
+                row = conversation_of(row)
         except UnusableRow as reason:
-            yield place, reason
+            row = reason
+        yield place, row
 
 
 def conversation_of(row):
     """The Conversation in a row, or UnusableRow."""
-    if isinstance(row, UnusableRow):
-        raise row
     messages = listed(first_of(row, MESSAGES), "messages")
     if not messages:
         messages = as_messages(first_of(row, QUESTIONS), "user")
@@ -165,8 +160,10 @@ def conversation_of(row):
 
 def first_of(row, names):
     """The value of the first of these keys that a row has; None if it has none of them."""
-    values = [row[name] for name in names if row.get(name) not in (None, "", [])]
-    return values[0] if values else None
+    for name in names:
+        if row.get(name) not in (None, "", []):
+            return row[name]
+    return None
 
 
 def as_messages(value, role):
@@ -411,20 +408,20 @@ def without_nulls(value):
 
 
 def read_hub(name, split, part):
-    refused = (f"no file {name!r}, and the hub does not give such a data set (%s): copy its files "
-               "here and give the path of their folder instead")
-    is_offline = not hub_answers()
-    if is_offline and not has_copy(name):
-        raise ValueError(refused % "offline")
-    import datasets  # here, because it takes a second, and local files do not need it
-
-    if is_offline:
-        datasets.config.HF_HUB_OFFLINE = True  # or it asks the hub again for half a minute
     try:
+        is_offline = not hub_answers()
+        if is_offline and not has_copy(name):
+            raise ConnectionError
+        import datasets  # here, because it takes a second, and local files do not need it
+
+        if is_offline:
+            datasets.config.HF_HUB_OFFLINE = True  # or it asks the hub again for half a minute
         yield from datasets.load_dataset(name, part, split=split)
     # Offline, unknown, gated, a broken copy: four libraries raise a dozen types of exceptions.
     except Exception as error:
-        raise ValueError(refused % type(error).__name__) from None
+        raise ValueError(f"no file {where(name)!r}, and the hub does not give such a data set "
+                         f"({type(error).__name__}): copy its files here and give the path of "
+                         "their folder instead") from None
 
 
 def hub_answers(seconds=1.0):
