@@ -162,7 +162,7 @@ SIGNS = {  # the sign of a calculation: how people write it
 
 
 def check_calculation(question, answer):
-    """The answer is that of Python's own arithmetic."""
+    """Python's own arithmetic gives the same answer."""
     a, b = map(int, re.findall(r"[0-9]+", question))
     text = question.lower()
     if re.search(r"subtract|take [0-9]|go into", text):
