@@ -375,7 +375,7 @@ conversations.encode = dying
 def test_conversations_that_end_early(tmp_path, how, error):
     """A worker that dies leaves its parent waiting; Ctrl-C prints tracebacks or leaves files."""
     source = write_jsonl(tmp_path / "x.jsonl", [
-        {"id": i, "messages": turns(f"q{i}", "a " * 400)} for i in range(1500)])
+        {"id": i, "messages": turns(f"q{i}", "a " * 400)} for i in range(800)])
     flags = (f"--source={source}", f"--target={NANO_TARGET}", f"--out_dir={tmp_path}/out",
              "--num_proc=2")
     process = start("conversations", *flags, tmp_path=tmp_path,
