@@ -512,15 +512,16 @@ HOSTILE = "\x1b[2J\u202e"
 
 
 @pytest.mark.parametrize("what", ("name", "role", "template", "server"))
-def test_escape_sequences_do_not_reach_the_terminal(ask, main, prepare, tmp_path, what):
+def test_escape_sequences_do_not_reach_the_terminal(ask, main, prepare, capsys, tmp_path, what):
     """A file name, a row, a template, or a server clears the screen or changes what it shows."""
     if what == "server":
         printed = ask([{"question": "q"}], "refusing")[0]
     elif what == "name":
-        for name in ("a", HOSTILE):
-            write_jsonl(tmp_path / f"{name}.jsonl", ["{"])
-        printed = main(regenerate, f"--prompts={tmp_path}", "--out=x")
-        printed += main(regenerate, f"--prompts={tmp_path}/{HOSTILE}.jsonl", "--out=x")
+        path = write_jsonl(tmp_path / f"{HOSTILE}.jsonl", ["{"])
+        printed = main(regenerate, f"--prompts={path}", "--out=x")
+        write_jsonl(tmp_path / "a.jsonl", [{"question": "q"}])
+        regenerate.read_prompts(str(tmp_path))
+        printed += capsys.readouterr().out
     elif what == "role":
         printed, _ = prepare([{"messages": [{"role": HOSTILE, "content": "a"}]}])
     else:
