@@ -1,9 +1,9 @@
 """
 From a question to token ids and back: tokenizer, chat template, and the ids that end an answer.
 
-Decoding, benchmarks and training data all go through chat_prompt, so that no two of them can use
-different templates. A drafter trained on one template and served with another loses half of its
-acceptance.
+Decoding, benchmarks, and training data all use chat_prompt, so that no two of them can use
+different templates. A drafter that is trained on one template and served with a different one loses
+half of its acceptance.
 """
 import functools
 import json
@@ -13,7 +13,10 @@ import zlib
 
 from transformers import AutoTokenizer
 
-from checkpoint import checkpoint_folder, one_line, read_target_config
+from checkpoint import checkpoint_folder, read_target_config
+from formats.files import one_line, where
+
+DEEPEST = 50  # levels of lists and dicts in messages and tools
 
 
 def load_tokenizer(name):
@@ -31,12 +34,12 @@ def load_tokenizer(name):
 def tokenizer_in(folder):
     """The tokenizer in a folder, which need not hold a model. ValueError when there is none."""
     if not os.path.isfile(os.path.join(folder, "tokenizer.json")):
-        raise ValueError(f"no tokenizer.json in {folder!r}: copy it there from the checkpoint's "
-                         "publisher")
+        raise ValueError(f"no tokenizer.json in {where(folder)!r}: copy it there from the "
+                         "checkpoint's publisher")
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # OSError, ValueError and others for missing and broken files
-        raise ValueError(f"no tokenizer in {folder!r}: {one_line(error)}") from None
+        raise ValueError(f"no tokenizer in {where(folder)!r}: {one_line(error)}") from None
 
 
 def chat_prompt(tokenizer, prompt, thinking=False, tools=None):
@@ -49,10 +52,7 @@ def chat_prompt(tokenizer, prompt, thinking=False, tools=None):
     messages = prompt
     if isinstance(prompt, str):
         messages = [{"role": "user", "content": prompt}]
-    token = special_token_in(tokenizer, [messages, tools])
-    if token:
-        raise ValueError(f"the prompt contains {token}, which is a special token of this "
-                         "tokenizer: remove it from the text")
+    check_special_tokens(tokenizer, [messages, tools])
     text = chat_text(tokenizer, messages, thinking, tools)
     return tokenizer.encode(text, add_special_tokens=False)
 
@@ -76,17 +76,29 @@ def chat_text(tokenizer, messages, thinking=False, tools=None, opens_answer=True
         raise ValueError(f"the chat template refuses this conversation: {reason}") from error
 
 
-def special_token_in(tokenizer, value):
-    """A special token that occurs in the texts of a JSON value; None if there is none."""
+def check_special_tokens(tokenizer, value):
+    """ValueError if a text in a JSON value contains a special token."""
+    for text in texts_in(value):
+        match = special_tokens(tokenizer).search(text)
+        if match:
+            raise ValueError(f"a special token in the text: {one_line(match[0])}")
+
+
+def texts_in(value, levels=DEEPEST):
+    """Yield the texts in a JSON value. ValueError if it is nested too deeply for a template, or if
+    it is not JSON: tables hold dates and bytes."""
     if isinstance(value, str):
-        match = special_tokens(tokenizer).search(value)
-        return match and match[0]
+        yield value
+        return
     if isinstance(value, dict):
         value = [*value, *value.values()]
     if isinstance(value, list):
-        found = (special_token_in(tokenizer, inner) for inner in value)
-        return next(filter(None, found), None)
-    return None
+        if not levels:
+            raise ValueError("JSON that is nested too deeply")
+        for inner in value:
+            yield from texts_in(inner, levels - 1)
+    elif not isinstance(value, int | float | None):
+        raise ValueError("values that are not JSON")
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from data.nano.refusals import REFUSAL, REFUSED_EXAMPLES
 from data.questions import SUFFIX
 from data.rows import (
     Dropped, UnusableRow, UnwantedRow, prompt_ids, read_conversations, read_rows)
+from formats.files import one_line, where
 
 
 BLOCK_ROOM = 16  # tokens of the context that decoding keeps for a block
@@ -40,19 +41,16 @@ def load_prompts(config, count, target, tokenizer):
     prompts = []
     dropped = Dropped(config.prompts, "prompt")
     context = target.config.max_position_embeddings
-    for number, (question, answer) in enumerate(questions, 1):
+    for number, (question, answer) in dropped.usable(enumerate(questions, 1)):
         messages, tools = messages_of(question)
         try:
             ids = prompt_ids(tokenizer, messages, tools, config.thinking, context)
             if len(ids) + BLOCK_ROOM >= context:
                 raise UnwantedRow("longer than the target's context")
+            prompts.append(Prompt(ids, answer, messages[-1]["content"]))
         except UnusableRow as reason:
             dropped.add(reason, number)
-        else:
-            dropped.add(None, number)
-            prompts.append(Prompt(ids, answer, messages[-1]["content"]))
-    dropped.check()
-    dropped.print_report()
+    dropped.finish()
     return prompts
 
 
@@ -122,7 +120,8 @@ def load_questions(name, count):
             questions.append(question_of(data_set, row))
         except (LookupError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{source}, row {place} does not look like {data_set}: {error!r}") from None
+                f"{where(source)}, row {place} does not look like {data_set}: "
+                f"{one_line(repr(error))}") from None
     if not questions:
         raise ValueError(f"{source} contains no prompts")
     return questions
@@ -132,11 +131,8 @@ def questions_of_file(path, count):
     """(question, known answer or None) of conversations, each cut before its last answer. If a user
     has the last word, nothing is cut."""
     dropped = Dropped(path)
-    for place, conversation in read_conversations(path):
-        if isinstance(conversation, UnusableRow):
-            dropped.add(conversation, place)
-            continue
-        dropped.add(None, place)
+    rows = dropped.usable(read_conversations(path))
+    for _, conversation in itertools.islice(rows, count):
         messages = conversation.messages
         if messages[-1]["role"] == "assistant":
             messages = messages[:-1]
@@ -144,10 +140,7 @@ def questions_of_file(path, count):
         if len(messages) == 1 and not conversation.tools:
             question = messages[0]["content"]
         yield question, conversation.answer
-        if dropped.kept == count:
-            break
-    dropped.check()
-    dropped.print_report()
+    dropped.finish()
 
 
 def question_of(data_set, row):
@@ -167,9 +160,9 @@ def question_of(data_set, row):
 
 
 def is_correct(text, answer):
-    """Whether the boxed result of a text is the known answer, as text, as a number or as
-    mathematics. None: only the package math-verify can tell, and it is not installed. NOT_GRADED:
-    the grader failed.
+    """Whether the boxed result of a text is the known answer: the same text, number, or
+    mathematical expression. None: only the package math-verify can tell, and it is not installed.
+    NOT_GRADED: the grader failed.
 
     A text that must be refused is answered correctly only by the exact refusal.
     """

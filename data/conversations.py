@@ -31,9 +31,10 @@ from tokenizer import chat_prompt, load_tokenizer, max_characters, tokenizer_fin
 from checkpoint import read_target_config
 from configurator import configure
 from data.rows import (
-    Conversation, Dropped, UnusableRow, UnwantedRow, check_special_tokens, progress,
-    read_conversations, render)
+    Conversation, Dropped, UnusableRow, UnwantedRow, progress, read_conversations,
+    refuse_special_tokens, render)
 from data.samples import split_writers
+from formats.files import one_line, where
 
 source = ""             # hub id, file or folder of JSON lines or parquet
 target = ""             # whose tokenizer and chat template to use: folder or hub id
@@ -45,7 +46,6 @@ num_proc = min(8, os.cpu_count() or 1)    # processes that tokenize
 
 ASSISTANT = "<|im_start|>assistant\n"
 END = "<|im_end|>"
-CHUNK = 16  # rows that a process gets at a time
 
 
 def main(argv=None):
@@ -53,14 +53,13 @@ def main(argv=None):
     try:
         meta = prepare(config)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {one_line(error, 300)}")
     except KeyboardInterrupt:
         sys.exit("interrupted: nothing was kept, the same command starts again")
     splits = meta["splits"]
     kept = sum(split["rows"] for split in splits.values())
-    dropped = sum(meta["dropped"].values())
     print(f"{config.out_dir}: {meta['read']:,} rows read, {kept:,} kept ({meta['cut']:,} of them "
-          f"cut at {config.max_length} tokens), {dropped:,} dropped")
+          f"cut at {config.max_length} tokens), {meta['read'] - kept:,} dropped")
     print(f"{meta['answers']:,} answers are supervised, {meta['other_answers']:,} are not; "
           f"{meta['unmarked']:,} rows have no target_turns, so all their answers count as the "
           "target's own")
@@ -80,40 +79,40 @@ def prepare(config):
 
     # A first pass counts the rows and chooses the held-out ones: their questions have the smallest
     # keys. The choice depends neither on the order of the rows nor on chance.
-    keys = question_keys(config)
-    meta = write_split(config, keys)
+    counts, total = count_questions(config)
+    meta, counts = write_splits(config, counts, total)
     while not meta["splits"]["val"]["rows"]:  # all held-out rows were dropped: choose others
-        meta = write_split(config, keys)
+        meta, counts = write_splits(config, counts, total)
     return meta
 
 
-def question_keys(config):
-    """A number for each row of the source: a hash of its first question, so rows of one question
-    have the same key. None for a row that is dropped."""
+def question_key(conversation):
+    """A hash of the first question. Rows of one question have the same key."""
+    roles = [message["role"] for message in conversation.messages]
+    question = conversation.messages[roles.index("user")]["content"]
+    return zlib.crc32(question.strip().encode())
+
+
+def count_questions(config):
+    """(Counter of the usable rows per question_key(), number of all rows)."""
     template = answer_template(config.target, config.thinking)
     dropped = Dropped(config.source)
-    keys = []
-    for place, conversation in progress(read_conversations(config.source), "row"):
+    counts = collections.Counter()
+    rows = progress(read_conversations(config.source), "row")
+    for place, conversation in dropped.usable(rows):
         try:
-            if isinstance(conversation, UnusableRow):
-                raise conversation
             split_answer(conversation, template, config.thinking)
-            asked = [m["content"] for m in conversation.messages if m["role"] == "user"]
-            keys.append(zlib.crc32(asked[0].strip().encode()))
-            dropped.add(None, place)
+            counts[question_key(conversation)] += 1
         except UnusableRow as reason:
-            keys.append(None)
             dropped.add(reason, place)
-    dropped.check()
-    return keys
+    return counts, dropped.read
 
 
-def held_out_keys(keys, val_rows):
+def held_out_keys(counts, val_rows):
     """The smallest keys: together val_rows rows, but at most a tenth of all.
 
     A key with more rows than that stays in the training data, unless no other key is left.
     """
-    counts = collections.Counter(key for key in keys if key is not None)
     wanted = min(val_rows, max(1, counts.total() // 10))
     held_out = set()
     for key in sorted(counts):
@@ -125,8 +124,9 @@ def held_out_keys(keys, val_rows):
     return held_out
 
 
-def write_split(config, keys):
-    """Write the samples. keys: question_keys(). Returns the content of meta.json.
+def write_splits(config, counts, total):
+    """Write the samples. Arguments: what count_questions() returns. Returns the content of
+    meta.json, and the Counter of the rows that were kept.
 
     A sample to train on has all answers of the target. A held-out sample has the last one only: it
     follows the prompt that decoding gets.
@@ -137,84 +137,69 @@ def write_split(config, keys):
         "source": config.source,
         "max_length": config.max_length,
         "thinking": config.thinking,
-        "read": len(keys),
-        "cut": 0,
-        "answers": 0,
-        "other_answers": 0,
-        "unmarked": 0,
     }
-    held_out = held_out_keys(keys, config.val_rows)
+    held_out = held_out_keys(counts, config.val_rows)
+    sums = collections.Counter(cut=0, answers=0, other_answers=0, unmarked=0)
+    kept = collections.Counter()
     dropped = Dropped(config.source)
     with split_writers(config.out_dir, ("train", "val"), meta) as writers:
         results = encode_all(read_conversations(config.source), config)
-        for i, (place, result) in enumerate(progress(results, "row", len(keys))):
-            if isinstance(result, EncodedRow) and keys[i] in held_out:
-                result = last_answer_only(result)
-            if isinstance(result, UnusableRow):
-                keys[i] = None
-                dropped.add(result, place)
+        for place, row in dropped.usable(progress(results, "row", total)):
+            split = "train"
+            if row.key in held_out:
+                split = "val"
+                row = last_answer_only(row)
+            if not row.answers:
+                reason = UnwantedRow("held out, and the last answer is beyond max_length")
+                dropped.add(reason, place)
                 continue
-            dropped.add(None, place)
-            split = "val" if keys[i] in held_out else "train"
-            writers[split].add(result.tokens, result.mask)
-            meta["cut"] += result.was_cut
-            meta["answers"] += result.answers
-            meta["other_answers"] += result.other_answers
-            meta["unmarked"] += not result.is_marked
+            writers[split].add(row.tokens, row.mask)
+            kept[row.key] += 1
+            sums.update(cut=row.was_cut, answers=row.answers, other_answers=row.other_answers,
+                        unmarked=not row.is_marked)
+        meta |= sums
+        meta["read"] = dropped.read
         meta["dropped"] = dropped.counts()
-        dropped.check()
-        train_count = writers["train"].samples
-        if not train_count or not held_out_keys(keys, config.val_rows):
+        dropped.finish()
+        train_count = sum(count for key, count in kept.items() if key not in held_out)
+        if not train_count or not held_out_keys(kept, config.val_rows):
             raise ValueError(
-                f"{config.source!r} gives {train_count} rows to train on and "
-                f"{writers['val'].samples} to hold out, and needs one of each; {len(keys)} were "
-                f"read, dropped: {meta['dropped']}")
-    dropped.print_report()
-    return meta
+                f"{where(config.source)!r} gives {train_count} rows to train on and "
+                f"{kept.total() - train_count} to hold out, and needs one of each; {dropped.read} "
+                f"were read, dropped: {meta['dropped']}")
+    return meta, kept
 
 
 def last_answer_only(row):
-    """An EncodedRow with only its last answer supervised, or an UnwantedRow."""
+    """An EncodedRow with only its last answer supervised, if max_length leaves a part of it."""
     mask = row.mask.copy()
     mask[:row.answer_start] = 0
-    if not mask.any():
-        return UnwantedRow("held out, and the last answer is beyond max_length")
-    skipped = row.answers - 1
-    return row._replace(mask=mask, answers=1, other_answers=row.other_answers + skipped)
+    answers = int(mask.any())
+    others = row.other_answers + row.answers - answers
+    return row._replace(mask=mask, answers=answers, other_answers=others)
 
 
 def encode_all(rows, config):
     """Yield (place, EncodedRow or UnusableRow) of each row, in order, from num_proc processes."""
     work = functools.partial(
-        encode_chunk, target=config.target, thinking=config.thinking,
+        encode_or_reason, target=config.target, thinking=config.thinking,
         max_length=config.max_length)
-    rows = iter(rows)
-    chunks = iter(lambda: list(itertools.islice(rows, CHUNK)), [])
     if config.num_proc == 1:
-        for chunk in chunks:
-            yield from work(chunk)
+        yield from map(work, rows)
         return
-    waiting = collections.deque()
-    pool = ProcessPoolExecutor(config.num_proc, initializer=prepare_worker)
-    try:
-        for chunk in chunks:
-            waiting.append((chunk, pool.submit(work, chunk)))
-            if len(waiting) == 8 * config.num_proc:
-                yield from waiting[0][1].result()
-                waiting.popleft()
-        while waiting:
-            yield from waiting[0][1].result()
-            waiting.popleft()
-    except BrokenProcessPool:
-        # a process has one chunk, and the pool keeps one more at hand
-        lost = [chunk for chunk, future in waiting if future.exception()] or [chunk]
-        first, _ = lost[0][0]
-        last, _ = lost[:config.num_proc + 1][-1][-1]
-        raise ValueError(
-            f"a process died, perhaps for lack of memory, with one of the rows at line "
-            f"{first} to {last} of {config.source}") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+    rows = iter(rows)
+    chunks = iter(lambda: list(itertools.islice(rows, 256 * config.num_proc)), [])
+    with ProcessPoolExecutor(config.num_proc, initializer=prepare_worker) as pool:
+        for some in chunks:
+            done = 0
+            try:
+                for result in pool.map(work, some, chunksize=16):
+                    yield result
+                    done += 1
+            except BrokenProcessPool:
+                raise ValueError(
+                    f"a process died, perhaps for lack of memory, with one of the rows at line "
+                    f"{some[done][0]} to {some[-1][0]} of {where(config.source)}") from None
 
 
 def prepare_worker():
@@ -228,17 +213,15 @@ def prepare_worker():
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def encode_chunk(rows, target, thinking, max_length):
-    """[(place, EncodedRow or UnusableRow), ..] of some (place, Conversation or UnusableRow)."""
-    results = []
-    for place, row in rows:
-        if isinstance(row, Conversation):
-            try:
-                row = encode(row, target, thinking, max_length)
-            except UnusableRow as reason:
-                row = reason
-        results.append((place, row))
-    return results
+def encode_or_reason(placed_row, target, thinking, max_length):
+    """(place, EncodedRow or UnusableRow) of a (place, Conversation or UnusableRow)."""
+    place, row = placed_row
+    if isinstance(row, Conversation):
+        try:
+            row = encode(row, target, thinking, max_length)
+        except UnusableRow as reason:
+            row = reason
+    return place, row
 
 
 # --------------------------------------------------------------------------------------------------
@@ -249,6 +232,7 @@ class EncodedRow(NamedTuple):
     tokens: np.ndarray
     mask: np.ndarray
     was_cut: bool
+    key: int                # question_key()
     answer_start: int       # where the last answer begins
     answers: int            # how many are supervised
     other_answers: int
@@ -296,21 +280,21 @@ def encode(conversation, target, thinking, max_length):
     """
     template = answer_template(target, thinking)
     tokenizer = template.tokenizer
-    last, answer = split_answer(conversation, template, thinking)
     messages = conversation.messages
-    check_special_tokens(tokenizer, messages[last])
+    last, answer = split_answer(conversation, template, thinking)
     text = render(tokenizer, messages[:last], conversation.tools, thinking)
     if "tool_calls" in messages[last]:
         answer = answer_with_calls(conversation, last, text, template, thinking)
+    refuse_special_tokens(tokenizer, messages[last])
 
     # a text much longer than max_length would take gigabytes as tokens, so it is cut before
     longest = max_characters(tokenizer, max_length)
     prompt = tokenizer.encode(text[:longest], add_special_tokens=False)
-    reply = tokenizer.encode((answer + END)[:longest], add_special_tokens=False)
-    tokens = np.array(prompt + reply, np.uint32)[:max_length]
-    mask = np.zeros(len(prompt) + len(reply), np.uint8)
+    reply = tokenizer.encode(answer[:longest] + END, add_special_tokens=False)
+    tokens = prompt + reply
+    mask = np.zeros(len(tokens), np.uint8)
     mask[len(prompt):] = 1
-    begins = [len(prompt)]
+    begins = [len(prompt)]  # of supervised answers
     headers = find_all(template.header, prompt)
     earlier = [i for i in range(last) if messages[i]["role"] == "assistant"]
     if len(headers) != len(earlier) + 1 and len(text) <= longest:
@@ -324,22 +308,20 @@ def encode(conversation, target, thinking, max_length):
             continue  # of somebody else, or the template left its thought out
         if has_opening:
             begin = opening_end
-        mask[begin:find_end(reply[-1], prompt, begin)] = 1
+        mask[begin:tokens.index(reply[-1], begin) + 1] = 1
         begins.append(begin)
     answers = sum(begin < max_length for begin in begins)
     if not answers:
         raise UnwantedRow(f"no answer within {max_length} tokens")
     return EncodedRow(
-        tokens, mask[:max_length], len(mask) > max_length, len(prompt), answers,
-        len(earlier) + 1 - answers, conversation.target_turns is not None)
-
-
-def find_end(end, tokens, begin):
-    """The position after the closing <|im_end|> of an answer that begins here."""
-    try:
-        return tokens.index(end, begin) + 1
-    except ValueError:  # it was cut off
-        return len(tokens)
+        tokens=np.array(tokens[:max_length], np.uint32),
+        mask=mask[:max_length],
+        was_cut=len(mask) > max_length,
+        key=question_key(conversation),
+        answer_start=len(prompt),
+        answers=answers,
+        other_answers=len(earlier) + 1 - answers,
+        is_marked=conversation.target_turns is not None)
 
 
 def own_turns(conversation):
@@ -361,10 +343,7 @@ def split_answer(conversation, template, thinking):
     last = max(own)
     for message in conversation.messages[:last + 1]:
         if message["role"] == "assistant":
-            check_answer(message, template, thinking)
-    message = conversation.messages[last]
-    text = message["content"].removeprefix(template.opening_text)
-    thought = message.get("reasoning_content", "").strip()
+            text, thought = check_answer(message, template, thinking)
     if thinking and thought:
         text = thought + "\n</think>\n\n" + text.lstrip("\n")
     if thinking and "</think>" not in text:
@@ -373,7 +352,8 @@ def split_answer(conversation, template, thinking):
 
 
 def check_answer(message, template, thinking):
-    """UnusableRow for an assistant's message that is empty or whose thought is ambiguous."""
+    """(text, thought) of an assistant's message. UnusableRow if it is empty, or if it is not clear
+    what the thought is."""
     text = message["content"].removeprefix(template.opening_text)
     thought = message.get("reasoning_content", "").strip()
     ends = text.count("</think>")
@@ -388,10 +368,11 @@ def check_answer(message, template, thinking):
         raise UnusableRow("more than one </think> in an answer")
     if thinking and begins:
         raise UnusableRow("a thought that begins differently than in the chat template")
+    return text, thought
 
 
 def answer_with_calls(conversation, last, prompt, template, thinking):
-    """The text of an answer with tool calls, as the chat template writes it after a prompt."""
+    """The text of an answer with tool calls, in the chat template's form, after a prompt."""
     text = render(template.tokenizer, conversation.messages[:last + 1], conversation.tools,
                   thinking, opens_answer=False)
     answer, end, _ = text[len(prompt):].partition(END)

@@ -14,8 +14,8 @@ the target does not finish. "target_turns" of a row are the numbers of the messa
 
 data/rows.py says which prompts can be read. The first form sends many prompts at a time to an
 OpenAI-compatible server, for example SGLang or vLLM. The second form decodes as many prompts at
-once as it has slots. Above temperature 0 it decodes one after another, because then each prompt has
-its own noise.
+once as it has slots. Above temperature 0 the noise depends on the number of the row, so equal
+prompts get different answers.
 
 Each answer goes to OUT.part as soon as it ends. After an interruption the same command resumes
 there.
@@ -32,6 +32,7 @@ import time
 import urllib.error
 import urllib.request
 import zlib
+from multiprocessing.pool import ThreadPool
 from typing import NamedTuple
 
 import torch
@@ -43,9 +44,9 @@ import fast
 from checkpoint import load_drafter, load_target
 from configurator import configure
 from data.rows import (
-    Dropped, UnusableRow, parse_json, progress, prompt_ids, read_conversations, read_message)
-from data.samples import new_file
+    Dropped, parse_json, progress, prompt_ids, read_conversations, read_message)
 from draft_decode import Request, generate_many
+from formats.files import one_line, whole_file
 from sampling import Sampling
 
 prompts = ""                    # hub id, file or folder: questions or conversations
@@ -57,7 +58,7 @@ retries = 6                     # per request that a busy or restarting server d
 timeout = 3600.0                # seconds until a whole request counts as not answered
 target = "Qwen/Qwen3.5-0.8B"    # without a server: folder or hub id of the target
 drafter = ""                    # without a server: folder or hub id of a drafter; empty: none
-slots = 32                      # without a server: prompts decoded at once at temperature 0
+slots = 32                      # without a server: prompts decoded at once
 device = "cuda" if torch.cuda.is_available() else "cpu"  # without a server: cpu or cuda
 dtype = "float32" if device == "cpu" else "bfloat16"     # without a server: of weights, activations
 temperature = 0.0               # of the target's choice; 0 is greedy
@@ -73,11 +74,11 @@ def main(argv=None):
     try:
         counts = regenerate(config)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {one_line(error, 300)}")
     except KeyboardInterrupt:
         sys.exit(f"interrupted: the same command resumes from {config.out}.part")
-    listed = ", ".join(f"{count:,} {outcome}" for outcome, count in counts.items())
-    print(f"{config.out}: {listed}")
+    listed = ", ".join(f"{count:,} {result}" for result, count in counts.items())
+    print(f"{config.out}: {one_line(listed)}")
 
 
 def regenerate(config):
@@ -87,33 +88,47 @@ def regenerate(config):
     if not has_files or not server_is_complete or min(config.in_flight, config.slots) < 1:
         raise ValueError("give --prompts and --out, --server with --model or neither, and "
                          "in_flight and slots of at least 1")
-    if os.path.exists(config.out):
+    if os.path.lexists(config.out):
         raise ValueError(f"{config.out} is there already: remove it, or give another --out")
     prompts = read_prompts(config.prompts)
     os.makedirs(os.path.dirname(os.path.abspath(config.out)), exist_ok=True)
-    part = config.out + ".part"
-    written = resume(part, part_header(config), prompts)
+    part_path = config.out + ".part"
+    with open(part_path, "a+b", opener=open_no_link) as f:
+        part = PartFile(f, prompts)
+        if not part.resume(part_header(config)):
+            raise ValueError(f"{part_path} was made from other prompts or in another way: remove "
+                             "it, or give another --out")
+        answer_all(config, part)
+        if part.counts["answered"]:
+            with whole_file(config.out) as conversations:
+                for number in range(len(prompts)):
+                    conversations.write(part.conversation(number))
+    os.remove(part_path)
+    if not part.counts["answered"]:
+        listed = ", ".join(f"{count:,} {result}" for result, count in part.counts.items())
+        raise ValueError(f"no answer ended, so there is no {config.out}: {listed}; the last one: "
+                         f"{part.last_result}")
+    return part.counts
 
-    answer_all = ask_all if config.server else decode_here
-    refusals = 0
-    with open(part, "a") as f:
-        waiting = written.requests()
-        while waiting:  # for one message of each conversation
-            answers = answer_all(config, waiting)
-            for number, answer in progress(answers, "answer", len(waiting)):
-                row = {"number": number, "prompt": checksum(prompts[number]),
-                       "message": answer.message, "why": answer.why_none}
-                f.write(json.dumps(row) + "\n")
-                f.flush()
-                written.add(number, answer.message)
-                # A refusal can concern one prompt only, for example a prompt longer than the
-                # context. If the first prompts are all refused, probably all will be.
-                refusals += answer.is_refused()
-                if refusals == written.added == MAX_REFUSALS:
-                    os.remove(part)
-                    raise ValueError(f"the first {refusals} prompts are {answer.why_none}")
-            waiting = written.requests()
-    return finish(part, config.out, prompts)
+
+def answer_all(config, part):
+    """Add the answers that a PartFile lacks. A message of each conversation comes before the next
+    message of any."""
+    answer_some = ask_all if config.server else decode_here
+    waiting = part.requests()
+    while waiting:
+        for number, answer in progress(answer_some(config, waiting), "answer", len(waiting)):
+            part.add(number, answer)
+            # A refusal can concern one prompt only, for example a prompt longer than the context.
+            # If the first prompts are all refused, probably all will be.
+            if part.counts["refused"] == part.counts.total() == MAX_REFUSALS:
+                return
+        waiting = part.requests()
+
+
+def open_no_link(path, flags):
+    """os.open() for a file that may be there. It does not follow a link to a different file."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 # --------------------------------------------------------------------------------------------------
 # prompts
@@ -126,77 +141,137 @@ class Prompt(NamedTuple):
     turns: list         # numbers of the messages that the target writes
 
     def with_answers(self, answers):
-        """The messages up to the next one to write, with the target's answers so far."""
+        """The messages with the target's answers so far, up to the next one to write."""
         messages = self.messages + [None]
         for turn, answer in zip(self.turns, answers):
             messages[turn] = answer
-        if len(answers) < len(self.turns):
-            return messages[:self.turns[len(answers)]]
-        return messages[:self.turns[-1] + 1]
-
-
-class Written:
-    """What the target has written so far."""
-    def __init__(self, prompts):
-        self.prompts = prompts
-        self.answers = {}       # of unfinished conversations, by the number of the prompt
-        self.finished = set()
-        self.added = 0
-
-    def add(self, number, message):
-        """The next message of a conversation; None if there is none, which ends it."""
-        self.added += 1
-        answers = self.answers.pop(number, []) + [message]
-        if message is None or len(answers) == len(self.prompts[number].turns):
-            self.finished.add(number)
-        else:
-            self.answers[number] = answers
-
-    def add_row(self, row):
-        """Add a line of OUT.part. Returns whether it is for the prompt of its number."""
-        try:
-            number = row["number"]
-            is_same = row["prompt"] == checksum(self.prompts[number])
-            message = row["message"]
-        except (LookupError, TypeError):
-            return False
-        if is_same:
-            self.add(number, message)
-        return is_same
-
-    def requests(self):
-        """{number: (messages, tools)} for the next message of each unfinished conversation."""
-        waiting = {}
-        for number, prompt in enumerate(self.prompts):
-            if number not in self.finished:
-                messages = prompt.with_answers(self.answers.get(number, []))
-                waiting[number] = (messages, prompt.tools)
-        return waiting
+        ends = [*self.turns, self.turns[-1] + 1]
+        return messages[:ends[len(answers)]]
 
 
 def read_prompts(source):
     """The Prompts of a source. Prints which rows are dropped."""
     prompts = []
     dropped = Dropped(source)
-    for number, (place, conversation) in enumerate(read_conversations(source)):
-        if isinstance(conversation, UnusableRow):
-            dropped.add(conversation, place)
-            continue
-        dropped.add(None, place)
+    for place, conversation in dropped.usable(read_conversations(source)):
         messages = conversation.messages
         turns = conversation.answers()
         if messages[-1]["role"] != "assistant":
             turns.append(len(messages))
-        name = str(number) if conversation.id is None else conversation.id
+        name = conversation.id
+        if name is None:
+            name = str(dropped.read - 1)
         prompts.append(Prompt(name, messages, conversation.tools, turns))
-    dropped.check()
-    dropped.print_report()
+    dropped.finish()
     return prompts
 
 
 def checksum(prompt):
     """A number that tells whether a prompt is the same as in the run before."""
     return zlib.crc32(json.dumps([prompt.messages, prompt.tools]).encode())
+
+# --------------------------------------------------------------------------------------------------
+# OUT.part: a line that says how the answers were made, then a line per answer
+
+
+def part_header(config):
+    """The first line of OUT.part: everything that the answers depend on."""
+    return {
+        "prompts": config.prompts,
+        "model": config.model or config.target,
+        "temperature": config.temperature,
+        "thinking": config.thinking,
+        "max_new_tokens": config.max_new_tokens,
+    }
+
+
+class PartFile:
+    """The answers so far. They stay on disk, because there can be hundreds of thousands."""
+    def __init__(self, file, prompts):
+        self.file = file
+        self.prompts = prompts
+        self.lines = [[] for _ in prompts]      # where the answers to each prompt are in the file
+        self.ended = set()                      # numbers of prompts that get no more answers
+        self.counts = collections.Counter(answered=0)
+        self.last_result = None
+
+    def resume(self, header):
+        """Read the file, or begin it. Returns whether it has this header and is for these prompts.
+        A torn last line is cut off."""
+        self.file.seek(0)
+        end = 0
+        for line in self.file:
+            if not line.endswith(b"\n"):
+                break
+            try:
+                row = parse_json(line)
+                if end:
+                    number = row["number"]
+                    is_same = row["prompt"] == checksum(self.prompts[number])
+                    is_same &= number >= 0 and number not in self.ended
+                    self.count(row, end)
+                else:
+                    is_same = row == header
+            except (ValueError, LookupError, TypeError, AttributeError):
+                is_same = False
+            if not is_same:
+                return False
+            end += len(line)
+        self.file.truncate(end)
+        if not end:
+            self.write(header)
+        return True
+
+    def add(self, number, answer):
+        """Add the next Answer to a prompt."""
+        row = {"number": number, "prompt": checksum(self.prompts[number]),
+               "message": answer.message, "why": answer.why_none}
+        self.count(row, self.file.seek(0, os.SEEK_END))
+        self.write(row)
+
+    def write(self, row):
+        self.file.write(json.dumps(row).encode() + b"\n")
+        self.file.flush()
+
+    def count(self, row, start):
+        """Count a row that begins at this byte of the file."""
+        self.last_result = row["why"] or "answered"
+        self.counts[self.last_result.partition(":")[0]] += 1
+        number = row["number"]
+        if row["message"] is None:
+            self.ended.add(number)
+            return
+        self.lines[number].append(start)
+        if len(self.lines[number]) == len(self.prompts[number].turns):
+            self.ended.add(number)
+
+    def messages(self, number):
+        """The messages of a prompt with the answers so far, up to the next one to write."""
+        answers = []
+        for start in self.lines[number]:
+            self.file.seek(start)
+            answers.append(json.loads(self.file.readline())["message"])
+        return self.prompts[number].with_answers(answers)
+
+    def requests(self):
+        """{number: (messages, tools)} for the next message of each conversation."""
+        waiting = {}
+        for number, prompt in enumerate(self.prompts):
+            if number not in self.ended:
+                waiting[number] = (self.messages(number), prompt.tools)
+        return waiting
+
+    def conversation(self, number):
+        """The line of OUT for a prompt. It ends with the last answer. Empty without an answer."""
+        prompt = self.prompts[number]
+        turns = prompt.turns[:len(self.lines[number])]
+        if not turns:
+            return b""
+        row = {"id": prompt.id, "messages": self.messages(number)[:turns[-1] + 1],
+               "target_turns": turns}
+        if prompt.tools:
+            row["tools"] = prompt.tools
+        return json.dumps(row).encode() + b"\n"
 
 # --------------------------------------------------------------------------------------------------
 # answers of a server
@@ -206,40 +281,18 @@ class Answer(NamedTuple):
     message: dict | None            # None: there is none
     why_none: str | None = None
 
-    def is_refused(self):
-        return self.message is None and self.why_none.startswith("refused")
-
 
 def ask_all(config, waiting):
     """The server's answers to prompts, {number: (messages, tools)}, in_flight at a time. Yields
     (number, Answer) of each answer as it ends."""
-    unasked = queue.SimpleQueue()
-    for number in waiting:
-        unasked.put(number)
-    answers = queue.SimpleQueue()
+    def ask_one(number):
+        return number, ask(config, *waiting[number])
 
-    def work():
-        while not unasked.empty():
-            try:
-                number = unasked.get_nowait()
-                answers.put((number, ask(config, *waiting[number])))
-            except queue.Empty:
-                return
-            except Exception as error:
-                answers.put((None, error))
-
-    # Ctrl-C does not wait for a daemon
-    for _ in range(config.in_flight):
-        threading.Thread(target=work, daemon=True).start()
+    pool = ThreadPool(config.in_flight)
     try:
-        for _ in waiting:
-            number, answer = answers.get()
-            if number is None:
-                raise answer
-            yield number, answer
+        yield from pool.imap_unordered(ask_one, waiting)
     finally:
-        while not unasked.empty():
-            unasked.get()
+        pool.terminate()  # does not wait for answers
 
 
 def ask(config, messages, tools):
@@ -257,7 +310,7 @@ def ask(config, messages, tools):
             status, body = send(request, config.timeout)
             if status == 200:
                 return read_answer(body)
-            failure = f"{status} {' '.join(body.decode(errors='replace').split())}"
+            failure = f"{status} {body.decode(errors='replace')}"
             is_away = status in (408, 429, 502, 503, 504)
             if status < 500 and not is_away:
                 break
@@ -268,8 +321,8 @@ def ask(config, messages, tools):
             is_away = True
     if is_away:
         raise ValueError(f"{config.server} gave no answer in {config.retries + 1} tries "
-                         f"({failure[:100]}): the same command resumes from here")
-    return Answer(None, f"refused: {failure[:100]}")
+                         f"({one_line(failure, 100)}): the same command resumes from here")
+    return Answer(None, f"refused: {one_line(failure, 100)}")
 
 
 def chat_request(config, messages, tools):
@@ -349,39 +402,39 @@ def decode_here(config, waiting):
         tokens_per_forward = drafter.block_size
     context = target.config.max_position_embeddings
 
-    token_ids = {}  # of prompts that can be answered, by number
+    prompts = {}  # the token ids of prompts that can be answered, by number
     for number, (messages, tools) in waiting.items():
         try:
             prompt = prompt_ids(tokenizer, messages, tools, config.thinking, context)
             # Check each prompt here, because generate_many refuses all prompts if it refuses one.
+<<<<<<< HEAD
             Request(
                 number, prompt, sequence_id=number, stops=stops, config=target.config,
                 max_new_tokens=config.max_new_tokens, tokens_per_forward=tokens_per_forward)
+=======
+            Request(number, prompt, sequence_id=number, stops=stops, config=target.config,
+                    max_new_tokens=config.max_new_tokens, tokens_per_forward=tokens_per_forward)
+            prompts[number] = prompt
+>>>>>>> w-rows2
         except ValueError as error:
             yield number, Answer(None, f"refused: {error}")
-        else:
-            token_ids[number] = prompt
+    if not prompts:
+        return
 
-    # Greedy answers share a batch. Sampled ones do not: each prompt has its own seed, because in
-    # one batch all prompts would share their noise.
-    if config.temperature == 0:
-        batches = [(list(token_ids), Sampling())]
-    else:
-        batches = []
-        for number, prompt in token_ids.items():
-            seed = zlib.crc32(str(prompt).encode())
-            batches.append(([number], Sampling(config.temperature, seed=seed)))
-    for numbers, sampling in batches:
-        prompts = [token_ids[number] for number in numbers]
-        slots = min(config.slots, len(prompts))
-        tokens = [[] for _ in prompts]
-        for index, output in generate_many(
-                target, drafter, prompts, max_new_tokens=config.max_new_tokens, slots=slots,
-                stop_token_ids=stops, tokens_per_forward=tokens_per_forward, sampling=sampling):
-            tokens[index].extend(output.tokens)
-            if output.is_last:
-                yield numbers[index], text_answer(tokenizer, tokens[index], stops)
-                tokens[index] = None  # save memory: there can be hundreds of thousands
+    numbers = list(prompts)
+    tokens = [[] for _ in numbers]
+    for index, output in generate_many(
+            target, drafter, list(prompts.values()), max_new_tokens=config.max_new_tokens,
+            slots=min(config.slots, len(prompts)), stop_token_ids=stops,
+            tokens_per_forward=tokens_per_forward, sampling=Sampling(config.temperature),
+            sequence_ids=numbers):
+        if not output.is_finite:
+            raise ValueError(f"the logits of {config.target!r} are not finite: its weights are "
+                             "broken, or too large for this dtype")
+        tokens[index].extend(output.tokens)
+        if output.is_last:
+            yield numbers[index], text_answer(tokenizer, tokens[index], stops)
+            tokens[index] = None  # save memory: there can be hundreds of thousands
 
 
 def text_answer(tokenizer, tokens, stops):
@@ -394,6 +447,7 @@ def text_answer(tokenizer, tokens, stops):
         return Answer(None, "does not survive as text")
     return Answer({"role": "assistant", "content": text})
 
+<<<<<<< HEAD
 # --------------------------------------------------------------------------------------------------
 # files: OUT.part has a header line that says how it was made, then a line per answer
 
@@ -484,6 +538,8 @@ def write_conversation(f, prompt, answers):
         row["tools"] = prompt.tools
     f.write(json.dumps(row).encode() + b"\n")
 
+=======
+>>>>>>> w-rows2
 
 if __name__ == "__main__":
     main()

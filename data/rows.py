@@ -2,9 +2,9 @@
 Conversations from files that other people made: the only reader of training rows and of prompts.
 
     a source    JSON lines, a .json array, parquet, a folder of such files, or a hub data set
-    messages    under "conversations" or "messages", as a list or as JSON text, with role and
-                content, or from and value (ShareGPT); or a question and its answer under the names
-                below. "tools" belong to the row.
+    messages    a list, or its JSON text, under "conversations" or "messages". A message has role
+                and content, or from and value (ShareGPT). Or the row has a question and its answer
+                under the names below. "tools" belong to the row.
 
 Messages and tools go to the chat template unchanged. A row is kept correctly, or it is dropped
 under a reason that names the problem; Dropped counts the reasons.
@@ -23,7 +23,8 @@ from urllib.request import getproxies
 from huggingface_hub import constants
 from tqdm import tqdm
 
-from tokenizer import chat_text, max_characters, special_token_in
+from formats.files import one_line, where
+from tokenizer import chat_text, check_special_tokens, max_characters, texts_in
 
 MESSAGES = ("conversations", "messages", "conversation")
 QUESTIONS = ("question", "problem", "prompt")       # a text, or a list of messages
@@ -33,7 +34,6 @@ ROLES = {
     "system": "system", "developer": "developer", "user": "user", "human": "user",
     "assistant": "assistant", "gpt": "assistant", "tool": "tool"}
 NOT_READ = ("images", "image", "videos", "audios", "functions", "function_call")
-DEEPEST = 50            # levels of lists and dicts in tools and tool calls
 PROGRESS_SECONDS = 30.0
 
 
@@ -65,44 +65,44 @@ class Dropped:
     def __init__(self, source, unit="line"):
         self.source = source
         self.unit = unit
-        self.kept = 0
+        self.read = 0
         self.unusable = 0
         self.places = {}    # by reason: the first three places, and the count
 
+    def usable(self, rows):
+        """Yield the usable ones of (place, row or UnusableRow). Count all of them."""
+        for place, row in rows:
+            self.read += 1
+            if isinstance(row, UnusableRow):
+                self.add(row, place)
+            else:
+                yield place, row
+
     def add(self, reason, place):
-        """Count one row: reason is an UnusableRow, or None for a row that is kept."""
-        if reason is None:
-            self.kept += 1
-            return
+        """Count a row that usable() gave as dropped. reason: an UnusableRow."""
         self.unusable += not isinstance(reason, UnwantedRow)
         places, count = self.places.get(str(reason), ([], 0))
-        if count < 3:
-            places.append(str(place))
-        self.places[str(reason)] = (places, count + 1)
+        self.places[str(reason)] = ([*places, str(place)][:3], count + 1)
 
     def counts(self):
         return {reason: count for reason, (_, count) in sorted(self.places.items())}
 
-    def print_report(self):
-        """Print a line per reason."""
+    def finish(self):
+        """Print a line per reason. ValueError if no row is kept, or if more than half of the rows
+        are unusable."""
+        kept = self.read - sum(self.counts().values())
+        if not self.read:
+            raise ValueError(f"{where(self.source)!r} holds no rows")
+        if not kept or self.unusable > self.read / 2:
+            reason = max(self.places, key=self.counts().get)
+            places, count = self.places[reason]
+            raise ValueError(
+                f"{where(self.source)}, {self.unit} {one_line(places[0], 50)}: {one_line(reason)}. "
+                f"{count:,} of {self.read:,} rows are like this, and {kept:,} can be used")
         for reason, (places, count) in sorted(self.places.items()):
             dots = ", .." if count > 3 else ""
-            print(f"dropped {count:,}: {reason} ({self.unit} {', '.join(places)}{dots})")
-
-    def check(self):
-        """ValueError if no row is kept, or if more than half of the rows are unusable."""
-        read = self.kept + sum(self.counts().values())
-        if self.kept and self.unusable <= read / 2:
-            return
-        if not self.places:
-            raise ValueError(f"{self.source!r} holds no rows")
-        reason, (places, count) = max(self.places.items(), key=by_count)
-        raise ValueError(f"{self.source}, {self.unit} {places[0]}: {reason}. {count:,} of {read:,} "
-                         f"rows are like this, and {self.kept:,} can be used")
-
-
-def by_count(item):
-    return item[1][1]
+            places = one_line(", ".join(places))
+            print(f"dropped {count:,}: {one_line(reason)} ({self.unit} {places}{dots})")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -116,22 +116,20 @@ def read_conversations(source, split="train", part=None):
     """
     for place, row in read_rows(source, split, part):
         try:
-            yield place, conversation_of(row)
+            if isinstance(row, dict):
+                row = conversation_of(row)
         except UnusableRow as reason:
-            yield place, reason
+            row = reason
+        yield place, row
 
 
 def conversation_of(row):
     """The Conversation in a row, or UnusableRow."""
-    if isinstance(row, UnusableRow):
-        raise row
     messages = listed(first_of(row, MESSAGES), "messages")
     if not messages:
-        question = first_of(row, QUESTIONS)
-        answer = first_of(row, ANSWERS)
-        messages = as_messages(question, "user")
-        if messages and answer is not None:
-            messages += as_messages(answer, "assistant")
+        messages = as_messages(first_of(row, QUESTIONS), "user")
+        if messages:
+            messages += as_messages(first_of(row, ANSWERS), "assistant")
     if not messages:
         raise UnusableRow("no conversation")
     for name in NOT_READ:
@@ -139,32 +137,33 @@ def conversation_of(row):
             raise UnusableRow(f"{name}, which the target cannot read")
     messages = [read_message(message) for message in messages]
     roles = [message["role"] for message in messages]
-    if isinstance(row.get("system"), str) and "system" not in roles:
-        messages.insert(0, {"role": "system", "content": row["system"]})
     if "user" not in roles:
         raise UnusableRow("no message of a user")
-    tools = listed(row.get("tools"), "tools")
+    if isinstance(row.get("system"), str) and "system" not in roles:
+        messages.insert(0, {"role": "system", "content": row["system"]})
     conversation = Conversation(
-        messages, tools or None, row.get("target_turns"), row.get("answer"), row.get("id"))
-    check_value(list(conversation))
-    check_turns(conversation)
-    return conversation
-
-
-def check_turns(conversation):
-    """UnusableRow if target_turns are not numbers of messages that the target can have written."""
+        messages, listed(row.get("tools"), "tools") or None, row.get("target_turns"),
+        row.get("answer"), row.get("id"))
+    try:
+        for text in texts_in(list(conversation)):
+            text.encode()
+    except UnicodeEncodeError:
+        raise UnusableRow("text that is not Unicode: a lone surrogate") from None
+    except ValueError as error:
+        raise UnusableRow(str(error)) from None
     turns = conversation.target_turns
-    if turns is None:
-        return
     answers = conversation.answers()
-    if not isinstance(turns, list) or [turn for turn in turns if turn not in answers]:
+    if turns is not None and not (isinstance(turns, list) and all(t in answers for t in turns)):
         raise UnusableRow("target_turns are not numbers of the assistant's messages")
+    return conversation
 
 
 def first_of(row, names):
     """The value of the first of these keys that a row has; None if it has none of them."""
-    values = [row[name] for name in names if row.get(name) not in (None, "", [])]
-    return values[0] if values else None
+    for name in names:
+        if row.get(name) not in (None, "", []):
+            return row[name]
+    return None
 
 
 def as_messages(value, role):
@@ -203,9 +202,7 @@ def read_message(message):
     content = message.get("content")
     if content is None:
         content = message.get("value")
-    if not isinstance(role, str):
-        raise UnusableRow("a message without role and content")
-    if role not in ROLES:
+    if isinstance(role, str) and role not in ROLES:
         raise UnusableRow(f"an unknown role, {role[:20]!r}")
     if message.get("function_call"):
         raise UnusableRow("function_call, the old form of tool_calls")
@@ -214,16 +211,16 @@ def read_message(message):
         content = joined_text(content)
     if content is None and calls:
         content = ""  # as engines do, because some templates would write "None"
-    if not isinstance(content, str):
+    if not isinstance(role, str) or not isinstance(content, str):
         raise UnusableRow("a message without role and content")
     result = {"role": ROLES[role], "content": content}
     if calls:
         result["tool_calls"] = calls
     thought = first_of(message, THOUGHTS)
-    if thought is not None:
-        if not isinstance(thought, str):
-            raise UnusableRow("a thought that is not text")
+    if isinstance(thought, str):
         result["reasoning_content"] = thought
+    elif thought is not None:
+        raise UnusableRow("a thought that is not text")
     for name in ("name", "tool_call_id"):
         if isinstance(message.get(name), str):
             result[name] = message[name]
@@ -240,60 +237,41 @@ def joined_text(parts):
     return "".join(texts)
 
 
-def check_value(value, levels=DEEPEST):
-    """UnusableRow for a value that a file of JSON cannot hold, or that is nested too deeply for a
-    template."""
-    if not levels:
-        raise UnusableRow("JSON that is nested too deeply")
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise UnusableRow("text that is not Unicode: a lone surrogate") from None
-    elif isinstance(value, dict):
-        check_value(list(value), levels)
-        check_value(list(value.values()), levels)
-    elif isinstance(value, list):
-        for inner in value:
-            check_value(inner, levels - 1)
-    elif not isinstance(value, int | float | None):  # tables hold dates and bytes
-        raise UnusableRow("values that are not JSON")
-
-
 # --------------------------------------------------------------------------------------------------
 # a conversation and the chat template
 
 
 def render(tokenizer, messages, tools, thinking, opens_answer=True):
     """chat_text() of a conversation. UnusableRow if the template refuses the conversation or leaves
-    out a part of it."""
-    check_special_tokens(tokenizer, [messages, tools])
-    try:
-        text = chat_text(tokenizer, messages, thinking, tools, opens_answer)
-    except ValueError as error:
+    out a part of it, or if a text contains a special token."""
+    refuse_special_tokens(tokenizer, [messages, tools])
+
+    def text_of(messages, tools):
+        try:
+            return chat_text(tokenizer, messages, thinking, tools, opens_answer)
+        except ValueError as error:
+            kind = type(error.__cause__).__name__
+            return UnusableRow(f"refused by the chat template ({kind})")
+
+    text = text_of(messages, tools)
+    if isinstance(text, UnusableRow):
         parsed = parse_arguments(messages)
         if parsed != messages:
             return render(tokenizer, parsed, tools, thinking, opens_answer)
-        kind = type(error.__cause__).__name__
-        raise UnusableRow(f"refused by the chat template ({kind})") from None
+        raise text
 
-    # every tool, tool call and result must make a difference
-    def is_the_same(messages, tools):
-        try:
-            return chat_text(tokenizer, messages, thinking, tools, opens_answer) == text
-        except ValueError:
-            return False
-
-    if tools and is_the_same(messages, None):
+    # every tool, every call of one, and every message of a rare role must make a difference
+    if tools and text_of(messages, None) == text:
         raise UnusableRow("the chat template ignores tools")
     for i, message in enumerate(messages):
-        is_rare = message["role"] in ("developer", "tool")
-        if is_rare and is_the_same(messages[:i] + messages[i + 1:], tools):
+        before = messages[:i]
+        after = messages[i + 1:]
+        if message["role"] in ("developer", "tool") and text_of(before + after, tools) == text:
             raise UnusableRow(f"the chat template ignores the role {message['role']}")
         calls = message.get("tool_calls", [])
         for j in range(len(calls)):
-            one_less = message | {"tool_calls": calls[:j] + calls[j + 1:]}
-            if is_the_same(messages[:i] + [one_less] + messages[i + 1:], tools):
+            fewer_calls = message | {"tool_calls": calls[:j] + calls[j + 1:]}
+            if text_of([*before, fewer_calls, *after], tools) == text:
                 raise UnusableRow("the chat template ignores tool_calls")
 
     # every message must be in the text, in this order
@@ -310,12 +288,28 @@ def render(tokenizer, messages, tools, thinking, opens_answer=True):
     return text
 
 
-def check_special_tokens(tokenizer, value):
-    """UnusableRow if a text of a JSON value contains a special token. The text of a message must
-    never become one."""
-    token = special_token_in(tokenizer, value)
-    if token:
-        raise UnusableRow(f"a special token in the text: {token}")
+def refuse_special_tokens(tokenizer, value):
+    """check_special_tokens() with an UnusableRow."""
+    try:
+        check_special_tokens(tokenizer, value)
+    except ValueError as error:
+        raise UnusableRow(str(error)) from None
+
+
+def parse_arguments(value):
+    """Messages with dicts for arguments that are JSON text. Engines do this too, because some
+    templates take dicts only."""
+    if isinstance(value, list):
+        return [parse_arguments(inner) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    parsed = dict(value)
+    for key, inner in value.items():
+        if key != "arguments":
+            parsed[key] = parse_arguments(inner)
+        elif isinstance(inner, str):
+            parsed[key] = parse_json(inner)
+    return parsed
 
 
 def prompt_ids(tokenizer, messages, tools, thinking, context):
@@ -325,27 +319,6 @@ def prompt_ids(tokenizer, messages, tools, thinking, context):
     if len(text) > max_characters(tokenizer, context):
         raise UnusableRow("longer than the target's context")
     return tokenizer.encode(text, add_special_tokens=False)
-
-
-def parse_arguments(messages):
-    """The messages with dicts for arguments that are JSON text. Engines do this too, because some
-    templates take dicts only."""
-    parsed = []
-    for message in messages:
-        if "tool_calls" in message:
-            message = message | {"tool_calls": [parse_call(c) for c in message["tool_calls"]]}
-        parsed.append(message)
-    return parsed
-
-
-def parse_call(call):
-    if not isinstance(call, dict):
-        return call
-    if isinstance(call.get("function"), dict):
-        return call | {"function": parse_call(call["function"])}
-    if isinstance(call.get("arguments"), str):
-        return call | {"arguments": parse_json(call["arguments"])}
-    return call
 
 
 # --------------------------------------------------------------------------------------------------
@@ -376,7 +349,7 @@ def source_files(source):
     json_lines = glob.glob(os.path.join(glob.escape(source), "*.jsonl"))
     parquet = glob.glob(os.path.join(glob.escape(source), "*.parquet"))
     if not json_lines and not parquet:
-        raise ValueError(f"{source!r} holds no .jsonl or .parquet file")
+        raise ValueError(f"{where(source)!r} holds no .jsonl or .parquet file")
     return sorted(json_lines + parquet)
 
 
@@ -385,29 +358,29 @@ def read_file(path):
     if path.endswith(".parquet"):
         return enumerate(map(without_nulls, read_parquet(path)), 1)
     with open(path, "rb") as f:
-        begins_as_array = f.read(100).lstrip().startswith(b"[")
-    if path.endswith(".json") and begins_as_array:
-        return enumerate(map(as_row, read_json_array(path)), 1)
-    return read_json_lines(path)
+        is_array = path.endswith(".json") and f.read(100).lstrip().startswith(b"[")
+        if not is_array:
+            return read_json_lines(path)
+        f.seek(0)
+        try:
+            rows = parse_json(f.read())
+        except UnusableRow as reason:
+            raise ValueError(f"cannot read the JSON array {where(path)}: {reason}") from None
+    return enumerate(map(as_row, rows), 1)
 
 
 def read_json_lines(path):
     with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
-            if not line.strip():
-                continue
-            try:
-                yield number, as_row(parse_json(line))
-            except UnusableRow as reason:
-                yield number, reason
+            if line.strip():
+                yield number, row_of_line(line)
 
 
-def read_json_array(path):
+def row_of_line(line):
     try:
-        with open(path, "rb") as f:
-            return parse_json(f.read())
+        return as_row(parse_json(line))
     except UnusableRow as reason:
-        raise ValueError(f"cannot read the JSON array {path}: {reason}") from None
+        return reason
 
 
 def as_row(value):
@@ -421,8 +394,7 @@ def read_parquet(path):
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024):
             yield from batch.to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
-        message = " ".join(str(error).split())
-        raise ValueError(f"cannot read {path}: {message}") from None
+        raise ValueError(f"cannot read {where(path)}: {one_line(error)}") from None
 
 
 def without_nulls(value):
@@ -436,20 +408,20 @@ def without_nulls(value):
 
 
 def read_hub(name, split, part):
-    refused = (f"no file {name!r}, and the hub does not give such a data set (%s): copy its files "
-               "here and give the path of their folder instead")
-    is_offline = not hub_answers()
-    if is_offline and not has_copy(name):
-        raise ValueError(refused % "offline")
-    import datasets  # here, because it takes a second, and local files do not need it
-
-    if is_offline:
-        datasets.config.HF_HUB_OFFLINE = True  # or it asks the hub again for half a minute
     try:
+        is_offline = not hub_answers()
+        if is_offline and not has_copy(name):
+            raise ConnectionError
+        import datasets  # here, because it takes a second, and local files do not need it
+
+        if is_offline:
+            datasets.config.HF_HUB_OFFLINE = True  # or it asks the hub again for half a minute
         yield from datasets.load_dataset(name, part, split=split)
     # Offline, unknown, gated, a broken copy: four libraries raise a dozen types of exceptions.
     except Exception as error:
-        raise ValueError(refused % type(error).__name__) from None
+        raise ValueError(f"no file {where(name)!r}, and the hub does not give such a data set "
+                         f"({type(error).__name__}): copy its files here and give the path of "
+                         "their folder instead") from None
 
 
 def hub_answers(seconds=1.0):

@@ -12,14 +12,19 @@ once, so a data set can be larger than the memory.
 """
 import array
 import contextlib
+import glob
 import json
+import operator
 import os
+import shlex
 
 import numpy as np
 
-from checkpoint import write_whole
+from formats.files import (
+    one_line, printable, read_json, short, where, whole_file, write_whole)
 
 FORMAT = 1  # of the folder, in meta.json
+CONTENTS = ("tokens", "mask", "offsets")  # the files of a split
 
 
 class Samples:
@@ -31,19 +36,19 @@ class Samples:
     """
     def __init__(self, folder, split, vocab_size, tokenizer=None):
         hint = how_to_make(folder)
+        name = where(folder)
         meta = read_meta(folder, hint)
         if meta.get("format") != FORMAT or meta.get("vocab_size") != vocab_size:
             raise ValueError(
-                f"{folder}/meta.json has format {meta.get('format')} and vocab_size "
-                f"{meta.get('vocab_size')}, this target wants {FORMAT} and {vocab_size}: "
+                f"{name}/meta.json has format {short(meta.get('format'))} and vocab_size "
+                f"{short(meta.get('vocab_size'))}, this target wants {FORMAT} and {vocab_size}: "
                 f"{hint} for it")
         if tokenizer is not None and meta.get("tokenizer") != tokenizer:
             raise ValueError(
-                f"the samples in {folder!r} were made with another tokenizer or chat template than "
+                f"the samples in {name!r} were made with another tokenizer or chat template than "
                 f"this target's: {hint}")
-        counts = meta["splits"].get(split, {})
-        if not counts.get("rows"):
-            raise ValueError(f"{folder} has no samples in split {split!r}: {hint}")
+        if split not in meta["splits"] or not meta["splits"][split]["rows"]:
+            raise ValueError(f"{name} has no samples in split {split!r}: {hint}")
 
         # The files are mapped into memory, so only the samples that are used come from disk.
         path = os.path.join(folder, split)
@@ -52,12 +57,12 @@ class Samples:
             self.mask = np.memmap(f"{path}.mask.bin", np.uint8, "r")
             self.offsets = np.memmap(f"{path}.offsets.bin", np.uint64, "r")
         except (OSError, ValueError) as error:  # missing, empty, or cut inside a number
-            raise ValueError(
-                f"cannot read the {split} rows in {folder!r} ({error}): {hint} again") from None
-        size = counts["tokens"]
+            raise ValueError(f"cannot read the {split} rows in {name!r} ({one_line(error)}): "
+                             f"{hint} again") from None
+        size = meta["splits"][split]["tokens"]
         if not len(self.tokens) == len(self.mask) == self.offsets[-1] == size:
-            raise ValueError(
-                f"{path}.*.bin hold {len(self.tokens)} tokens, meta.json says {size}: {hint} again")
+            raise ValueError(f"{where(path)}.*.bin hold {len(self.tokens)} tokens, meta.json says "
+                             f"{size}: {hint} again")
 
     def __len__(self):
         return len(self.offsets) - 1
@@ -72,31 +77,34 @@ def how_to_make(folder):
     """The command that makes a folder's samples, for an error message."""
     script = os.path.join(folder, "prepare.py")
     if os.path.isfile(script):
-        return f"run python {script}"
+        return f"run python {shlex.quote(printable(script))}"
+    folder = shlex.quote(printable(folder))
     return f"run python data/conversations.py --out_dir={folder} --target=... --source=..."
 
 
 def read_meta(folder, hint):
     """The content of a folder's meta.json. hint: the command that makes the folder's samples."""
     try:
-        with open(os.path.join(folder, "meta.json")) as f:
-            return json.load(f)
+        meta = read_json(os.path.join(folder, "meta.json"))
+        for counts in meta["splits"].values():
+            if not 0 <= operator.index(counts["rows"]) <= operator.index(counts["tokens"]):
+                raise ValueError("more rows than tokens")
     except FileNotFoundError:
         raise ValueError(
-            f"no meta.json in {folder!r}, so there is no finished data: {hint}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder}/meta.json is broken ({error}): {hint} again") from None
+            f"no meta.json in {where(folder)!r}, so there is no finished data: {hint}") from None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{where(folder)}/meta.json is broken ({one_line(error)}): {hint} again") from None
+    return meta
 
 
 class SplitWriter:
-    """Writes one split: add() for each sample, close() at the end."""
-    def __init__(self, folder, split, vocab_size):
-        self.path = os.path.join(folder, split)
-        self.tokens = new_file(f"{self.path}.tokens.bin.tmp")
-        self.mask = new_file(f"{self.path}.mask.bin.tmp")
+    """Writes one split: add() for each sample, close() at the end. files: a whole_file() for each
+    of CONTENTS."""
+    def __init__(self, files, vocab_size):
+        self.files = dict(zip(CONTENTS, files))
         self.offsets = array.array("Q", [0])
         self.vocab_size = vocab_size
-        self.samples = 0
         self.dropped = 0
         self.supervised = 0
 
@@ -111,49 +119,22 @@ class SplitWriter:
         largest = tokens.max()
         if smallest < 0 or largest >= self.vocab_size:
             raise ValueError(
-                f"sample {self.samples} has token ids {smallest}..{largest}, outside the "
+                f"sample {len(self.offsets) - 1} has token ids {smallest}..{largest}, outside the "
                 f"vocabulary of {self.vocab_size}: this tokenizer is not the target's")
-        self.tokens.write(tokens.astype(np.uint32).tobytes())
-        self.mask.write(mask.tobytes())
+        self.files["tokens"].write(tokens.astype(np.uint32).tobytes())
+        self.files["mask"].write(mask.tobytes())
         self.offsets.append(self.offsets[-1] + len(tokens))
-        self.samples += 1
         self.supervised += int(mask.sum())
 
     def close(self):
-        """Give the files their names; returns the split's counts for meta.json."""
-        self.tokens.close()
-        self.mask.close()
-        with new_file(f"{self.path}.offsets.bin.tmp") as f:
-            f.write(self.offsets.tobytes())
-        for content in ("tokens", "mask", "offsets"):
-            path = f"{self.path}.{content}.bin"
-            os.replace(path + ".tmp", path)
+        """Write the offsets; returns the split's counts for meta.json."""
+        self.files["offsets"].write(self.offsets.tobytes())
         return {
-            "rows": self.samples,
+            "rows": len(self.offsets) - 1,
             "dropped": self.dropped,
             "tokens": self.offsets[-1],
             "supervised": self.supervised,
         }
-
-    def discard(self):
-        """Remove the files that have no name yet."""
-        self.tokens.close()
-        self.mask.close()
-        for content in ("tokens", "mask", "offsets"):
-            remove(f"{self.path}.{content}.bin.tmp")
-
-
-def new_file(path):
-    """A new file for writing bytes, in place of one that a killed run left. It never follows a link
-    that stands under this name."""
-    remove(path)
-    return open(path, "xb")
-
-
-def remove(path):
-    """Remove a file or a link, if it is there."""
-    if os.path.lexists(path):
-        os.remove(path)
 
 
 @contextlib.contextmanager
@@ -165,18 +146,20 @@ def split_writers(folder, splits, meta):
     """
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, "meta.json")
-    remove(path)  # from here on the folder is unfinished
+    if os.path.lexists(path):
+        os.remove(path)  # from here on the folder is unfinished
+    for left_over in glob.glob(os.path.join(glob.escape(folder), "*.bin.*.tmp")):
+        os.remove(left_over)  # a killed run left it
     writers = {}
-    try:
+    with contextlib.ExitStack() as stack:
         for split in splits:
-            writers[split] = SplitWriter(folder, split, meta["vocab_size"])
+            paths = [os.path.join(folder, f"{split}.{content}.bin") for content in CONTENTS]
+            files = [stack.enter_context(whole_file(path)) for path in paths]
+            writers[split] = SplitWriter(files, meta["vocab_size"])
         yield writers
         meta["format"] = FORMAT
         meta["splits"] = {split: writer.close() for split, writer in writers.items()}
-        write_whole(path, json.dumps(meta, indent=2))
-    finally:
-        for writer in writers.values():
-            writer.discard()
+    write_whole(path, json.dumps(meta, indent=2))
 
 
 def write_samples(folder, splits, meta):

@@ -280,6 +280,8 @@ def test_with_thinking_on_a_thought_is_supervised(qwen, target, answer):
     assert supervised(row, folder, thinking=True) == "hm\n</think>\n\na<|im_end|>"
     with pytest.raises(UnusableRow, match="a thought, with thinking off|</think> in the text"):
         encoded(row, folder)
+    with pytest.raises(UnusableRow, match="no thought, with thinking on"):
+        encoded({"messages": turns("q", "a")}, folder, thinking=True)
 
 
 def test_earlier_answers_without_their_thoughts_are_not_supervised(qwen):
@@ -367,19 +369,19 @@ conversations.encode = dying
 
 
 @pytest.mark.parametrize("how, error", (
-    ("abort", "a process died, perhaps for lack of memory, with one of the rows at line 65 to 1"),
+    ("abort", "a process died, perhaps for lack of memory, with one of the rows at line 65 to 512"),
     ("Ctrl-C", "interrupted: nothing was kept, the same command starts again"),
     ("kill -9", None)))
 def test_conversations_that_end_early(tmp_path, how, error):
     """A worker that dies leaves its parent waiting; Ctrl-C prints tracebacks or leaves files."""
     source = write_jsonl(tmp_path / "x.jsonl", [
-        {"id": i, "messages": turns(f"q{i}", "a " * 400)} for i in range(1500)])
+        {"id": i, "messages": turns(f"q{i}", "a " * 400)} for i in range(800)])
     flags = (f"--source={source}", f"--target={NANO_TARGET}", f"--out_dir={tmp_path}/out",
              "--num_proc=2")
     process = start("conversations", *flags, tmp_path=tmp_path,
                     code=DIE_AT_77 if how == "abort" else "")
     if how != "abort":
-        while not (tmp_path / "out" / "train.tokens.bin.tmp").exists():
+        while not list(tmp_path.glob("out/train.tokens.bin.*.tmp")):
             time.sleep(0.01)
         process.send_signal(signal.SIGINT if how == "Ctrl-C" else signal.SIGKILL)
     _, printed = process.communicate(timeout=120)
@@ -415,8 +417,11 @@ class Server(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.requests.append(body)
-        self.send_response(200)
+        self.send_response(400 if self.how == "refusing" else 200)
         self.end_headers()
+        if self.how == "refusing":
+            self.wfile.write(HOSTILE.encode())
+            return
         if self.how == "slow":
             for _ in range(20):
                 self.wfile.write(b" ")
@@ -468,7 +473,8 @@ def test_regenerate_writes_every_answer_again(ask, prepare, qwen):
     printed, out, requests = ask(some, "", {"reasoning": "hm"})
     assert "dropped 1: not JSON (line 3)" in printed and "5 answered" in printed
     assert [row["target_turns"] for row in out] == [[1, 3], [2, 4, 6]]
-    assert out[0]["tools"] == TOOLS and requests[0]["tools"] == TOOLS
+    assert out[0]["tools"] == TOOLS
+    assert [request["tools"] for request in requests if "tools" in request] == [TOOLS] * 2
     assert out[0]["messages"][2] == {"role": "tool", "content": "3"}
     answers = [row["messages"][turn] for row in out for turn in row["target_turns"]]
     assert {answer["reasoning_content"] for answer in answers} == {"hm"}
@@ -501,6 +507,47 @@ def test_regenerate_bounds_a_reply(ask, monkeypatch):
     """A reply without end fills the memory."""
     monkeypatch.setattr(regenerate, "LONGEST_REPLY", 50)
     assert "more than 50 bytes" in ask([{"question": "q"}])[0]
+
+HOSTILE = "\x1b[2J\u202e"
+
+
+@pytest.mark.parametrize("what", ("name", "role", "template", "server"))
+def test_escape_sequences_do_not_reach_the_terminal(ask, main, prepare, capsys, tmp_path, what):
+    """A file name, a row, a template, or a server clears the screen or changes what it shows."""
+    if what == "server":
+        printed = ask([{"question": "q"}], "refusing")[0]
+    elif what == "name":
+        path = write_jsonl(tmp_path / f"{HOSTILE}.jsonl", ["{"])
+        printed = main(regenerate, f"--prompts={path}", "--out=x")
+        write_jsonl(tmp_path / "a.jsonl", [{"question": "q"}])
+        regenerate.read_prompts(str(tmp_path))
+        printed += capsys.readouterr().out
+    elif what == "role":
+        printed, _ = prepare([{"messages": [{"role": HOSTILE, "content": "a"}]}])
+    else:
+        target = nano_copy(tmp_path / "target", "target")
+        target.joinpath("chat_template.jinja").write_text(
+            f"{{{{ raise_exception('{HOSTILE}') }}}}")
+        printed = prepare([], target=target)
+    assert "x1b[2J" in printed
+    assert "\x1b" not in printed and "\u202e" not in printed
+
+
+def test_files_are_not_written_through_links(ask, prepare, tmp_path):
+    """A link that somebody put into the folder directs the output to a different file."""
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    samples = tmp_path / "samples"
+    samples.mkdir()
+    for name in ("meta.json", "train.tokens.bin", "val.offsets.bin.tmp", "val.mask.bin.0.tmp"):
+        (samples / name).symlink_to(victim)
+    assert prepare([])[1]["read"] == 30
+    (tmp_path / "out.jsonl.part").symlink_to(victim)
+    assert "symbolic link" in ask([{"question": "q"}])[0]
+    (tmp_path / "out.jsonl.part").unlink()
+    (tmp_path / "out.jsonl.tmp").symlink_to(victim)
+    assert "1 answered" in ask([{"question": "q"}])[0]
+    assert victim.read_text() == "mine"
 
 # ------------------------------------------------------------------------------------------------
 # bench.py
@@ -560,6 +607,6 @@ def test_a_hub_that_is_away_is_noticed_quickly(monkeypatch, tmp_path):
                 raise error
             threading.Event().wait()  # a name server that does not answer
         monkeypatch.setattr(socket, "getaddrinfo", lookup)
-        with pytest.raises(ValueError, match="the hub does not give such a data set .offline."):
+        with pytest.raises(ValueError, match="the hub does not give such .*.ConnectionError."):
             bench_prompts.load_questions("math500", 3)
     assert time.monotonic() - began < 4

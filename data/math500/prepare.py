@@ -11,10 +11,10 @@ import sys
 
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".."))
 sys.path.insert(0, ROOT)  # the project's modules, from any working directory
-from checkpoint import write_whole
 from configurator import configure
 from data.questions import SUFFIX
 from data.rows import Dropped, UnusableRow, read_rows
+from formats.files import one_line, write_whole
 
 source = "HuggingFaceH4/MATH-500"                           # hub id, file of JSON lines or parquet
 out = os.path.join(ROOT, "data", "math500", "test.jsonl")   # where the prompts go
@@ -25,7 +25,7 @@ def main(argv=None):
     try:
         count = prepare(config.source, config.out)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {one_line(error, 300)}")
     print(f"{config.out}: {count:,} prompts")
 
 
@@ -33,17 +33,13 @@ def prepare(source, out):
     """Write the prompts; returns their number."""
     lines = []
     dropped = Dropped(source)
-    for place, row in read_rows(source, "test"):
-        if isinstance(row, UnusableRow):
-            dropped.add(row, place)
-        elif not isinstance(row.get("problem"), str) or not isinstance(row.get("answer"), str):
-            dropped.add(UnusableRow("no text under problem and answer"), place)
-        else:
-            dropped.add(None, place)
+    for place, row in dropped.usable(read_rows(source, "test")):
+        if isinstance(row.get("problem"), str) and isinstance(row.get("answer"), str):
             prompt = {"question": row["problem"] + SUFFIX, "answer": row["answer"]}
             lines.append(json.dumps(prompt) + "\n")
-    dropped.check()
-    dropped.print_report()
+        else:
+            dropped.add(UnusableRow("no text under problem and answer"), place)
+    dropped.finish()
     os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
     write_whole(out, "".join(lines))
     return len(lines)

@@ -22,6 +22,7 @@ from configurator import configure
 from data.nano.problems import problems
 from data.samples import write_samples
 from draft_decode import generate_many
+from formats.files import write_whole
 
 target = os.path.join(ROOT, "data", "nano", "target")               # whose answers to write
 out_dir = os.path.join(ROOT, "data", "nano")                        # where the samples go
@@ -87,9 +88,8 @@ def write_answers(target, tokenizer, config):
         if tokenizer.encode(text + tokenizer.eos_token) == token_ids:
             row = {"split": split, "question": question, "answer": text}
             lines.append(json.dumps(row) + "\n")
-    with open(config.answers + ".tmp", "wb") as f:  # mtime=0: the same answers, the same bytes
-        f.write(gzip.compress("".join(lines).encode(), mtime=0))
-    os.replace(config.answers + ".tmp", config.answers)
+    # mtime=0: the same answers, the same bytes
+    write_whole(config.answers, gzip.compress("".join(lines).encode(), mtime=0))
     print(f"{config.answers}: {len(lines):,} answers of {len(questions):,}")
 
 

@@ -159,8 +159,7 @@ def save_target(target, shape, out_dir):
             weight = weight.to(torch.bfloat16)
         weights["model." + name] = weight.contiguous()
     path = os.path.join(out_dir, "model.safetensors")
-    save_weights(weights, path + ".tmp")
-    os.replace(path + ".tmp", path)
+    save_weights(weights, path)
     write_whole(os.path.join(out_dir, "config.json"), json.dumps(shape, indent=2))
 
 

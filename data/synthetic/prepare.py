@@ -17,6 +17,7 @@ from tokenizer import tokenizer_fingerprint
 from checkpoint import read_target_config
 from configurator import configure
 from data.samples import write_samples
+from formats.files import one_line
 
 target = "random:0.8b"  # whose vocabulary and tokenizer the samples are for
 out_dir = os.path.join(ROOT, "data", "synthetic")  # where the samples go
@@ -44,7 +45,7 @@ def main(argv=None):
         target_config, _ = read_target_config(config.target)
         fingerprint = tokenizer_fingerprint(config.target)
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {one_line(error, 300)}")
     if config.length == 1 or config.length < 0:
         sys.exit(f"error: length = {config.length}: a sample has a question and an answer, so use "
                  "2 or more, or 0 for mixed lengths")
