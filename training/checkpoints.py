@@ -20,7 +20,7 @@ from formats.files import one_line, short, where
 from formats.keys import check_number
 from model import DFlashDraftModel
 from training.guard import GradientGuard
-from training.optimizer import moment_name
+from training.optimizer import moment_names
 from training.parallel import gather_full, rank, shard_like, wait_for_all, world_size
 
 KEEP_CHECKPOINTS = 3  # the newest; older ones are deleted
@@ -145,9 +145,7 @@ def load_training_state(folder, drafter, target_config, config):
     try:
         drafter.load_state_dict(weights)
         for i, parameter in enumerate(drafter.parameters()):
-            name = moment_name(config.optimizer, parameter)
-            names = [name] if name == "momentum_buffer" else [name, "exp_avg_sq", "step"]
-            if sorted(moments[i]) != sorted(names):
+            if moments[i].keys() != moment_names(config.optimizer, parameter):
                 raise ValueError(f"it was not trained with optimizer = {config.optimizer!r}")
             for name, moment in moments[i].items():
                 if name != "step" and moment.shape != parameter.shape:

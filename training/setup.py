@@ -10,6 +10,7 @@ import torch
 import torch._inductor.config
 
 from checkpoint import drafter_config, newest_checkpoint
+from formats.files import printable, where
 from model import DFlashDraftModel
 from training.parallel import rank, wait_for_all
 
@@ -34,13 +35,12 @@ def checkpoint_to_resume(config):
     name = os.path.basename(newest)
     has_checkpoint = name.startswith("step-")
     if has_checkpoint and not config.resume:
-        raise ValueError(f"{config.out_dir} already contains a run ({name}): use --resume to "
-                         "continue it or --out_dir for a new one")
+        raise ValueError(f"{where(config.out_dir)} already contains a run ({name}): use --resume "
+                         "to continue it or --out_dir for a new one")
     if config.resume and not has_checkpoint:
-        raise ValueError(f"nothing to resume: {config.out_dir} contains no step-* checkpoint")
-    if config.resume:
-        return newest
-    return config.resume_from
+        raise ValueError(f"nothing to resume: {where(config.out_dir)} contains no step-* "
+                         "checkpoint")
+    return newest if config.resume else config.resume_from
 
 
 def prepare_data(config):
@@ -53,11 +53,11 @@ def prepare_data(config):
     if rank() == 0 and is_missing and os.path.exists(script):
         arguments = [script, f"--target={config.target}"]
         if os.path.realpath(config.data) not in OUR_DATA:
-            raise ValueError(f"no training data in {config.data}. If you trust its script, run it: "
-                             f"{shlex.join(['python', *arguments])}")
-        print(f"no training data in {config.data}: running {script}", flush=True)
+            raise ValueError(f"no training data in {where(config.data)}. If you trust its script, "
+                             f"run it: {shlex.join(['python', *arguments])}")
+        print(printable(f"no training data in {config.data}: running {script}"), flush=True)
         if subprocess.run([sys.executable, *arguments]).returncode != 0:
-            raise ValueError(f"{script} failed; see its error above")
+            raise ValueError(f"{where(script)} failed; see its error above")
     wait_for_all()
 
 
