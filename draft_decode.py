@@ -595,7 +595,7 @@ def main(argv=None):
     try:
         line = decode(config)
     except ValueError as error:
-        sys.exit(one_line(f"error: {error}", 199))
+        sys.exit(one_line(f"error: {error}", 300))
     print(line)
 
 

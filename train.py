@@ -484,7 +484,7 @@ def main(argv=None):
     try:
         train(config)
     except (ValueError, OSError) as error:  # OSError: out_dir cannot be written
-        sys.exit(one_line(f"error: {error}", 199))
+        sys.exit(one_line(f"error: {error}", 300))
     except RuntimeError as error:
         if not is_lost_process(error):
             raise

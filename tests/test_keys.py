@@ -52,6 +52,8 @@ def test_numbers_out_of_range_are_refused_in_one_line(small_run, key):
 @pytest.mark.parametrize("flag, hint", (
     ("--block_size=1", "error: block_size = 1: use 2 to 1024"),
     ("--num_kv_heads=3", "error: num_heads = 4 must be a multiple of num_kv_heads = 3"),
+    ("--head_dim=31", "error: head_dim = 31: use an even number"),
+    ("--betas=0.9", "error: betas = (0.9,): use two numbers"),
     ("--max_length=10", "error: max_length = 10 is shorter than a block"),
     ("--lr=" + "9" * 500, "error: lr = inf: use 1e-12 to 10"),
     ("--seed=" + "9" * 5000, "command line: seed = '999"),

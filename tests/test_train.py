@@ -3,7 +3,6 @@ Training: batches, one step, and runs that are interrupted, resumed, or shared b
 """
 import argparse
 import contextlib
-import errno
 import functools
 import itertools
 import math
@@ -40,7 +39,6 @@ from training import checkpoints, flops, guard
 from training import log as training_log
 from training import setup as training_setup
 from training.flops import training_operations
-from training.plot import plot_training
 from training.sums import acceptance
 
 # ------------------------------------------------------------------------------------------------
@@ -403,22 +401,6 @@ def test_setup_follows_its_keys(small_run):
     assert not torch.equal(other.drafter.fc.weight, drafter.fc.weight)
 
 
-MISTAKES = (  # test_cli has one for each kind of check
-    ("gamma", math.nan, "use 0.01 to"), ("warmup", 2.0, "use 0 to 1"),
-    ("warmup", math.nan, "use 0 to 1"), ("num_heads", 3, "multiple of num_kv_heads = 2"),
-    ("head_dim", 31, "use an even number"), ("betas", (0.9,), "two numbers"),
-    ("betas", (0.9, 1.0), "use 0 to 0.999999"))
-
-
-@pytest.mark.parametrize("key, value, hint", MISTAKES)
-def test_mistakes_are_refused_in_one_line(small_run, key, value, hint):
-    """A value that no run can have ends in a traceback, or after hours."""
-    config, _ = small_run
-    with pytest.raises(ValueError, match=rf"^{key} = .*{hint}") as error:
-        train.check_config(changed(config, **{key: value}))
-    assert len(str(error.value)) < 200
-
-
 def test_rate_warms_up_and_ends_at_zero(small_run):
     """The learning rate starts at zero, never reaches its peak, ends above zero, or does not reach
     the optimizer; gradients are left over for the next step."""
@@ -603,7 +585,7 @@ def test_plot_by_hand(monkeypatch, tmp_path):
         Path(path).touch()
 
     monkeypatch.setattr(Figure, "savefig", keep)
-    plot_training(str(tmp_path / "training.png"), log, (1, 3))
+    training_log.plot_training(str(tmp_path / "training.png"), log, (1, 3))
     curves = []
     for axis in figures[0].axes:
         curves.append({line.get_label(): line.get_xydata().tolist() for line in axis.lines})
@@ -713,15 +695,15 @@ def test_usual_gradients_are_a_moving_average():
     assert not state.skips(1e6, True)
 
 
-def test_broken_gradients_end_the_run(small_run, factors, tmp_path):
+def test_broken_gradients_end_the_run(small_run, factors, tmp_path, capsys):
     """A run continues for hours with NaN, or an error names the samples of a different step."""
     config, rows = small_run
     factors.update({1: math.nan, 2: math.nan})
     batches = train.MicroBatches(rows, config)
     numbers = batches.sample_numbers(4).tolist() + batches.sample_numbers(5).tolist()
-    hint = rf"^stopping at step 3: gradient norm nan .*samples {re.escape(str(numbers))} of "
-    with pytest.raises(ValueError, match=hint):
+    with pytest.raises(ValueError, match="^stopping at step 3: gradient norm nan "):
         train_into(tmp_path / "b-dflash", config)
+    assert f"samples of step 3 (split train): {numbers}\n" in capsys.readouterr().out
 
 # ------------------------------------------------------------------------------------------------
 # runs that are interrupted
@@ -831,80 +813,8 @@ def test_resume_compares_every_key(key):
         checkpoints.check_same_run("a-dflash", before, other)
 
 
-class Killed(BaseException):
-    """Nothing catches it, like kill -9."""
-
-
-def ends_at(call, function, half_done, error):
-    """A function whose n-th call does half of its work and raises the error."""
-    calls = itertools.count(1)
-
-    def ending(*args, **kwargs):
-        if next(calls) == call:
-            half_done(*args)
-            raise error
-        return function(*args, **kwargs)
-    return ending
-
-
-def half_saved(content, file):
-    file.write(b"half of a file")
-
-
-def half_deleted(folder):
-    """Only the state that a run resumes from is gone."""
-    Path(folder, "training_state.pt").unlink(missing_ok=True)
-
-
-def nothing_done(*args):
-    """Renaming is atomic."""
-
-
-@pytest.mark.parametrize("owner, name, half_done, error", (
-    (torch, "save", half_saved, Killed),
-    (torch, "save", nothing_done, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
-    (os, "replace", nothing_done, Killed),
-    (shutil, "rmtree", half_deleted, Killed)))
-def test_resume_after_a_save_that_was_not_finished(
-        small_run, monkeypatch, tmp_path, owner, name, half_done, error):
-    """A half-written folder loads, or an old one is deleted before the new one is complete. Here
-    each call that writes, renames, or deletes is killed once, or the disk is full."""
-    config, _ = small_run
-    config.epochs = 0.4
-    config.save_every = 1
-    config.eval_every = 9
-    monkeypatch.setattr(checkpoints, "KEEP_CHECKPOINTS", 1)
-    expected = train_into(tmp_path / "whole-dflash", config)
-    left = sorted(os.listdir(tmp_path / "whole-dflash"))
-    assert left == ["log.jsonl", "step-000002", "training.png"]
-
-    for call in itertools.count(1):
-        folder = tmp_path / f"{call}-dflash"
-        is_finished = False
-        with monkeypatch.context() as patch:
-            patch.setattr(owner, name, ends_at(call, getattr(owner, name), half_done, error))
-            try:
-                train_into(folder, config)
-                is_finished = True
-            except Killed:
-                pass
-            except ValueError as full:
-                hint = "cannot write .*step-0.* No space left.*make room"
-                assert re.match(hint, str(full))
-        if is_finished:
-            break
-        for step_folder in folder.glob("step-??????"):
-            assert len(os.listdir(step_folder)) == 5, "half of a checkpoint that looks whole"
-        newest = newest_checkpoint(str(folder))
-        has_checkpoint = newest != str(folder)
-        if len(training_entries(read_jsonl(folder / "log.jsonl"))) == 2:
-            assert has_checkpoint, call  # of the first step
-        assert_same(train_into(folder, config, resume=has_checkpoint), expected)
-    assert call > 2
-
-
 def test_resume_after_kill_9(small_run, tmp_path):
-    """The same with a real kill -9 at a random moment. For more of them:
+    """A run does not resume after a real kill -9 at a random moment. For more of them:
     KILLS=20 python test_all.py kill_9"""
     config, _ = small_run
     config.epochs = 4.0
