@@ -106,8 +106,10 @@ def test_cli_decodes_a_small_target_with_one_thread(
 
 
 def test_cli_prints_guesses_and_choices_in_their_colors(capsys):
-    """A guess is printed like the target's own token; half of a character is printed, or lost."""
-    texts = {(): "", (1,): "a", (1, 2): "ab", (1, 2, 3): "ab\ufffd", (1, 2, 3, 4): "abé"}
+    """A guess is printed like the target's own token; half of a character is printed, or lost; an
+    escape sequence in the answer reaches the terminal."""
+    texts = {(): "", (1,): "\x1b", (1, 2): "\x1bb", (1, 2, 3): "\x1bb\ufffd",
+             (1, 2, 3, 4): "\x1bbé"}
 
     def decode(tokens, skip_special_tokens):
         assert skip_special_tokens
@@ -118,7 +120,7 @@ def test_cli_prints_guesses_and_choices_in_their_colors(capsys):
     printer([1, 2, 3], RoundOutput([2, 3], 1))    # one guess was right; the second token is half
     printer([1, 2, 3, 4], RoundOutput([4], 0))
     own, guess, end = "\033[34m", "\033[32m", "\033[0m"  # blue, green, plain
-    assert capsys.readouterr().out == f"{own}a{end}{guess}b{end}{own}é{end}"
+    assert capsys.readouterr().out == rf"{own}\x1b{end}{guess}b{end}{own}é{end}"
 
 
 def test_cli_summary_by_hand():
@@ -172,6 +174,22 @@ def test_cli_ctrl_c_ends_the_comparison_only(main, monkeypatch):
 ))
 def test_cli_decoding_mistakes(main, flags, hint):
     assert re.match(hint, main(draft_decode, *DECODE, *flags))
+
+
+@pytest.mark.parametrize("flag", (
+    "--target={}", "--drafter={}", "--device={}", "--dtype={}", "--{}=1", "--seed={}", "{}",
+    "{}.py", "--data={}", "--out_dir=" + __file__ + "/{}", "--weighting={}"))
+def test_cli_escapes_what_comes_from_outside(main, capsys, tmp_path, flag):
+    """The name of a folder or a value clears the screen, or hides the error."""
+    script = train
+    words = ["config/nano.py", "--device=cpu", f"--out_dir={tmp_path}", flag.format("\x1b[2J")]
+    if flag == "--drafter={}":
+        script = draft_decode
+        words = [*DECODE, *words[-1:]]
+    line = main(script, *words)
+    assert r"\x1b[2J" in line
+    assert line.isprintable() and len(line) < 200
+    assert "\x1b" not in "".join(capsys.readouterr())
 
 # ------------------------------------------------------------------------------------------------
 # broken folders

@@ -115,22 +115,33 @@ def test_held_out_prompts_that_fill_the_context_are_skipped(small_run, monkeypat
     next(generate(nano()[0], shipped(), seen[1]))  # the longest that is kept can be decoded
 
 
-def test_log_of_a_stranger_overwrites_nothing(tmp_path):
-    """A link in a run folder leads to a file of the user; a damaged line stops --resume."""
+def test_log_of_a_stranger_overwrites_nothing(tmp_path, capfd):
+    """A link in a run folder leads to a file of the user; a damaged line, or a list of the wrong
+    length, stops --resume or the plot."""
     entry = {"kind": "val", "step": 1, "loss": 1.0, "tau": 2.0, "accepted_up_to_slot": [0.5]}
+    lines = ["\0\0", "[" * 10**5, "1", "{}", json.dumps(entry), json.dumps(entry)[:-5]]
+    for key, values in {
+            "step": ("1", True, -1, 2, 10**400), "loss": (None, 1, "\x1b[2J", 10**400),
+            "tau": ([2.0], {}), "kind": ("\x1b[2J", ["val"]),
+            "accepted_up_to_slot": ([], [0.5, 0.5], 0.5, ["\x1b[2J"], [[0.5]])}.items():
+        lines += [json.dumps(entry | {key: value}) for value in values]
     outside = tmp_path / "outside"
-    lines = ["\0\0", "[" * 10**5, "1", "{}", json.dumps(entry | {"step": "1"}),
-             json.dumps(entry), json.dumps(entry | {"step": 2}), json.dumps(entry)[:-5]]
     outside.write_text("\n".join(lines))
     log = tmp_path / "log.jsonl"
+    config = SimpleNamespace(out_dir=str(tmp_path), block_size=2)
     for target, kept in ((outside, [entry]), (tmp_path / "missing", [])):
         log.unlink(missing_ok=True)
         log.symlink_to(target)
-        training_log.open_log(str(tmp_path), step=1).close()
-        assert training_log.read_log(log) == kept
+        training_log.open_log(config, step=1).close()
+        assert training_log.read_log(config) == kept
         assert not log.is_symlink()
+        training_log.plot_training(str(tmp_path / "training.png"), kept, (1,))
     assert outside.read_text() == "\n".join(lines)
     assert not (tmp_path / "missing").exists()
+    os.remove(log)
+    os.mkfifo(log)
+    training_log.open_log(config, step=1).close()  # does not hang
+    assert "\x1b" not in "".join(capfd.readouterr())
 
 
 def test_printed_commands_can_be_pasted(small_run):

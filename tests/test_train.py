@@ -579,12 +579,7 @@ def test_plot_by_hand(monkeypatch, tmp_path):
     log = [{"kind": "train", "step": 1, "loss": 5.0, "tau": 6.0},
            {"kind": "val", "step": 2, "loss": 7.0, "tau": 8.0, "accepted_up_to_slot": [3, 2, 1]}]
     figures = []
-
-    def keep(figure, path, **options):
-        figures.append(figure)
-        Path(path).touch()
-
-    monkeypatch.setattr(Figure, "savefig", keep)
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **options: figures.append(figure))
     training_log.plot_training(str(tmp_path / "training.png"), log, (1, 3))
     curves = []
     for axis in figures[0].axes:
@@ -624,7 +619,7 @@ def test_train_hands_its_results_on(small_run, monkeypatch, capsys, wandb, compi
 
     def keep_loop(run, held_out):
         done.append(len(held_out))
-        return "F"
+        return "F\x1b[2J"
 
     def keep_decoding(config, folder, samples, stops):
         done.append((folder, len(samples), stops))
@@ -635,9 +630,11 @@ def test_train_hands_its_results_on(small_run, monkeypatch, capsys, wandb, compi
     monkeypatch.setattr(train, "loop", keep_loop)
     monkeypatch.setattr(train, "decode_held_out", keep_decoding)
     train.train(config)
-    assert done == ["compiled"] * compiles + [3, ("F", 3, {502, 504})]
+    assert done == ["compiled"] * compiles + [3, ("F\x1b[2J", 3, {502, 504})]
     assert wandb.init.called
-    assert "tau from real decoding: 2.500 (2 prompts)\n" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "tau from real decoding: 2.500 (2 prompts)\n" in out
+    assert "\x1b" not in out
 
 # ------------------------------------------------------------------------------------------------
 # steps that are skipped
@@ -745,12 +742,12 @@ def test_resume_after_a_signal(small_run, monkeypatch, tmp_path, number, step):
             os.kill(os.getpid(), number)
         return train_step(run)
 
-    monkeypatch.setattr(sys, "argv", ["train.py", "a b.py", "--resume"])
+    monkeypatch.setattr(sys, "argv", ["train.py", "a \x1b.py", "--resume"])
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_step", stopped_step)
         ending = contextlib.nullcontext()
         if step == 3:
-            hint = r"stopped at step 4, .* to .*step-000004. To resume: .*'a b.py' --resume$"
+            hint = r"stopped at step 4, .* to .*step-000004. To resume: .*'a \\x1b.py' --resume$"
             ending = pytest.raises(SystemExit, match=hint)
         with ending:
             train_into(folder, config)
