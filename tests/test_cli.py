@@ -214,12 +214,9 @@ def break_file(path, change):
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 BROKEN_FOLDERS = (
-    ("target", WEIGHTS, None, "cannot load .*model.safetensors"),
     ("target", WEIGHTS, 99_999, "cannot load .*model.safetensors"),
     ("target", INDEX, "[]", "cannot load .*index.json"),
-    ("target", INDEX, '{"weight_map": {"x": "no.safetensors"}}', "cannot load .*no.safetensors"),
     ("target", "config.json", "{", "cannot use .*config.json"),
-    ("target", "config.json", "[]", "cannot use .*config.json"),
     ("target", "config.json", {"num_experts": 8}, "cannot use .*mixture-of-experts"),
     ("target", "config.json", {"intermediate_size": 400}, r"_proj.weight is .384, 128., not .40"),
     ("target", "tokenizer.json", None, "no tokenizer.json in"),
@@ -228,7 +225,6 @@ BROKEN_FOLDERS = (
     ("target", "chat_template.jinja", None, "no chat template: .*--raw"),
     ("drafter-dflash", WEIGHTS, 999, "cannot load .*model.safetensors"),
     ("drafter-dflash", "config.json", "{", "config.json is not that of a drafter"),
-    ("drafter-dflash", "config.json", {"num_target_layers": 24}, "num_target_layers is 24, .* 12"),
 )
 
 
@@ -248,13 +244,11 @@ CHAT = '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "c
 
 
 @pytest.mark.parametrize("name, content, flag, hint", (
-    ("x.jsonl", CHAT * 3, "--sorce=x", "unknown key 'sorce', did you mean 'source'"),
     ("x.jsonl", CHAT * 3, "--source=no/rows", "no file 'no/rows'"),
     ("x.jsonl", CHAT * 3, "--out_dir={source}/rows", "Not a directory"),
     ("x.jsonl", "", None, "holds no rows"),
     ("x.jsonl", QUESTION * 3, None, "line 1: no assistant's answer. 3 of 3 rows"),
     ("x.jsonl", CHAT + '{"messages": [', None, "0 rows to train on and 1 to hold out.*not JSON"),
-    ("x.jsonl", "{\udcff}", None, "x.jsonl, line 1: .*utf-8"),
     ("x.parquet", CHAT, None, "cannot read .*parquet"),
 ))
 def test_cli_preparing_mistakes(main, tmp_path, name, content, flag, hint):
@@ -280,24 +274,6 @@ def test_cli_mistakes_in_questions(main, tmp_path, script, flags, hint):
 
 # ------------------------------------------------------------------------------------------------
 # training
-
-
-@pytest.mark.parametrize("flag, hint", (
-    ("--resume", "error: nothing to resume"),
-    ("--data=nowhere", "error: no meta.json in 'nowhere'"),
-    ("--mask_token_id=512", "error: mask_token_id = 512 .* 512"),
-    ("--target_layer_ids=1,11", "error: target_layer_ids = .*0 .. 10"),
-    ("--target=nowhere", "error: no .* 'nowhere'"),
-    ("--batch_size=64", "error: 20 samples make no step"),
-    ("--device=gpu", "error: device = 'gpu': use cpu or cuda"),
-    ("--weighting=linear", "error: weighting = 'linear': use decay or dpace"),
-    ("--parallel=fsdp", "error: parallel = 'fsdp' .* torchrun"),
-))
-def test_cli_training_mistakes(main, small_run, tmp_path, flag, hint):
-    """Also: a traceback after an hour, or a run that overwrites a different one."""
-    config, _ = small_run
-    config_file = write_config(tmp_path / "small.py", config)
-    assert re.match(hint, main(train, str(config_file), flag))
 
 
 @pytest.mark.parametrize("file, change, hint", (

@@ -5,6 +5,7 @@ import copy
 import json
 import math
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -13,7 +14,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
 
 import draft_decode
 import fast
@@ -22,7 +22,7 @@ from checkpoint import load_target
 from configurator import check_ranges, script_keys
 from draft_decode import generate, generate_many
 from tests.common import (
-    K, NANO_DRAFTER, NANO_TARGET, edit_json, nano, read_jsonl, shipped, small_target, write_config)
+    NANO_TARGET, edit_json, small_target, write_config)
 from training import checks
 from training import log as training_log
 
@@ -53,37 +53,36 @@ def test_numbers_out_of_range_are_refused_in_one_line(small_run, key):
     ("--block_size=1", "error: block_size = 1: use 2 to 1024"),
     ("--num_kv_heads=3", "error: num_heads = 4 must be a multiple of num_kv_heads = 3"),
     ("--head_dim=31", "error: head_dim = 31: use an even number"),
-    ("--betas=0.9", "error: betas = (0.9,): use two numbers"),
+    ("--betas=0.9", r"error: betas = \(0.9,\): use two numbers"),
     ("--max_length=10", "error: max_length = 10 is shorter than a block"),
     ("--lr=" + "9" * 500, "error: lr = inf: use 1e-12 to 10"),
     ("--seed=" + "9" * 5000, "command line: seed = '999"),
     ("--wandb_project=x", "error: wandb_project = 'x' needs the package wandb"),
     ("--device=cuda", "error: device = 'cuda', but torch sees no GPU"),
+    ("--device=gpu", "error: device = 'gpu': use cpu or cuda"),
     ("--out_dir={file}", "error: cannot write to out_dir"),
     ("--out_dir=/proc/run", "error: cannot write to out_dir"),
-    ("--target_layer_ids=3,1", "error: target_layer_ids = (3, 1) must ascend"),
+    ("--target_layer_ids=3,1", r"error: target_layer_ids = \(3, 1\) must ascend"),
+    ("--target_layer_ids=1,11", "error: target_layer_ids = .*0 .. 10"),
+    ("--mask_token_id=512", "error: mask_token_id = 512 .* 512"),
+    ("--resume", "error: nothing to resume"),
+    ("--data=nowhere", "error: no meta.json in 'nowhere'"),
+    ("--target=nowhere", "error: no .* 'nowhere'"),
+    ("--weighting=linear", "error: weighting = 'linear': use decay or dpace"),
+    ("--batch_size=64", "error: 20 samples make no step"),
+    ("--parallel=fsdp", "error: parallel = 'fsdp' .* torchrun"),
 ))
-def test_training_is_refused_before_the_target_is_loaded(
-        main, small_run, monkeypatch, tmp_path, flag, hint):
+def test_training_mistakes_end_in_one_line(main, small_run, monkeypatch, tmp_path, flag, hint):
+    """A traceback, or a mistake that is found after the target was loaded for minutes."""
     config, _ = small_run
     config_file = write_config(tmp_path / "small.py", config)
-    monkeypatch.setattr(train, "load_target", None)
+    if flag not in ("--batch_size=64", "--parallel=fsdp"):
+        monkeypatch.setattr(train, "load_target", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setitem(sys.modules, "wandb", None)  # then its import fails
     line = main(train, str(config_file), flag.format(file=config_file))
-    assert line.startswith(hint)
+    assert re.match(hint, line)
     assert len(line) < 200
-
-
-def test_zero_means_never(small_run, monkeypatch):
-    """A division by zero, or a run that keeps no checkpoint at all."""
-    config, _ = small_run
-    config.log_every = config.eval_every = config.save_every = 0
-    run, held_out, _ = train.setup(config)
-    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: None)
-    assert train.loop(run, held_out).endswith("step-000006")
-    assert read_jsonl(os.path.join(config.out_dir, "log.jsonl")) == []
-    assert sorted(os.listdir(config.out_dir))[1] == "step-000006"
 
 
 def test_samples_without_an_anchor_are_refused():
@@ -94,25 +93,6 @@ def test_samples_without_an_anchor_are_refused():
         checks.check_anchors(samples, "val", config)
     config.max_length = 6
     checks.check_anchors(samples, "val", config)
-
-
-def test_held_out_prompts_that_fill_the_context_are_skipped(small_run, monkeypatch, capsys):
-    """A run of hours ends in an error, and without its tau."""
-    config, _ = small_run
-    seen = []
-
-    def keep(target, drafter, prompts, **options):
-        seen.extend(prompts)
-        return []
-
-    monkeypatch.setattr(train, "generate_many", keep)
-    samples = []
-    for length in (0, 1, 1024 - K - 1, 1024 - K):
-        samples.append((np.ones(length + 2, int), np.arange(length + 2) >= length))
-    train.decode_held_out(config, NANO_DRAFTER, samples, {1})
-    assert [len(prompt) for prompt in seen] == [1, 1024 - K - 1]
-    assert capsys.readouterr().out.count(": skipped") == 2
-    next(generate(nano()[0], shipped(), seen[1]))  # the longest that is kept can be decoded
 
 
 def test_log_of_a_stranger_overwrites_nothing(tmp_path, capfd):
