@@ -213,7 +213,8 @@ def check_pair(config, target_config):
                          f"in 0 .. {layers - 2}, because the target has {layers} layers")
     mask_id = config.dflash_config["mask_token_id"]
     if not 0 <= mask_id < config.vocab_size:
-        raise ValueError(f"mask_token_id = {mask_id} is not one of {config.vocab_size} ids")
+        raise ValueError(f"mask_token_id = {mask_id} is not one of the target's "
+                         f"{config.vocab_size} ids")
 
 
 def drafter_config(

@@ -34,7 +34,6 @@ from loss import Targets, block_labels, block_loss, chunk_loss, sample_anchors
 from model import DFlashDraftModel, masked_attend
 from tokenizer import load_tokenizer, stop_ids, tokenizer_fingerprint
 from training.checkpoints import load_moments, load_training_state, save_checkpoint
-from training.checks import check_anchors, check_config, check_out_dir
 from training.flops import training_operations
 from training.guard import GradientGuard, why_stopped
 from training.interruption import any_rank_received, how_to_resume, stop_signals
@@ -43,7 +42,9 @@ from training.optimizer import new_optimizer
 from training.parallel import (
     distribute, gather_full, gradient_exchange, is_lost_process, join_processes, leave_processes,
     rank, sum_over_ranks, world_size)
-from training.setup import checkpoint_to_resume, deterministic_kernels, new_drafter, prepare_data
+from training.setup import (
+    check_anchors, check_config, check_out_dir, checkpoint_to_resume, deterministic_kernels,
+    new_drafter, prepare_data)
 from training.sums import BlockSums, acceptance, add_sums, block_sums, mean_loss
 
 # what

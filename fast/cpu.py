@@ -1,6 +1,6 @@
 """
-What only a CPU needs: packed weights, activation functions whose bits do not depend on threads, and
-one thread for small models.
+For a CPU only: packed weights, activation functions whose bits do not depend on threads, and one
+thread for small models.
 """
 import os
 

@@ -54,7 +54,7 @@ def load_by_auto_model(folder):
 
 
 def hidden_of(drafter):
-    """What a drafter computes from random features and blocks, in its training form."""
+    """The output of a drafter in its training form, on random features and blocks."""
     draw = random_normal()
     features = draw(2, 40, len(drafter.target_layer_ids) * HIDDEN)
     blocks = draw(2, 3, drafter.block_size, HIDDEN)
@@ -311,7 +311,7 @@ REFUSED = (  # keys that are missing, keys that are changed, the reason
     ((), {"vocab_size": 512}, "vocab_size is 512, the target's 300"),
     ((), {"num_target_layers": 24}, "num_target_layers is 24, the target's 8"),
     ((), dflash(num_target_layers=24), "num_target_layers is 8 in one place and 24 in another"),
-    ((), dflash(mask_token_id=300), "mask_token_id = 300 is not one of 300 ids"),
+    ((), dflash(mask_token_id=300), "mask_token_id = 300 is not one of the target's 300 ids"),
     ((), dflash(target_layer_ids=[0, 3, 7]), "(0, 3, 7) must ascend, differ, and be in 0 .. 6"),
     # other weights than the file has
     ((), {"num_hidden_layers": 3, "layer_types": [FULL] * 3}, "layers.2 is missing"),

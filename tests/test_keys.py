@@ -23,12 +23,12 @@ from configurator import check_ranges, script_keys
 from draft_decode import generate, generate_many
 from tests.common import (
     NANO_TARGET, edit_json, small_target, write_config)
-from training import checks
 from training import log as training_log
+from training import setup as training_setup
 
 
 @pytest.mark.parametrize("script, ranges", (
-    (train, checks.RANGES), (draft_decode, draft_decode.RANGES)))
+    (train, training_setup.RANGES), (draft_decode, draft_decode.RANGES)))
 def test_every_number_has_a_range(script, ranges):
     """A new key is not checked, or a default is refused."""
     types, _ = script_keys(vars(script))
@@ -37,15 +37,15 @@ def test_every_number_has_a_range(script, ranges):
     check_ranges(SimpleNamespace(**vars(script)), ranges)
 
 
-@pytest.mark.parametrize("key", checks.RANGES)
+@pytest.mark.parametrize("key", training_setup.RANGES)
 def test_numbers_out_of_range_are_refused_in_one_line(small_run, key):
     """A run of hours with a value that no run can have, or an error about something else."""
     config, _ = small_run
-    lowest, highest = checks.RANGES[key]
+    lowest, highest = training_setup.RANGES[key]
     for value in (lowest - 1, highest * 10 + 1, math.nan, math.inf, 10**400):
         wrong = (value, value) if isinstance(getattr(config, key), tuple) else value
         with pytest.raises(ValueError, match=f"^{key} = .*: use .* to ") as error:
-            checks.check_config(SimpleNamespace(**vars(config) | {key: wrong}))
+            training_setup.check_config(SimpleNamespace(**vars(config) | {key: wrong}))
         assert len(str(error.value)) < 200
 
 
@@ -90,9 +90,9 @@ def test_samples_without_an_anchor_are_refused():
     samples = [(np.arange(6), np.array(mask)) for mask in ([0, 0, 1, 0, 1, 0], [0, 0, 0, 0, 1, 1])]
     config = SimpleNamespace(data="rows", max_length=5)
     with pytest.raises(ValueError, match="no val sample in 'rows' .*max_length = 5"):
-        checks.check_anchors(samples, "val", config)
+        training_setup.check_anchors(samples, "val", config)
     config.max_length = 6
-    checks.check_anchors(samples, "val", config)
+    training_setup.check_anchors(samples, "val", config)
 
 
 def test_log_of_a_stranger_overwrites_nothing(tmp_path, capfd):
