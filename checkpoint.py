@@ -62,7 +62,7 @@ def load_target(name, device="cpu", dtype="float32"):
 
 def parse_dtype(device, dtype):
     """The torch dtype of a name. ValueError if we do not run in it, or if there is no such GPU."""
-    if device.split(":")[0] not in ("cpu", "cuda"):
+    if not re.fullmatch("(cpu|cuda)(:[0-9]{1,3})?", device):
         raise ValueError(f"device = {short(device)}: use cpu or cuda")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device = {short(device)}, but torch sees no GPU here: use --device=cpu")

@@ -23,7 +23,7 @@ from fast import cpu
 from model import DFlashDraftModel
 from sampling import Sampling
 from target import Target
-from tests.common import NANO_TARGET, edit_json, nano, nano_copy, questions, write_config
+from tests.common import NANO_TARGET, edit_json, nano, nano_copy, questions
 from tokenizer import chat_prompt, tokenizer_fingerprint
 
 # ------------------------------------------------------------------------------------------------
@@ -177,8 +177,8 @@ def test_cli_decoding_mistakes(main, flags, hint):
 
 
 @pytest.mark.parametrize("flag", (
-    "--target={}", "--drafter={}", "--device={}", "--dtype={}", "--{}=1", "--seed={}", "{}",
-    "{}.py", "--data={}", "--out_dir=" + __file__ + "/{}", "--weighting={}"))
+    "--target={}", "--drafter={}", "--device={}", "--device=cpu:{}", "--dtype={}", "--{}=1",
+    "--seed={}", "{}", "{}.py", "--data={}", "--out_dir=" + __file__ + "/{}", "--weighting={}"))
 def test_cli_escapes_what_comes_from_outside(main, capsys, tmp_path, flag):
     """The name of a folder or a value clears the screen, or hides the error."""
     script = train
@@ -288,13 +288,3 @@ def test_cli_broken_rows(main, tmp_path, file, change, hint):
     break_file(tmp_path / "rows" / file, change)
     flags = [f"--data={tmp_path}/rows", f"--out_dir={tmp_path}/run"]
     assert re.search(hint, main(train, "config/nano.py", *flags))
-
-
-def test_cli_broken_checkpoint_to_resume_from(main, small_run, tmp_path):
-    config, _ = small_run
-    config_file = write_config(tmp_path / "small.py", config)
-    folder = tmp_path / "run-dflash" / "step-000001"
-    folder.mkdir(parents=True)
-    assert "nothing to resume" in main(train, str(config_file), "--resume")
-    (folder / "training_state.pt").write_text("{}")
-    assert "cannot read" in main(train, str(config_file), "--resume")
