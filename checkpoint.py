@@ -62,12 +62,12 @@ def load_target(name, device="cpu", dtype="float32"):
 
 def parse_dtype(device, dtype):
     """The torch dtype of a name. ValueError if we do not run in it, or if there is no such GPU."""
-    if device.split(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"device = {device!r:.60}: use cpu or cuda")
+    if not re.fullmatch("(cpu|cuda)(:[0-9]{1,3})?", device):
+        raise ValueError(f"device = {short(device)}: use cpu or cuda")
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device = {device!r}, but torch sees no GPU here: use --device=cpu")
+        raise ValueError(f"device = {short(device)}, but torch sees no GPU here: use --device=cpu")
     if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype = {dtype!r}: use float32 or bfloat16 "
+        raise ValueError(f"dtype = {short(dtype)}: use float32 or bfloat16 "
                          "(fp16 overflows in the decay's gate)")
     return getattr(torch, dtype)
 
@@ -132,7 +132,7 @@ def random_target_config(name):
             count = int(layers) if layers.isdecimal() else 0
         if 0 < count <= config.num_hidden_layers:
             return replace(config, num_hidden_layers=count, layer_types=config.layer_types[:count])
-    raise ValueError(f"target = {name!r}: give random:SIZE or random:SIZE:LAYERS with a size of "
+    raise ValueError(f"target = {short(name)}: give random:SIZE or random:SIZE:LAYERS, a size of "
                      f"{', '.join(SIZES)} and no more layers than it has")
 
 
@@ -213,7 +213,8 @@ def check_pair(config, target_config):
                          f"in 0 .. {layers - 2}, because the target has {layers} layers")
     mask_id = config.dflash_config["mask_token_id"]
     if not 0 <= mask_id < config.vocab_size:
-        raise ValueError(f"mask_token_id = {mask_id} is not one of {config.vocab_size} ids")
+        raise ValueError(f"mask_token_id = {mask_id} is not one of the target's "
+                         f"{config.vocab_size} ids")
 
 
 def drafter_config(
@@ -331,7 +332,7 @@ def checkpoint_folder(name):
     try:
         return snapshot_download(name, allow_patterns=wanted)
     except Exception as error:  # offline, unknown, gated: a dozen types of three libraries
-        raise ValueError(f"no folder {name!r}, and the hub does not give it "
+        raise ValueError(f"no folder {where(name)!r}, and the hub does not give it "
                          f"({type(error).__name__}): copy it here and give its folder") from None
 
 

@@ -4,9 +4,9 @@ Configuration of a script: the plain lower-case variables at its top are its key
     python train.py config/nano.py --lr=1e-4 --out-dir runs/a --compile
     python train.py --help                  # every key with its default and its comment
 
-main() begins with `config = configure(globals())` and then reads config.lr, config.out_dir, ...
-A config file is Python that assigns to keys. Flags override config files. The type of a key is its
-annotation or the type of its default: int, float, bool, str, a tuple of one of these, or T | None.
+main() calls config = configure(globals()) and reads config.lr. A config file is Python that assigns
+to keys. Flags override it. The type of a key is its annotation or the type of its default: int,
+float, bool, str, a tuple of one of these, or T | None.
 """
 import os
 import re
@@ -16,6 +16,8 @@ import traceback
 from difflib import get_close_matches
 from types import SimpleNamespace
 
+from formats.files import one_line, where
+
 TYPES = {"int": int, "float": float, "bool": bool, "str": str, "tuple": tuple}
 BOOLEANS = {"True": True, "true": True, "1": True, "False": False, "false": False, "0": False}
 # a line of a script: name: annotation = default  # comment
@@ -24,7 +26,7 @@ KEY = re.compile(r"^([a-z][a-z0-9_]*)(?:: ([^=\n]+))? = .*?(?:  # (.*?))?[ ]*$",
 
 def configure(namespace, argv=None):
     """A script's keys with their values. namespace: globals(); argv: instead of sys.argv[1:]."""
-    words = sys.argv[1:] if argv is None else list(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
     types, comments = script_keys(namespace)
     values = {name: namespace[name] for name in types}
     if "--help" in words or "-h" in words:
@@ -50,8 +52,8 @@ def script_keys(namespace):
     types = {}
     comments = {}
     with open(namespace["__file__"], encoding="utf-8") as f:
-        source = f.read()
-    for name, annotation, comment in KEY.findall(source):
+        keys = KEY.findall(f.read())
+    for name, annotation, comment in keys:
         default = namespace.get(name, ...)
         if not annotation:
             annotation = type(default).__name__
@@ -73,7 +75,7 @@ def read_command_line(words, types):
             from_files += read_config_file(word, types)
             continue
         if not word.startswith("--"):
-            sys.exit(f"command line: stray {word!r}; a flag is --key=value, a config file is *.py")
+            sys.exit(f"command line: stray {word!r:.60}; use --key=value or a config file *.py")
         name, equals, value = word[2:].partition("=")
         name = name.replace("-", "_")
         if not equals and types.get(name) == "bool":
@@ -89,19 +91,18 @@ def read_command_line(words, types):
 def read_config_file(path, types):
     """Yields the settings of a config file. Names of its helper variables begin with "_"."""
     if not os.path.isfile(path):
-        sys.exit(f"{path}: no such config file; config/ has those that ship")
+        sys.exit(f"{where(path)}: no such config file; config/ has those that ship")
     try:
         variables = runpy.run_path(path)
     except (Exception, SystemExit) as error:  # an exit() in the file would look like success
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == path]
         line = lines[-1] if lines else getattr(error, "lineno", "?")  # a SyntaxError has no frame
-        message = " ".join(str(error).split())
-        sys.exit(f"{path}, line {line}: {type(error).__name__}: {message:.100}")
+        sys.exit(one_line(f"{where(path)}, line {line}: {type(error).__name__}: {error}", 199))
     for name, value in variables.items():
         is_plain = isinstance(value, (*TYPES.values(), list))  # not a module or a function
         if name in types or (is_plain and not name.startswith("_")):
-            yield path, name, value
+            yield where(path), name, value
 
 
 def convert(value, annotation):
@@ -143,8 +144,7 @@ def survive_closed_output():
             write(text)
             stream.flush()
         except BrokenPipeError:
-            # the flush at exit would raise this again, so what follows goes nowhere
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # also for the flush at exit
         return len(text)
 
     stream.write = write_or_drop

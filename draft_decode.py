@@ -38,6 +38,7 @@ from configurator import check_ranges, configure, survive_closed_output
 from decode_state import DecodeState
 from fast.cuda_graph import Graphs
 from fast.prefill import Prefill
+from formats.files import one_line, printable
 from sampling import SAMPLING_RANGES, Sampling, choose, gumbel_noise
 from tokenizer import chat_prompt, load_tokenizer, stop_ids
 
@@ -482,7 +483,7 @@ class Printer:
         text = self.tokenizer.decode(tokens, skip_special_tokens=True)
         if text.endswith("\ufffd"):  # half a character: wait for the rest of it
             return
-        new = text[len(self.printed):]
+        new = printable(text[len(self.printed):])
         self.printed = text
         if self.color and new:
             new = f"{paint}{new}{PLAIN}"
@@ -594,7 +595,7 @@ def main(argv=None):
     try:
         line = decode(config)
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(one_line(f"error: {error}", 300))
     print(line)
 
 

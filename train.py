@@ -29,11 +29,11 @@ from data.samples import Samples
 from draft_decode import generate_many
 from fast.decoding import prepare_for_decoding
 from fast.training import prepare_for_training, warm_up
+from formats.files import one_line, printable
 from loss import Targets, block_labels, block_loss, chunk_loss, sample_anchors
 from model import DFlashDraftModel, masked_attend
 from tokenizer import load_tokenizer, stop_ids, tokenizer_fingerprint
 from training.checkpoints import load_moments, load_training_state, save_checkpoint
-from training.checks import check_anchors, check_config, check_out_dir
 from training.flops import training_operations
 from training.guard import GradientGuard, why_stopped
 from training.interruption import any_rank_received, how_to_resume, stop_signals
@@ -42,7 +42,9 @@ from training.optimizer import new_optimizer
 from training.parallel import (
     distribute, gather_full, gradient_exchange, is_lost_process, join_processes, leave_processes,
     rank, sum_over_ranks, world_size)
-from training.setup import checkpoint_to_resume, deterministic_kernels, new_drafter, prepare_data
+from training.setup import (
+    check_anchors, check_config, check_out_dir, checkpoint_to_resume, deterministic_kernels,
+    new_drafter, prepare_data)
 from training.sums import BlockSums, acceptance, add_sums, block_sums, mean_loss
 
 # what
@@ -320,10 +322,8 @@ def evaluate(run, samples):
     """
     batch_size = run.config.batch_size
     count = min(EVAL_SAMPLES, len(samples))
-    full_batches = max(1, count // batch_size)
     sums = None
-    for number in range(full_batches):
-        first = number * batch_size
+    for first in range(0, max(1, count - batch_size + 1), batch_size):
         end = min(first + batch_size, count)
         tokens, supervised = pad([samples[i] for i in range(first, end)], run.config)
         generator = torch.Generator().manual_seed(first)
@@ -472,7 +472,7 @@ def train(config):
         return
     del run  # frees its memory
     tau, prompts = decode_held_out(config, folder, held_out, stops)
-    print(f"wrote {folder} and {config.out_dir}/training.png")
+    print(printable(f"wrote {folder} and {config.out_dir}/training.png"))
     print(f"held-out tau from real decoding: {tau:.3f} ({prompts} prompts)")
     print(how_to_use(config, folder))
 
@@ -485,7 +485,7 @@ def main(argv=None):
     try:
         train(config)
     except (ValueError, OSError) as error:  # OSError: out_dir cannot be written
-        sys.exit(f"error: {error}")
+        sys.exit(one_line(f"error: {error}", 300))
     except RuntimeError as error:
         if not is_lost_process(error):
             raise

@@ -1,5 +1,5 @@
 """
-Only for CPUs: packed weights, activation functions whose bits do not depend on threads, and one
+For a CPU only: packed weights, activation functions whose bits do not depend on threads, and one
 thread for small models.
 """
 import os
@@ -57,10 +57,9 @@ def on_few_tokens(function, x):
     Threads split a large tensor at any element, also inside a token. At the split, scalar code
     takes over from vector code, and the two round exp differently. Then the bits of a token would
     depend on its place among the tokens of all B blocks. So torch gets only as much as one thread
-    takes. Prompts, which have more than 64 tokens, are prefilled one at a time and do not need
-    this.
+    takes. Prompts are split too. They do not need it, but it costs only a few percent.
     """
-    if x.device.type != "cpu" or x.numel() <= PARALLEL_ELEMENTS or x.shape[1] > 64:
+    if x.device.type != "cpu" or x.numel() <= PARALLEL_ELEMENTS:
         return function(x)
     tokens = x.flatten(0, 1)
     tokens_at_once = max(1, PARALLEL_ELEMENTS // tokens[0].numel())

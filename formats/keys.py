@@ -91,20 +91,19 @@ def check_keys(config, supported, what):
     unknown = set()
     for section in sections(config):
         for key, value in section.items():
-            is_list = key in LISTS or (key == "eos_token_id" and isinstance(value, list))
             if value is None:
                 continue
             if key in supported:
                 check_neutral(key, value, supported[key])
             elif key in EQUAL:
                 check_neutral(key, value, [config.get(EQUAL[key])])
-            elif is_list:
+            elif key in LISTS or (key == "eos_token_id" and isinstance(value, list)):
                 check_list(key, value)
             elif key in NUMBERS:
                 check_number(key, value, NUMBERS[key])
-            elif key in FLAGS and not isinstance(value, bool):
-                raise ValueError(f"{key} = {short(value)}: use true or false")
-            elif key not in FLAGS + HARMLESS:
+            elif key in FLAGS:
+                check_neutral(key, value, (True, False))
+            elif key not in HARMLESS:
                 unknown.add(short(key, 40))
     if unknown:
         list_unknown(f"{len(unknown)} keys of the {what}'s config.json are unknown and ignored: "

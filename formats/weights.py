@@ -2,7 +2,6 @@
 The weights of a checkpoint: safetensors files, checked before a module is built.
 """
 import os
-import re
 from typing import NamedTuple
 
 import torch
@@ -69,14 +68,10 @@ def check_location(folder, path):
 
 def check_layers(stored, num_hidden_layers):
     """ValueError if config.json has more layers than the file: they would be built for nothing."""
-    layers = 0
-    for name in stored:
-        match = re.match(r"layers\.([0-9]{1,6})\.", name)
-        if match:
-            layers = max(layers, int(match.group(1)) + 1)
-    if num_hidden_layers > layers:
-        raise ValueError(f"config.json has {num_hidden_layers} layers, the weights have {layers}: "
-                         f"layers.{layers} is missing")
+    last = f"layers.{num_hidden_layers - 1}"
+    if not any(name.startswith(f"{last}.") for name in stored):
+        raise ValueError(f"config.json has {num_hidden_layers} layers, but in the weights {last} "
+                         "is missing")
 
 
 def load_weights(module, folder, stored, device, dtype, fp32=()):

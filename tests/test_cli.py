@@ -23,7 +23,7 @@ from fast import cpu
 from model import DFlashDraftModel
 from sampling import Sampling
 from target import Target
-from tests.common import NANO_TARGET, edit_json, nano, nano_copy, questions, write_config
+from tests.common import NANO_TARGET, edit_json, nano, nano_copy, questions
 from tokenizer import chat_prompt, tokenizer_fingerprint
 
 # ------------------------------------------------------------------------------------------------
@@ -106,8 +106,10 @@ def test_cli_decodes_a_small_target_with_one_thread(
 
 
 def test_cli_prints_guesses_and_choices_in_their_colors(capsys):
-    """A guess is printed like the target's own token; half of a character is printed, or lost."""
-    texts = {(): "", (1,): "a", (1, 2): "ab", (1, 2, 3): "ab\ufffd", (1, 2, 3, 4): "abé"}
+    """A guess is printed like the target's own token; half of a character is printed, or lost; an
+    escape sequence in the answer reaches the terminal."""
+    texts = {(): "", (1,): "\x1b", (1, 2): "\x1bb", (1, 2, 3): "\x1bb\ufffd",
+             (1, 2, 3, 4): "\x1bbé"}
 
     def decode(tokens, skip_special_tokens):
         assert skip_special_tokens
@@ -118,7 +120,7 @@ def test_cli_prints_guesses_and_choices_in_their_colors(capsys):
     printer([1, 2, 3], RoundOutput([2, 3], 1))    # one guess was right; the second token is half
     printer([1, 2, 3, 4], RoundOutput([4], 0))
     own, guess, end = "\033[34m", "\033[32m", "\033[0m"  # blue, green, plain
-    assert capsys.readouterr().out == f"{own}a{end}{guess}b{end}{own}é{end}"
+    assert capsys.readouterr().out == rf"{own}\x1b{end}{guess}b{end}{own}é{end}"
 
 
 def test_cli_summary_by_hand():
@@ -173,6 +175,22 @@ def test_cli_ctrl_c_ends_the_comparison_only(main, monkeypatch):
 def test_cli_decoding_mistakes(main, flags, hint):
     assert re.match(hint, main(draft_decode, *DECODE, *flags))
 
+
+@pytest.mark.parametrize("flag", (
+    "--target={}", "--drafter={}", "--device={}", "--device=cpu:{}", "--dtype={}", "--{}=1",
+    "--seed={}", "{}", "{}.py", "--data={}", "--out_dir=" + __file__ + "/{}", "--weighting={}"))
+def test_cli_escapes_what_comes_from_outside(main, capsys, tmp_path, flag):
+    """The name of a folder or a value clears the screen, or hides the error."""
+    script = train
+    words = ["config/nano.py", "--device=cpu", f"--out_dir={tmp_path}", flag.format("\x1b[2J")]
+    if flag == "--drafter={}":
+        script = draft_decode
+        words = [*DECODE, *words[-1:]]
+    line = main(script, *words)
+    assert r"\x1b[2J" in line
+    assert line.isprintable() and len(line) < 200
+    assert "\x1b" not in "".join(capsys.readouterr())
+
 # ------------------------------------------------------------------------------------------------
 # broken folders
 
@@ -196,12 +214,9 @@ def break_file(path, change):
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 BROKEN_FOLDERS = (
-    ("target", WEIGHTS, None, "cannot load .*model.safetensors"),
     ("target", WEIGHTS, 99_999, "cannot load .*model.safetensors"),
     ("target", INDEX, "[]", "cannot load .*index.json"),
-    ("target", INDEX, '{"weight_map": {"x": "no.safetensors"}}', "cannot load .*no.safetensors"),
     ("target", "config.json", "{", "cannot use .*config.json"),
-    ("target", "config.json", "[]", "cannot use .*config.json"),
     ("target", "config.json", {"num_experts": 8}, "cannot use .*mixture-of-experts"),
     ("target", "config.json", {"intermediate_size": 400}, r"_proj.weight is .384, 128., not .40"),
     ("target", "tokenizer.json", None, "no tokenizer.json in"),
@@ -210,7 +225,6 @@ BROKEN_FOLDERS = (
     ("target", "chat_template.jinja", None, "no chat template: .*--raw"),
     ("drafter-dflash", WEIGHTS, 999, "cannot load .*model.safetensors"),
     ("drafter-dflash", "config.json", "{", "config.json is not that of a drafter"),
-    ("drafter-dflash", "config.json", {"num_target_layers": 24}, "num_target_layers is 24, .* 12"),
 )
 
 
@@ -230,13 +244,11 @@ CHAT = '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "c
 
 
 @pytest.mark.parametrize("name, content, flag, hint", (
-    ("x.jsonl", CHAT * 3, "--sorce=x", "unknown key 'sorce', did you mean 'source'"),
     ("x.jsonl", CHAT * 3, "--source=no/rows", "no file 'no/rows'"),
     ("x.jsonl", CHAT * 3, "--out_dir={source}/rows", "Not a directory"),
     ("x.jsonl", "", None, "holds no rows"),
     ("x.jsonl", QUESTION * 3, None, "line 1: no assistant's answer. 3 of 3 rows"),
     ("x.jsonl", CHAT + '{"messages": [', None, "0 rows to train on and 1 to hold out.*not JSON"),
-    ("x.jsonl", "{\udcff}", None, "x.jsonl, line 1: .*utf-8"),
     ("x.parquet", CHAT, None, "cannot read .*parquet"),
 ))
 def test_cli_preparing_mistakes(main, tmp_path, name, content, flag, hint):
@@ -264,24 +276,6 @@ def test_cli_mistakes_in_questions(main, tmp_path, script, flags, hint):
 # training
 
 
-@pytest.mark.parametrize("flag, hint", (
-    ("--resume", "error: nothing to resume"),
-    ("--data=nowhere", "error: no meta.json in 'nowhere'"),
-    ("--mask_token_id=512", "error: mask_token_id = 512 .* 512"),
-    ("--target_layer_ids=1,11", "error: target_layer_ids = .*0 .. 10"),
-    ("--target=nowhere", "error: no .* 'nowhere'"),
-    ("--batch_size=64", "error: 20 samples make no step"),
-    ("--device=gpu", "error: device = 'gpu': use cpu or cuda"),
-    ("--weighting=linear", "error: weighting = 'linear': use decay or dpace"),
-    ("--parallel=fsdp", "error: parallel = 'fsdp' .* torchrun"),
-))
-def test_cli_training_mistakes(main, small_run, tmp_path, flag, hint):
-    """Also: a traceback after an hour, or a run that overwrites a different one."""
-    config, _ = small_run
-    config_file = write_config(tmp_path / "small.py", config)
-    assert re.match(hint, main(train, str(config_file), flag))
-
-
 @pytest.mark.parametrize("file, change, hint", (
     ("train.tokens.bin", 13, "cannot read the train rows.*(prepare|conversations).py"),
     ("meta.json", None, "no finished data: run python"),
@@ -294,13 +288,3 @@ def test_cli_broken_rows(main, tmp_path, file, change, hint):
     break_file(tmp_path / "rows" / file, change)
     flags = [f"--data={tmp_path}/rows", f"--out_dir={tmp_path}/run"]
     assert re.search(hint, main(train, "config/nano.py", *flags))
-
-
-def test_cli_broken_checkpoint_to_resume_from(main, small_run, tmp_path):
-    config, _ = small_run
-    config_file = write_config(tmp_path / "small.py", config)
-    folder = tmp_path / "run-dflash" / "step-000001"
-    folder.mkdir(parents=True)
-    assert "nothing to resume" in main(train, str(config_file), "--resume")
-    (folder / "training_state.pt").write_text("{}")
-    assert "cannot read" in main(train, str(config_file), "--resume")

@@ -139,9 +139,9 @@ def test_joined_projections_are_fewer_matmuls(monkeypatch):
 # bits on a CPU
 
 
-@pytest.mark.parametrize("B", (1, 5))
+@pytest.mark.parametrize("B, K", ((1, 16), (5, 16), (1, 100)))
 @pytest.mark.parametrize("width", (9728, 100_000))
-def test_activations_do_not_depend_on_threads(B, width):
+def test_activations_do_not_depend_on_threads(B, K, width):
     """Failure 5: threads split an elementwise operation inside a token, where it rounds
     differently. So a token's bits depend on its slot or its position in the block. A token can
     also be wider than what one thread gets."""

@@ -3,7 +3,6 @@ Training: batches, one step, and runs that are interrupted, resumed, or shared b
 """
 import argparse
 import contextlib
-import errno
 import functools
 import itertools
 import math
@@ -30,17 +29,16 @@ from torch.utils._pytree import tree_leaves
 import train
 from checkpoint import load_drafter, newest_checkpoint
 from configurator import configure
-from draft_decode import RoundOutput
+from draft_decode import RoundOutput, generate
 from loss import Targets, block_labels, block_loss, chunk_loss, sample_anchors
 from target import Target
 from tests.common import (
-    K, NANO_DRAFTER, NANO_TARGET, ROOT, V, apart, nano, nano_copy, phase_1_2, read_jsonl,
+    K, NANO_DRAFTER, NANO_TARGET, ROOT, V, apart, nano, nano_copy, phase_1_2, read_jsonl, shipped,
     small_config, small_drafter, small_target, tokens_of, write_config)
 from training import checkpoints, flops, guard
 from training import log as training_log
 from training import setup as training_setup
 from training.flops import training_operations
-from training.plot import plot_training
 from training.sums import acceptance
 
 # ------------------------------------------------------------------------------------------------
@@ -403,22 +401,6 @@ def test_setup_follows_its_keys(small_run):
     assert not torch.equal(other.drafter.fc.weight, drafter.fc.weight)
 
 
-MISTAKES = (  # test_cli has one for each kind of check
-    ("gamma", math.nan, "use 0.01 to"), ("warmup", 2.0, "use 0 to 1"),
-    ("warmup", math.nan, "use 0 to 1"), ("num_heads", 3, "multiple of num_kv_heads = 2"),
-    ("head_dim", 31, "use an even number"), ("betas", (0.9,), "two numbers"),
-    ("betas", (0.9, 1.0), "use 0 to 0.999999"))
-
-
-@pytest.mark.parametrize("key, value, hint", MISTAKES)
-def test_mistakes_are_refused_in_one_line(small_run, key, value, hint):
-    """A value that no run can have ends in a traceback, or after hours."""
-    config, _ = small_run
-    with pytest.raises(ValueError, match=rf"^{key} = .*{hint}") as error:
-        train.check_config(changed(config, **{key: value}))
-    assert len(str(error.value)) < 200
-
-
 def test_rate_warms_up_and_ends_at_zero(small_run):
     """The learning rate starts at zero, never reaches its peak, ends above zero, or does not reach
     the optimizer; gradients are left over for the next step."""
@@ -452,7 +434,7 @@ def test_mask_is_the_first_free_id(small_run, mask_token_id, tokenizer, expected
     config.mask_token_id = mask_token_id
     ending = contextlib.nullcontext()
     if expected is None:
-        ending = pytest.raises(ValueError, match="mask_token_id = -?[0-9]+ is outside")
+        ending = pytest.raises(ValueError, match="mask_token_id = -?[0-9]+ is not one of")
     with ending:
         drafter = training_setup.new_drafter(config, nano()[0].config, tokenizer)
         assert drafter.mask_token_id == expected
@@ -502,10 +484,10 @@ def test_mfu_counts_the_frozen_target_by_hand():
     drafter = small_drafter()  # its last feature layer is 6: one full layer and six linear ones
     matrices = 7 * 3 * 64 * 96                              # MLPs
     matrices += 64 * (2 * 128 + 64 + 64) + 128 * 64         # q and its gate, k, v; o
-    matrices += 6 * (64 * (2 * 32 + 128 + 128 + 2 * 8) + 128 * 64)   # q, k, v, z, a, b; out
+    matrices += 6 * (64 * (2 * 32 + 192 + 192 + 2 * 8) + 192 * 64)   # q, k, v, z, a, b; out
     pairs = 19 * 20 // 2
     attention = pairs * 4 * (2 * 32 + 2 * 32)               # 4 heads: a score and a sum
-    two_chunks = 2 * 8 * (6 * 16 * 16 * 8 + 4 * 16 * 16 * 16 + 6 * 16 * 8 * 16 + 16 ** 3)
+    two_chunks = 2 * 8 * (6 * 16 * 16 * 8 + 4 * 16 * 16 * 24 + 6 * 16 * 8 * 24 + 16 ** 3)
     expected = 3 * (2 * matrices * 19 + attention + 6 * two_chunks)
     alone = training_operations(drafter, 3, 19, 5)
     assert training_operations(drafter, 3, 19, 5, target) - alone == expected
@@ -597,13 +579,8 @@ def test_plot_by_hand(monkeypatch, tmp_path):
     log = [{"kind": "train", "step": 1, "loss": 5.0, "tau": 6.0},
            {"kind": "val", "step": 2, "loss": 7.0, "tau": 8.0, "accepted_up_to_slot": [3, 2, 1]}]
     figures = []
-
-    def keep(figure, path, **options):
-        figures.append(figure)
-        Path(path).touch()
-
-    monkeypatch.setattr(Figure, "savefig", keep)
-    plot_training(str(tmp_path / "training.png"), log, (1, 3))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **options: figures.append(figure))
+    training_log.plot_training(str(tmp_path / "training.png"), log, (1, 3))
     curves = []
     for axis in figures[0].axes:
         curves.append({line.get_label(): line.get_xydata().tolist() for line in axis.lines})
@@ -613,21 +590,24 @@ def test_plot_by_hand(monkeypatch, tmp_path):
         {"position 1": [[2, 3]], "position 3": [[2, 1]]}]
 
 
-def test_log_and_checkpoints_keep_their_rhythm(small_run, monkeypatch, tmp_path):
-    """log_every, eval_every, or save_every is mixed up, the last step is not logged, old
-    checkpoints fill the disk, or a log needs positions that a block of 8 does not have."""
+@pytest.mark.parametrize("log_every, eval_every, save_every, logged, saved", (
+    (4, 5, 2, [("train", 4), ("val", 5), ("train", 6), ("val", 6)], [4, 6]),
+    (0, 0, 0, [], [6])))
+def test_log_and_checkpoints_keep_their_rhythm(
+        small_run, monkeypatch, tmp_path, log_every, eval_every, save_every, logged, saved):
+    """log_every, eval_every, or save_every is mixed up; 0 is not "never"; the last step is not
+    logged; old checkpoints fill the disk; a log needs positions that a block of 8 does not have."""
     config, _ = small_run
     config.block_size = 8
-    config.log_every = 4
-    config.eval_every = 5
-    config.save_every = 2
-    monkeypatch.setattr(checkpoints, "KEEP_CHECKPOINTS", 2)
+    config.log_every = log_every
+    config.eval_every = eval_every
+    config.save_every = save_every
     config.num_anchors = 4
+    monkeypatch.setattr(checkpoints, "KEEP_CHECKPOINTS", 2)
     outcome = train_into(tmp_path / "a-dflash", config)
-    entries = [(entry["kind"], entry["step"]) for entry in outcome.log]
-    assert entries == [("train", 4), ("val", 5), ("train", 6), ("val", 6)]
+    assert [(entry["kind"], entry["step"]) for entry in outcome.log] == logged
     folders = sorted(path.name for path in (tmp_path / "a-dflash").glob("step-*"))
-    assert folders == ["step-000004", "step-000006"]
+    assert folders == [f"step-{step:06}" for step in saved]
 
 
 @pytest.mark.parametrize("compiles", (True, False))
@@ -642,7 +622,7 @@ def test_train_hands_its_results_on(small_run, monkeypatch, capsys, wandb, compi
 
     def keep_loop(run, held_out):
         done.append(len(held_out))
-        return "F"
+        return "F\x1b[2J"
 
     def keep_decoding(config, folder, samples, stops):
         done.append((folder, len(samples), stops))
@@ -653,9 +633,11 @@ def test_train_hands_its_results_on(small_run, monkeypatch, capsys, wandb, compi
     monkeypatch.setattr(train, "loop", keep_loop)
     monkeypatch.setattr(train, "decode_held_out", keep_decoding)
     train.train(config)
-    assert done == ["compiled"] * compiles + [3, ("F", 3, {502, 504})]
+    assert done == ["compiled"] * compiles + [3, ("F\x1b[2J", 3, {502, 504})]
     assert wandb.init.called
-    assert "tau from real decoding: 2.500 (2 prompts)\n" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "tau from real decoding: 2.500 (2 prompts)\n" in out
+    assert "\x1b" not in out
 
 # ------------------------------------------------------------------------------------------------
 # steps that are skipped
@@ -713,15 +695,15 @@ def test_usual_gradients_are_a_moving_average():
     assert not state.skips(1e6, True)
 
 
-def test_broken_gradients_end_the_run(small_run, factors, tmp_path):
+def test_broken_gradients_end_the_run(small_run, factors, tmp_path, capsys):
     """A run continues for hours with NaN, or an error names the samples of a different step."""
     config, rows = small_run
     factors.update({1: math.nan, 2: math.nan})
     batches = train.MicroBatches(rows, config)
     numbers = batches.sample_numbers(4).tolist() + batches.sample_numbers(5).tolist()
-    hint = rf"^stopping at step 3: gradient norm nan .*samples {re.escape(str(numbers))} of "
-    with pytest.raises(ValueError, match=hint):
+    with pytest.raises(ValueError, match="^stopping at step 3: gradient norm nan "):
         train_into(tmp_path / "b-dflash", config)
+    assert f"samples of step 3 (split train): {numbers}\n" in capsys.readouterr().out
 
 # ------------------------------------------------------------------------------------------------
 # runs that are interrupted
@@ -748,8 +730,7 @@ def test_resume_equals_uninterrupted_run(small_run, tmp_path, optimizer):
     assert_same(train_into(crashed, config, resume=True), expected)
 
 
-@pytest.mark.parametrize("number, step", (
-    (signal.SIGTERM, 3), (signal.SIGINT, 3), (signal.SIGINT, 5)))
+@pytest.mark.parametrize("number, step", ((signal.SIGTERM, 3), (signal.SIGINT, 5)))
 def test_resume_after_a_signal(small_run, monkeypatch, tmp_path, number, step):
     """Failure 12: SIGTERM or Ctrl-C loses steps, its command does not resume the run, or a run that
     ends with this step claims to be unfinished."""
@@ -763,12 +744,12 @@ def test_resume_after_a_signal(small_run, monkeypatch, tmp_path, number, step):
             os.kill(os.getpid(), number)
         return train_step(run)
 
-    monkeypatch.setattr(sys, "argv", ["train.py", "a b.py", "--resume"])
+    monkeypatch.setattr(sys, "argv", ["train.py", "a \x1b.py", "--resume"])
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_step", stopped_step)
         ending = contextlib.nullcontext()
         if step == 3:
-            hint = r"stopped at step 4, .* to .*step-000004. To resume: .*'a b.py' --resume$"
+            hint = r"stopped at step 4, .* to .*step-000004. To resume: .*'a \\x1b.py' --resume$"
             ending = pytest.raises(SystemExit, match=hint)
         with ending:
             train_into(folder, config)
@@ -831,80 +812,8 @@ def test_resume_compares_every_key(key):
         checkpoints.check_same_run("a-dflash", before, other)
 
 
-class Killed(BaseException):
-    """Nothing catches it, like kill -9."""
-
-
-def ends_at(call, function, half_done, error):
-    """A function whose n-th call does half of its work and raises the error."""
-    calls = itertools.count(1)
-
-    def ending(*args, **kwargs):
-        if next(calls) == call:
-            half_done(*args)
-            raise error
-        return function(*args, **kwargs)
-    return ending
-
-
-def half_saved(content, file):
-    file.write(b"half of a file")
-
-
-def half_deleted(folder):
-    """Only the state that a run resumes from is gone."""
-    Path(folder, "training_state.pt").unlink(missing_ok=True)
-
-
-def nothing_done(*args):
-    """Renaming is atomic."""
-
-
-@pytest.mark.parametrize("owner, name, half_done, error", (
-    (torch, "save", half_saved, Killed),
-    (torch, "save", nothing_done, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
-    (os, "replace", nothing_done, Killed),
-    (shutil, "rmtree", half_deleted, Killed)))
-def test_resume_after_a_save_that_was_not_finished(
-        small_run, monkeypatch, tmp_path, owner, name, half_done, error):
-    """A half-written folder loads, or an old one is deleted before the new one is complete. Here
-    each call that writes, renames, or deletes is killed once, or the disk is full."""
-    config, _ = small_run
-    config.epochs = 0.4
-    config.save_every = 1
-    config.eval_every = 9
-    monkeypatch.setattr(checkpoints, "KEEP_CHECKPOINTS", 1)
-    expected = train_into(tmp_path / "whole-dflash", config)
-    left = sorted(os.listdir(tmp_path / "whole-dflash"))
-    assert left == ["log.jsonl", "step-000002", "training.png"]
-
-    for call in itertools.count(1):
-        folder = tmp_path / f"{call}-dflash"
-        is_finished = False
-        with monkeypatch.context() as patch:
-            patch.setattr(owner, name, ends_at(call, getattr(owner, name), half_done, error))
-            try:
-                train_into(folder, config)
-                is_finished = True
-            except Killed:
-                pass
-            except ValueError as full:
-                hint = "cannot write .*step-0.* No space left.*make room"
-                assert re.match(hint, str(full))
-        if is_finished:
-            break
-        for step_folder in folder.glob("step-??????"):
-            assert len(os.listdir(step_folder)) == 5, "half of a checkpoint that looks whole"
-        newest = newest_checkpoint(str(folder))
-        has_checkpoint = newest != str(folder)
-        if len(training_entries(read_jsonl(folder / "log.jsonl"))) == 2:
-            assert has_checkpoint, call  # of the first step
-        assert_same(train_into(folder, config, resume=has_checkpoint), expected)
-    assert call > 2
-
-
 def test_resume_after_kill_9(small_run, tmp_path):
-    """The same with a real kill -9 at a random moment. For more of them:
+    """A run does not resume after a real kill -9 at a random moment. For more of them:
     KILLS=20 python test_all.py kill_9"""
     config, _ = small_run
     config.epochs = 4.0
@@ -1019,15 +928,6 @@ def test_ranks_are_the_same_run(small_run, tmp_path):
 # where a run begins and ends
 
 
-class Evil:
-    """A pickle that makes a folder when it is loaded."""
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
 @pytest.fixture
 def specforge(small_run, tmp_path):
     """(config, outcome of our run, folder, its state): our checkpoint of step 3 in the layout of
@@ -1065,20 +965,16 @@ def test_specforge_checkpoints_are_resumed(specforge, tmp_path):
 
 
 def test_specforge_checkpoints_that_do_not_fit_are_refused(specforge):
-    """Moments of different parameters or of AdamW are used, or code in a published file runs."""
+    """Moments of different parameters or of AdamW are used."""
     config, ours, folder, state = specforge
     with pytest.raises(ValueError, match="not trained with optimizer = 'muon'"):
         train.setup(changed(config, optimizer="muon"))
     last = len(ours.moments) - 1
     reversed_moments = {i: ours.moments[last - i] for i in ours.moments}
-    for change, hint in (
-            ({"optimizer_state_dict": {"state": reversed_moments}},
-             "does not fit this drafter: moment 0"),
-            ({"args": Evil(folder / "evil")}, "cannot read")):
-        torch.save(state | change, folder / "training_state.pt")
-        with pytest.raises(ValueError, match=hint):
-            train.setup(config)
-    assert not (folder / "evil").exists()
+    torch.save(state | {"optimizer_state_dict": {"state": reversed_moments}},
+               folder / "training_state.pt")
+    with pytest.raises(ValueError, match="does not fit this drafter: moment 0"):
+        train.setup(config)
 
 
 def test_samples_are_prepared_only_if_they_are_missing(small_run, monkeypatch):
@@ -1119,11 +1015,12 @@ def test_rows_of_another_template_are_refused(small_run, tmp_path):
         train.setup(changed(config, target=str(target)))
 
 
-def test_held_out_prompts_are_decoded(small_run, monkeypatch):
+def test_held_out_prompts_are_decoded(small_run, monkeypatch, capsys):
     """Failure 15: a prompt contains tokens of its answer, or ends in the second of two answers; tau
-    counts the prefill's token; a dtype, a limit, or stop ids have no effect."""
+    counts the prefill's token; a dtype, a limit, or stop ids have no effect; a prompt that fills
+    the context ends a run of hours in an error."""
     config, rows = small_run
-    config.decode_prompts = 5  # of two samples
+    config.decode_prompts = 9  # of six samples
     config.dtype = "bfloat16"
     monkeypatch.setattr(train, "DECODE_TOKENS", 12)
     monkeypatch.setattr(train, "DECODE_SLOTS", 1)
@@ -1131,16 +1028,22 @@ def test_held_out_prompts_are_decoded(small_run, monkeypatch):
     two_answers = np.array([0, 0, 0, 1, 1, 0, 0, 1])
     rows = [(tokens, supervised), (np.arange(8), two_answers)]
     expected_prompts = [tokens[supervised == 0].tolist(), [0, 1, 2]]
+    longest = 1024 - K - 1
+    for length in (0, longest + 1, longest):
+        rows.append((np.ones(length + 2, int), np.arange(length + 2) >= length))
+    expected_prompts.append([1] * longest)
+    next(generate(nano()[0], shipped(), expected_prompts[-1]))  # it can be decoded
 
     def three_rounds(target, drafter, prompts, **options):
         assert target.embed_tokens.weight.dtype == drafter.fc.weight.dtype == torch.bfloat16
         assert prompts == expected_prompts
         assert options == {"max_new_tokens": 12, "slots": 1, "stop_token_ids": {999}}
-        for index, lengths in enumerate(((1, 4, 7), (1, 11))):
+        for index, lengths in enumerate(((1, 4, 7), (1, 11), (1,))):
             for length in lengths:
                 yield index, RoundOutput([5] * length)
 
     monkeypatch.setattr(train, "generate_many", three_rounds)
     tau, prompts = train.decode_held_out(config, NANO_DRAFTER, rows, stops={999})
     assert tau == pytest.approx((4 + 7 + 11) / 3)
-    assert prompts == 2
+    assert prompts == 3
+    assert capsys.readouterr().out.count(": skipped") == 2

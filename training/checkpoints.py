@@ -13,14 +13,14 @@ import shutil
 from typing import NamedTuple
 
 import torch
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map, tree_map_only
 
 from checkpoint import load_drafter, public_drafter_config, save_drafter, step_folders
 from formats.files import one_line, short, where
 from formats.keys import check_number
 from model import DFlashDraftModel
 from training.guard import GradientGuard
-from training.optimizer import moment_name
+from training.optimizer import moment_names
 from training.parallel import gather_full, rank, shard_like, wait_for_all, world_size
 
 KEEP_CHECKPOINTS = 3  # the newest; older ones are deleted
@@ -38,8 +38,8 @@ def save_checkpoint(run):
     config = run.config
     name = f"step-{run.step:06d}"
     folder = os.path.join(config.out_dir, name)
-    weights = to_whole_cpu(run.drafter.state_dict())
-    moments = to_whole_cpu(run.optimizer.state_dict())
+    weights = tree_map_only(torch.Tensor, to_whole_cpu, run.drafter.state_dict())
+    moments = tree_map_only(torch.Tensor, to_whole_cpu, run.optimizer.state_dict())
     already_there = name in step_folders(config.out_dir)  # then it is whole, and of this step
     if rank() == 0 and not already_there:
         state = {
@@ -63,13 +63,9 @@ def save_checkpoint(run):
     return folder
 
 
-def to_whole_cpu(tree):
-    """A nested dict with its tensors gathered from their shards and copied to the CPU."""
-    def gather(leaf):
-        if isinstance(leaf, torch.Tensor):
-            return gather_full(leaf).cpu()
-        return leaf
-    return tree_map(gather, tree)
+def to_whole_cpu(tensor):
+    """A tensor gathered from its shards and copied to the CPU."""
+    return gather_full(tensor).cpu()
 
 
 def model_card(run):
@@ -145,9 +141,7 @@ def load_training_state(folder, drafter, target_config, config):
     try:
         drafter.load_state_dict(weights)
         for i, parameter in enumerate(drafter.parameters()):
-            name = moment_name(config.optimizer, parameter)
-            names = [name] if name == "momentum_buffer" else [name, "exp_avg_sq", "step"]
-            if sorted(moments[i]) != sorted(names):
+            if moments[i].keys() != moment_names(config.optimizer, parameter):
                 raise ValueError(f"it was not trained with optimizer = {config.optimizer!r}")
             for name, moment in moments[i].items():
                 if name != "step" and moment.shape != parameter.shape:
@@ -213,11 +207,8 @@ def check_same_run(folder, before, config):
 
 def load_moments(optimizer, moments):
     """Load moments, indexed in module order, into an optimizer whose parameters can be sharded."""
-    parameters = []
-    for group in optimizer.param_groups:
-        parameters.extend(group["params"])
     state = {}
-    for i, parameter in enumerate(parameters):
+    for i, parameter in enumerate(optimizer.param_groups[0]["params"]):  # it has one group
         state[i] = {}
         for name, value in moments[i].items():
             is_moment = value.dim() > 0  # "step" is a scalar and is not sharded

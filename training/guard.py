@@ -41,13 +41,14 @@ class GradientGuard:
 
 
 def why_stopped(run, grad_norm):
-    """The error message of a run that must stop. It names all samples of the last step."""
+    """The error message of a run that must stop. Prints all samples of the last step."""
     config = run.config
     per_step = config.grad_accum_steps * world_size()
     sample_numbers = []
     for number in range(run.step * per_step, (run.step + 1) * per_step):
         sample_numbers.extend(run.micro_batches.sample_numbers(number).tolist())
+    print(f"samples of step {run.step + 1} (split train): {sample_numbers}", flush=True)
     guard = run.guard
     return (f"stopping at step {run.step + 1}: gradient norm {grad_norm:.3g} (average "
-            f"{guard.usual_norm:.3g}), {guard.skipped_in_a_row} steps skipped in a row. Check "
-            f"samples {sample_numbers} of {config.data} (split train) or lower lr")
+            f"{guard.usual_norm:.3g}), {guard.skipped_in_a_row} steps skipped in a row. Check the "
+            "samples of this step, which are printed above, or lower lr")

@@ -13,6 +13,7 @@ import threading
 
 import torch
 
+from formats.files import printable
 from training.parallel import sum_over_ranks, world_size
 
 # seconds that a step has to finish after SIGTERM; torchrun sends SIGKILL after 30
@@ -88,5 +89,5 @@ def how_to_resume(step, folder):
     words = [word for word in sys.argv[1:] if word != "--resume"]
     arguments = shlex.join([*words, "--resume"])
     command = "python" if world_size() == 1 else "torchrun ... (same options)"
-    return (f"stopped at step {step}, checkpoint saved to {folder}. "
-            f"To resume: {command} train.py {arguments}")
+    return printable(f"stopped at step {step}, checkpoint saved to {folder}. "
+                     f"To resume: {command} train.py {arguments}")

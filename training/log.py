@@ -3,6 +3,7 @@ The log of a training run: lines on the screen, log.jsonl, training.png, and on 
 Biases. Only process 0 writes.
 """
 import contextlib
+import io
 import json
 import os
 import shlex
@@ -10,14 +11,12 @@ import time
 
 import torch
 
-from checkpoint import write_whole
 from data.samples import read_meta
+from formats.files import printable, write_whole
 from training.flops import mfu
 from training.parallel import gather_numbers, rank
-from training.plot import plot_training
 
 SHOWN_POSITIONS = (1, 2, 4, 8, 15)  # of the K - 1, on the screen and in the plot
-ENTRY_KEYS = {"kind", "step", "loss", "tau", "accepted_up_to_slot"}     # of every entry
 
 
 class TrainingLog:
@@ -29,8 +28,8 @@ class TrainingLog:
 
     def __init__(self, run):
         config = run.config
-        self.out_dir = config.out_dir
-        self.file = open_log(self.out_dir, run.step)
+        self.config = config
+        self.file = open_log(config, run.step)
         self.shown = [k for k in SHOWN_POSITIONS if k < config.block_size]
         self.first_step = run.step  # above 0 in a resumed run
         self.began = time.time()
@@ -46,7 +45,7 @@ class TrainingLog:
 
     def training(self, run, entry):
         """Write the entry of a step, with speed and time left."""
-        config = run.config
+        config = self.config
         seconds = time.time() - self.began
         steps_done = run.step - self.first_step
         steps_left = run.total_steps - run.step
@@ -78,21 +77,18 @@ class TrainingLog:
     def write(self, run, kind, entry, line):
         self.file.write(json.dumps({"kind": kind, "step": run.step, **entry}) + "\n")
         print(f"step {run.step}/{run.total_steps} | {line}", flush=True)
-        if run.config.wandb_project and rank() == 0:
+        if self.config.wandb_project and rank() == 0:
             import wandb
-            numbers = {}
-            for key, value in entry.items():
-                if not isinstance(value, list):  # lists per position or process have no curve
-                    numbers[f"{kind}/{key}"] = value
-            wandb.log(numbers, step=run.step)
+            # lists per position or process have no curve
+            numbers = {key: value for key, value in entry.items() if not isinstance(value, list)}
+            wandb.log({f"{kind}/{key}": value for key, value in numbers.items()}, step=run.step)
 
     def close(self):
         """Close log.jsonl and plot all of it, including the steps before a resume."""
         self.file.close()
-        if rank() != 0:
-            return
-        entries = read_log(os.path.join(self.out_dir, "log.jsonl"))
-        plot_training(os.path.join(self.out_dir, "training.png"), entries, self.shown)
+        if rank() == 0:
+            entries = read_log(self.config)
+            plot_training(os.path.join(self.config.out_dir, "training.png"), entries, self.shown)
 
 
 def start_wandb(config):
@@ -115,32 +111,65 @@ def peak_memory(device):
     return gather_numbers(torch.cuda.max_memory_allocated() / 1e9, device)
 
 
-def open_log(out_dir, step):
+def open_log(config, step):
     """out_dir/log.jsonl for appending, without what an interrupted run wrote after `step`.
 
     An old file is replaced. So its last line is whole, and it is not a link to a file elsewhere.
     """
     if rank() != 0:
         return open(os.devnull, "a")
-    path = os.path.join(out_dir, "log.jsonl")
-    if os.path.isfile(path):
-        kept = [json.dumps(entry) + "\n" for entry in read_log(path) if entry["step"] <= step]
-        write_whole(path, "".join(kept))
-    elif os.path.islink(path):
-        os.remove(path)  # it leads nowhere, and appending would make a file there
+    kept = [json.dumps(entry) + "\n" for entry in read_log(config) if entry["step"] <= step]
+    path = os.path.join(config.out_dir, "log.jsonl")
+    write_whole(path, "".join(kept))
     return open(path, "a", buffering=1)
 
 
-def read_log(path):
-    """The entries of a log.jsonl. Damaged lines, and lines that are not ours, are left out."""
+def read_log(config):
+    """The entries of out_dir/log.jsonl, without damaged lines and lines that are not ours."""
+    path = os.path.join(config.out_dir, "log.jsonl")
     entries = []
-    with open(path, errors="replace") as f:
-        for line in f:
-            with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
-                entry = json.loads(line)
-                if ENTRY_KEYS <= entry.keys() and entry["step"] >= 0:
-                    entries.append(entry)
+    if os.path.isfile(path):
+        with open(path, errors="replace") as f:
+            for line in f:
+                with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+                    entry = json.loads(line)
+                    if is_ours(entry, config.block_size):
+                        entries.append(entry)
     return entries
+
+
+def is_ours(entry, K):
+    """Whether a run with blocks of K tokens can have written this entry. KeyError, TypeError."""
+    numbers = [entry["loss"], entry["tau"], *entry["accepted_up_to_slot"]]
+    has_step = type(entry["step"]) is int and entry["step"] >= 0
+    has_numbers = len(numbers) == 2 + K - 1 and all(type(x) is float for x in numbers)
+    return entry["kind"] in ("train", "val") and has_step and has_numbers
+
+
+def plot_training(path, log, positions):
+    """Draw the entries of log.jsonl. positions: those of the block whose acceptance is shown."""
+    from matplotlib.figure import Figure  # takes a second to import
+
+    training = [entry for entry in log if entry["kind"] == "train"]
+    held_out = [entry for entry in log if entry["kind"] == "val"]
+    training_steps = [entry["step"] for entry in training]
+    held_out_steps = [entry["step"] for entry in held_out]
+    figure = Figure(figsize=(15, 4), layout="constrained")
+    loss_axis, tau_axis, acceptance_axis = figure.subplots(1, 3)
+    for axis, key in ((loss_axis, "loss"), (tau_axis, "tau")):
+        axis.plot(training_steps, [entry[key] for entry in training], label="training")
+        axis.plot(held_out_steps, [entry[key] for entry in held_out], label="held out", marker="o")
+    for position in positions:
+        fractions = [entry["accepted_up_to_slot"][position - 1] for entry in held_out]
+        acceptance_axis.plot(held_out_steps, fractions, label=f"position {position}", marker="o")
+    loss_axis.set(xlabel="step", ylabel="loss (nats)")
+    tau_axis.set(xlabel="step", ylabel="estimated tau (tokens per round)")
+    acceptance_axis.set(xlabel="step", ylabel="held out: accepted up to position")
+    for axis in (loss_axis, tau_axis, acceptance_axis):
+        axis.legend()
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    write_whole(path, picture.getvalue())
 
 
 def how_to_use(config, folder):
@@ -149,7 +178,7 @@ def how_to_use(config, folder):
     drafter = shlex.quote(folder)
     pair = f"--target={target} --drafter={drafter}"
     if config.target.startswith("random:"):  # it has no text
-        return f"measure: python bench.py exactness {pair} --prompts=random:64:256"
+        return printable(f"measure: python bench.py exactness {pair} --prompts=random:64:256")
     meta = read_meta(config.data, "")
     if meta.get("thinking"):
         pair += " --thinking"
@@ -157,7 +186,7 @@ def how_to_use(config, folder):
     if prompts != "nano" and not os.path.exists(prompts):
         prompts = "math500"
     vllm = {"method": "dflash", "model": folder, "num_speculative_tokens": config.block_size - 1}
-    return f"""decode: python draft_decode.py {pair} --prompt="..."
+    return printable(f"""decode: python draft_decode.py {pair} --prompt="..."
 measure: python bench.py acceptance {pair} --prompts={shlex.quote(prompts)}
 SGLang: sglang serve --model-path {target} --dtype bfloat16 --port 30000 \
 --attention-backend triton --linear-attn-backend triton \
@@ -165,4 +194,4 @@ SGLang: sglang serve --model-path {target} --dtype bfloat16 --port 30000 \
 --speculative-draft-model-path {drafter} --speculative-num-draft-tokens {config.block_size}
 vLLM: vllm serve {target} --dtype bfloat16 --port 30000 --language-model-only \
 --attention-backend flash_attn --no-enable-prefix-caching \
---speculative-config {shlex.quote(json.dumps(vllm))}"""
+--speculative-config {shlex.quote(json.dumps(vllm))}""")

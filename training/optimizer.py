@@ -45,8 +45,8 @@ class MuonAndAdamW(torch.optim.Optimizer):
             part.step()
 
 
-def moment_name(kind, parameter):
-    """The name in a checkpoint of a parameter's first moment."""
+def moment_names(kind, parameter):
+    """The names of a parameter's moments in a checkpoint."""
     if kind == "muon" and parameter.dim() == 2:
-        return "momentum_buffer"
-    return "exp_avg"
+        return {"momentum_buffer"}
+    return {"exp_avg", "exp_avg_sq", "step"}

@@ -1,20 +1,89 @@
 """
-Before the first step of a run: samples, a checkpoint to resume from, kernels, a drafter.
+Before the first step of a run: checks of the keys, kernels, samples, a drafter.
 """
 import os
 import shlex
 import subprocess
 import sys
+import tempfile
 
 import torch
 import torch._inductor.config
 
-from checkpoint import drafter_config, newest_checkpoint
+from checkpoint import drafter_config, newest_checkpoint, parse_dtype
+from configurator import check_ranges
+from formats.files import printable, where
 from model import DFlashDraftModel
+from training.optimizer import KINDS
 from training.parallel import rank, wait_for_all
 
 ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 OUR_DATA = [os.path.join(ROOT, "data", name) for name in ("math240k", "nano", "synthetic")]
+
+# --------------------------------------------------------------------------------------------------
+# checks, before anything large is loaded
+
+CHOICES = {
+    "weighting": ("decay", "dpace"),
+    "optimizer": KINDS,
+    "parallel": ("ddp", "fsdp"),
+}
+
+# the lowest and the highest value of every number
+RANGES = {
+    "num_layers": (1, 1000), "num_heads": (1, 1000), "num_kv_heads": (1, 1000),
+    "head_dim": (2, 1024), "intermediate_size": (1, 10**6), "initializer_range": (1e-6, 10),
+    "target_layer_ids": (0, 1000), "block_size": (2, 1024), "mask_token_id": (0, 10**7),
+    "num_anchors": (1, 10**6), "gamma": (0.01, 1e6), "batch_size": (1, 10**6),
+    "grad_accum_steps": (1, 10**6), "max_length": (2, 10**6), "pad_to_multiple_of": (1, 10**6),
+    "bucket_size": (1, 10**6), "epochs": (1e-6, 1e6), "lr": (1e-12, 10), "warmup": (0, 1),
+    "betas": (0, 0.999999), "weight_decay": (0, 10), "grad_clip": (1e-6, 1e9),
+    "seed": (0, 2**63 - 1), "log_every": (0, 10**9), "eval_every": (0, 10**9),
+    "save_every": (0, 10**9), "decode_prompts": (0, 10**6),
+}
+
+
+def check_config(config):
+    """ValueError for a configuration that no run can have."""
+    for key, allowed in CHOICES.items():
+        value = getattr(config, key)
+        if value not in allowed:
+            raise ValueError(f"{key} = {value!r:.60}: use {' or '.join(allowed)}")
+    check_ranges(config, RANGES)
+    if config.num_heads % config.num_kv_heads != 0:
+        raise ValueError(f"num_heads = {config.num_heads} must be a multiple of num_kv_heads = "
+                         f"{config.num_kv_heads}")
+    if config.head_dim % 2 != 0:
+        raise ValueError(f"head_dim = {config.head_dim}: use an even number")
+    if len(config.betas) != 2:
+        raise ValueError(f"betas = {config.betas!r:.60}: use two numbers")
+    if config.max_length < config.block_size:
+        raise ValueError(f"max_length = {config.max_length} is shorter than a block: use "
+                         f"block_size = {config.block_size} or more")
+    parse_dtype(config.device, config.dtype)
+
+
+def check_out_dir(folder):
+    """Make the folder. ValueError if no file can be written there."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"cannot write to out_dir = {folder!r:.100}: {error.strerror}; give "
+                         "another --out_dir") from None
+
+
+def check_anchors(samples, split, config):
+    """ValueError if no sample has an anchor (sample_anchors in loss.py): all losses would be 0."""
+    for _, mask in samples:
+        supervised = mask[:config.max_length] > 0
+        if (supervised[:-1] & supervised[1:]).any():
+            return
+    raise ValueError(f"no {split} sample in {config.data!r:.60} has two tokens of an answer within "
+                     f"max_length = {config.max_length} tokens, so there is nothing to train on")
+
+# --------------------------------------------------------------------------------------------------
+# what a run begins with
 
 
 def deterministic_kernels():
@@ -34,13 +103,12 @@ def checkpoint_to_resume(config):
     name = os.path.basename(newest)
     has_checkpoint = name.startswith("step-")
     if has_checkpoint and not config.resume:
-        raise ValueError(f"{config.out_dir} already contains a run ({name}): use --resume to "
-                         "continue it or --out_dir for a new one")
+        raise ValueError(f"{where(config.out_dir)} already contains a run ({name}): use --resume "
+                         "to continue it or --out_dir for a new one")
     if config.resume and not has_checkpoint:
-        raise ValueError(f"nothing to resume: {config.out_dir} contains no step-* checkpoint")
-    if config.resume:
-        return newest
-    return config.resume_from
+        raise ValueError(f"nothing to resume: {where(config.out_dir)} contains no step-* "
+                         "checkpoint")
+    return newest if config.resume else config.resume_from
 
 
 def prepare_data(config):
@@ -53,11 +121,11 @@ def prepare_data(config):
     if rank() == 0 and is_missing and os.path.exists(script):
         arguments = [script, f"--target={config.target}"]
         if os.path.realpath(config.data) not in OUR_DATA:
-            raise ValueError(f"no training data in {config.data}. If you trust its script, run it: "
-                             f"{shlex.join(['python', *arguments])}")
-        print(f"no training data in {config.data}: running {script}", flush=True)
+            raise ValueError(f"no training data in {where(config.data)}. If you trust its script, "
+                             f"run it: {shlex.join(['python', *arguments])}")
+        print(printable(f"no training data in {config.data}: running {script}"), flush=True)
         if subprocess.run([sys.executable, *arguments]).returncode != 0:
-            raise ValueError(f"{script} failed; see its error above")
+            raise ValueError(f"{where(script)} failed; see its error above")
     wait_for_all()
 
 
@@ -67,15 +135,11 @@ def new_drafter(config, target_config, tokenizer):
     Its mask is by default the first id after the tokenizer's, where embeddings have some unused
     rows, or without a tokenizer the last row.
     """
-    vocab_size = target_config.vocab_size
     mask_token_id = config.mask_token_id
     if mask_token_id is None and tokenizer is None:
-        mask_token_id = vocab_size - 1
+        mask_token_id = target_config.vocab_size - 1
     elif mask_token_id is None:
         mask_token_id = len(tokenizer)
-    if not 0 <= mask_token_id < vocab_size:
-        raise ValueError(f"mask_token_id = {mask_token_id} is outside the target's vocabulary of "
-                         f"{vocab_size}: give an id from 0 to {vocab_size - 1}")
     shape = drafter_config(
         target_config,
         num_hidden_layers=config.num_layers,
