@@ -132,12 +132,10 @@ def decoding_cases(config, workload):
 def weight_bytes(model):
     """Bytes of the weights that a forward reads. It reads only a few rows of an embedding, unless
     the embedding is also the head."""
-    total = 0
-    for name, weight in model.named_parameters():
-        if name == "embed_tokens.weight" and not model.config.tie_word_embeddings:
-            continue
-        total += weight.nbytes
-    return total
+    weights = dict(model.named_parameters())
+    if not model.config.tie_word_embeddings:
+        weights.pop("embed_tokens.weight", None)
+    return sum(weight.nbytes for weight in weights.values())
 
 
 def timed_rounds(target, drafter, tokens_per_forward, calls, slots=1):
@@ -204,7 +202,7 @@ def timed_ttft(target, length):
     prompt_ids = example_ids(length)
 
     def start():
-        decoder.start_sequences({0: prompt_ids}, {0: 0})
+        return decoder.start_sequences({0: prompt_ids}, {0: 0})[0]
 
     start()  # the second call, in the warm-up, is recorded as a graph
     return lambda: seconds_of(start)
@@ -224,6 +222,9 @@ WIDTH = 128  # of a head
 
 def kernel_cases(config, workload):
     """The forward of the chunked delta rule alone, next to each reference."""
+    def timed(kernel, inputs):
+        return lambda: seconds_of(lambda: kernel(*inputs))
+
     def ours(*inputs):
         with tf32_if_bfloat16(workload.target):  # as in the target's own forward
             return gated_delta_rule(*inputs)
@@ -236,12 +237,8 @@ def kernel_cases(config, workload):
         for name, reference in delta_rule_references(config.device).items():
             cases.append(Case(
                 f"delta rule, {length:,} tokens", operations, "GFLOP/s",
-                timed_kernel(ours, inputs), 1, name, timed_kernel(reference, inputs)))
+                timed(ours, inputs), 1, name, timed(reference, inputs)))
     return cases
-
-
-def timed_kernel(kernel, inputs):
-    return lambda: seconds_of(lambda: kernel(*inputs))
 
 
 def delta_rule_inputs(length, device, dtype):

@@ -43,8 +43,8 @@ def run(config):
 
 @torch.inference_mode()
 def measure(config, workload, slots):
-    """The row of a batch size: seconds of a round of drafter and target, and of the target alone in
-    1-token forwards; tokens/s of all sequences; the speedup, and the tau at which it is 1."""
+    """The row of a batch size: seconds of a round of drafter and target, and of a step; tokens/s of
+    all sequences; the speedup, and the tau at which it is 1."""
     target = workload.target
     drafter = workload.drafter
     calls = 32 if config.device.startswith("cuda") else 8
@@ -62,14 +62,10 @@ def measure(config, workload, slots):
 
 
 def cells(row):
-    """The columns of the table. Below the break-even tau speculation is slower."""
-    return {
-        "sequences": row["slots"],
-        "ms per step": 1000 * row["seconds"]["target"],
-        "tokens/s alone": row["tokens_per_s"]["target"],
-        "ms per round": 1000 * row["seconds"]["speculative"],
-        "tokens/s with drafter": row["tokens_per_s"]["speculative"],
-        "break-even tau": row["break_even_tau"]}
+    numbers = [row["slots"]]
+    for mode in ("target", "speculative"):
+        numbers += [1000 * row["seconds"][mode], row["tokens_per_s"][mode]]
+    return dict(zip(COLUMNS, [*numbers, row["break_even_tau"]]))
 
 
 def conclusion(row):
