@@ -2,8 +2,7 @@
 Three ways to roll back rejected guesses, in rounds of the target alone with blocks of K tokens:
 
     snapshots   run the delta rule token by token, keep S after each one, restore the right one
-    replay      keep the S of committed tokens, and run accepted tokens again in a second forward.
-                The host must know their number first, so the device waits for it.
+    replay      wait for the number of accepted tokens, and run these again in a second forward
     commit      ours (decode_state.py): keep S at a multiple of K tokens, and the inputs since then
 
 Keys, values, and the convolution need no rollback, so they do not count in mb_per_sequence. A round
@@ -52,7 +51,6 @@ def run(config):
 
 class Rounds:
     """Rounds of B sequences that all commit n tokens, fewer than K."""
-
     def __init__(self, workload, slots, way, n):
         K = workload.drafter.block_size
         self.way = way
@@ -75,12 +73,11 @@ class Rounds:
     def verify(self):
         """Logits (B, K, V) of a block. Commits n tokens, unless that takes a second forward."""
         _, hidden = self.target(self.block, self.state)
-        logits = self.target.logits(hidden)
         if self.way == "snapshots":
             self.state.S[:, 0] = self.state.S[:, self.n, self.state.sequences]
         if self.way != "replay":
             self.state.commit(self.n)
-        return logits
+        return self.target.logits(hidden)
 
     def replay(self):
         self.target(self.accepted, self.state)
