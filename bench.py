@@ -105,7 +105,7 @@ def main(argv=None):
     try:
         check_keys(config)
         report, setup = COMMANDS[command](config)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {one_line(error, 190)}")
     except KeyboardInterrupt:
         sys.exit("interrupted: nothing was written, because results are written at the end")
