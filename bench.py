@@ -4,6 +4,7 @@ Measures a drafter: python bench.py COMMAND [config.py] [--key=value]. The comma
     speedup     the speed with a drafter, prompt by prompt, against the target alone
     exactness   are the outputs bitwise identical to the target's, for good and bad drafters?
     throughput  many sequences at once: tokens/s, and the tau from which speculation helps
+    rollback    three ways to roll back rejected guesses: time, memory, and identical outputs
     speed       one forward, prefill, the delta rule, or a training step, next to transformers
     scaling     samples/s of training with one process and with several (torchrun)
     serve       a running server with a drafter against the same server without one
@@ -32,10 +33,11 @@ import tempfile
 
 import torch
 
-from benchmarks import (acceptance, bugs, exactness, figures, scaling, serve, speed, speedup,
-                        throughput)
-from checkpoint import write_whole
-from configurator import configure, survive_closed_output
+from benchmarks import (acceptance, bugs, exactness, figures, rollback, scaling, serve, speed,
+                        speedup, throughput)
+from configurator import check_ranges, configure, survive_closed_output
+from formats.files import one_line, short, write_whole
+from sampling import SAMPLING_RANGES
 
 # what is measured
 target = "data/nano/target"             # folder of the target, or random:0.8b and the like
@@ -47,7 +49,7 @@ compile = False                         # compile the layers: a minute or two on
 prompts = "nano"                        # a name, FILE.jsonl, or random:N:LENGTH; see above
 limit = 0                               # max number of prompts; 0: enough for about two minutes
 max_new_tokens = 512                    # per answer
-slots: tuple[int] = ()                  # sequences decoded at once; empty: 1, throughput 1 to 32
+slots: tuple[int] = ()                  # sequences at once; empty: 1, throughput 1 to 32
 thinking = False                        # let a target that can think do so
 # how tokens are chosen
 temperature = 0.0                       # of the target's choice; 0 is greedy
@@ -70,11 +72,18 @@ only: tuple[str] = ()                   # bugs: decoding, training, or names; em
 # where the results go
 out_dir = "out/bench"                   # pictures and raw results
 
+RANGES = SAMPLING_RANGES | {
+    "limit": (0, 10**9), "max_new_tokens": (1, 10**9), "slots": (1, 10**5),
+    "temperatures": (0.0, 1e6), "processes": (1, 10**4), "steps": (3, 10**9),
+    "assumed_tau": (1.0, 1e6), "concurrency": (1, 10**4)}
+NEVER_EMPTY = ("temperatures", "parts", "processes")
+
 COMMANDS = {
     "acceptance": acceptance.run,
     "speedup": speedup.run,
     "exactness": exactness.run,
     "throughput": throughput.run,
+    "rollback": rollback.run,
     "speed": speed.run,
     "scaling": scaling.run,
     "serve": serve.run,
@@ -93,11 +102,11 @@ def main(argv=None):
         sys.exit(f"bench.py: unknown command {command!r}: give one of {', '.join(COMMANDS)}, "
                  "then [config.py] [--key=value]. See --help")
     config = configure(globals(), words[1:])
-    check_out_dir(config.out_dir)
     try:
+        check_keys(config)
         report, setup = COMMANDS[command](config)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {one_line(error, 190)}")
     except KeyboardInterrupt:
         sys.exit("interrupted: nothing was written, because results are written at the end")
     path = os.path.join(config.out_dir, f"{command}.json")
@@ -109,15 +118,20 @@ def main(argv=None):
                  "shape: this is a bug, please report it")
 
 
-def check_out_dir(out_dir):
-    """End with one line if no file can be written to out_dir, before anything is measured."""
+def check_keys(config):
+    """ValueError, before anything is measured, for a value that no command can use, or if no file
+    can be written to out_dir."""
+    check_ranges(config, RANGES)
+    for key in NEVER_EMPTY:
+        if not getattr(config, key):
+            raise ValueError(f"{key} is empty: give at least one value")
     try:
-        os.makedirs(out_dir, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out_dir):
+        os.makedirs(config.out_dir, exist_ok=True)
+        with tempfile.TemporaryFile(dir=config.out_dir):
             pass
     except OSError as error:
-        sys.exit(f"error: cannot write to out_dir = {out_dir!r} ({error.strerror}): give "
-                 "--out_dir=FOLDER")
+        raise ValueError(f"cannot write to out_dir = {short(config.out_dir)} ({error.strerror}): "
+                         "give --out_dir=FOLDER") from None
 
 
 if __name__ == "__main__":

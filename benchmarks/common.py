@@ -34,8 +34,9 @@ import fast
 from benchmarks.drafters import random_drafter
 from benchmarks.prompts import NOT_GRADED, is_correct, load_prompts
 from benchmarks.timing import alternating_order, device_name, progress
-from checkpoint import load_drafter, load_target, write_whole
+from checkpoint import load_drafter, load_target
 from draft_decode import collect, generate_many
+from formats.files import printable, write_whole
 from sampling import Sampling
 from tokenizer import load_tokenizer, stop_ids
 
@@ -75,9 +76,9 @@ def slots_of(config):
     """How many sequences are decoded at once, per the key `slots`; 1 if it is empty."""
     if not config.slots:
         return 1
-    if len(config.slots) > 1 or config.slots[0] < 1:
-        raise ValueError(f"slots = {config.slots}: give one number of sequences to decode at once, "
-                         "at least 1; only throughput takes several")
+    if len(config.slots) > 1:
+        raise ValueError(f"slots = {config.slots}: give one number of sequences to decode at once; "
+                         "only throughput and rollback take several")
     return config.slots[0]
 
 
@@ -111,11 +112,11 @@ def write_rows(config, command, rows):
 
 
 def print_table(rows, columns, header=True):
-    """Columns of rows as a Markdown table."""
+    """Columns of rows as a Markdown table. A server or a file can be the source of a cell."""
     if header:
         print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for row in rows:
-        cells = [text_of(row.get(column, "")) for column in columns]
+        cells = [printable(text_of(row.get(column, ""))) for column in columns]
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
@@ -281,7 +282,7 @@ def summarize(rows, tokenizer, block_size):
 
 def print_row(name, value):
     """A line of a report."""
-    print(f"{name:20} {value}")
+    print(f"{name:20} {printable(value)}")
 
 
 def print_figures(report):

@@ -2,10 +2,10 @@
 The pictures of README and docs, drawn from the reports in benchmarks/results/, and the table of
 docs/bugs.md.
 """
-import json
 import os
 
 from benchmarks import bugs_page, pictures
+from formats.files import read_json
 
 RESULTS = "benchmarks/results"
 
@@ -30,5 +30,4 @@ def draw(folder):
 
 
 def read_report(name):
-    with open(os.path.join(RESULTS, name)) as f:
-        return json.load(f)
+    return read_json(os.path.join(RESULTS, name))

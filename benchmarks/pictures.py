@@ -2,7 +2,7 @@
 The plots, drawn from the figures of a report. matplotlib is imported only when it is used, because
 the import takes a second.
 """
-import os
+from formats.files import whole_file
 
 GREY = "#d8d8d8"        # the anchor
 GREEN = "#a8dca0"       # accepted guesses, right outputs
@@ -20,9 +20,9 @@ def pyplot():
 
 
 def save(path, figure):
-    figure.savefig(path + ".tmp", format="png", dpi=120)
+    with whole_file(path) as f:
+        figure.savefig(f, format="png", dpi=120)
     pyplot().close(figure)
-    os.replace(path + ".tmp", path)
 
 
 # --------------------------------------------------------------------------------------------------

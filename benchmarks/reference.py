@@ -9,6 +9,7 @@ import inspect
 import torch
 import transformers
 
+from formats.files import one_line
 
 def transformers_reference(target):
     """transformers' model with the target's weights, which it shares if the names allow it."""
@@ -75,6 +76,7 @@ def delta_rule_references(device):
             version = importlib.import_module("fla").__version__
             kernels[f"fla {version}"] = chunk_gated_delta_rule
         except Exception as error:  # not installed, or not for this Triton or GPU
-            print(f"without flash-linear-attention, which cannot be imported: {error}\n")
+            print(f"without flash-linear-attention, which cannot be imported: "
+                  f"{one_line(error)}\n")
     return {name: functools.partial(kernel, output_final_state=True)
             for name, kernel in kernels.items()}

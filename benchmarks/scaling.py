@@ -16,9 +16,9 @@ import torch
 import train
 from benchmarks.common import print_table, setup_of
 from benchmarks.timing import clock
-from checkpoint import write_whole
 from configurator import configure
 from data.synthetic import prepare
+from formats.files import read_json, whole_file, write_whole
 from training.flops import mfu
 from training.parallel import (gather_numbers, join_processes, leave_processes, rank, wait_for_all,
                                world_size)
@@ -43,15 +43,13 @@ def run(config):
 
 def all_modes(config):
     """[(key `parallel` of train.py, number of processes)]. A single process uses neither."""
-    largest = max(config.processes, default=0)
+    largest = max(config.processes)
     modes = [("ddp", 1)]
     for count in config.processes:
-        if count < 1 or largest % count != 0:
+        if largest % count != 0:
             raise ValueError(f"processes = {config.processes}: all must divide the largest")
         if count > 1:
             modes += [("ddp", count), ("fsdp", count)]
-    if config.steps <= WARM_UP_STEPS:
-        raise ValueError(f"steps = {config.steps}: the warm-up alone has {WARM_UP_STEPS}")
     return modes
 
 
@@ -96,12 +94,11 @@ def launch(config, grad_accum_steps, parallel, processes):
     command += ["-m", "benchmarks.scaling", f"{path}.json", str(config.steps), *flags]
     # one thread per process, which is also torchrun's default
     environment = {"OMP_NUM_THREADS": "1"} | os.environ
-    with open(f"{path}.log", "w") as f:
+    with whole_file(f"{path}.log") as f:
         process = subprocess.run(command, cwd=ROOT, env=environment, stdout=f, stderr=f)
     if process.returncode != 0:
         raise ValueError(f"training with {processes} processes failed: see {path}.log")
-    with open(f"{path}.json") as f:
-        return json.load(f)
+    return read_json(f"{path}.json")
 
 
 # --------------------------------------------------------------------------------------------------

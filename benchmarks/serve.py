@@ -23,18 +23,19 @@ from statistics import mean
 from benchmarks.common import print_table, setup_of, share, text_of, write_rows
 from benchmarks.prompts import is_correct, load_questions, messages_of
 from benchmarks.timing import alternating_order, progress
+from data.regenerate import send
+from data.rows import THOUGHTS, parse_json
+from formats.files import one_line
 
 MODES = ("speculative", "baseline")
 COLUMNS = ("server", "answered", "failed", "errors", "tau", "accuracy", "throughput")
-TIMEOUT = 600.0  # seconds until a request counts as failed
-FAILURES = (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError,
-            RecursionError)
+TIMEOUT = 600.0  # seconds until a whole request counts as failed
+FAILURES = (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError)
 
 
 def run(config):
-    if not config.base_url or not config.baseline_url or config.concurrency < 1:
-        raise ValueError("give --base_url and --baseline_url, each up to /v1, "
-                         "and --concurrency of at least 1")
+    if not config.base_url or not config.baseline_url:
+        raise ValueError("give --base_url and --baseline_url, each up to /v1")
     urls = {"speculative": config.base_url.rstrip("/"),
             "baseline": config.baseline_url.rstrip("/")}
     questions = load_questions(config.prompts, config.limit or 16)
@@ -61,25 +62,37 @@ def ask(url, body, question):
     request = urllib.request.Request(
         f"{url}/chat/completions", content, {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-            reply = json.load(response)
+        status, content = send(request, TIMEOUT)
+        if status != 200:
+            raise ValueError(f"status {status}")
+        reply = parse_json(content)
         choice = reply["choices"][0]
-        text = choice["message"]["content"]
+        text = text_of_message(choice["message"])
         tokens = reply["usage"]["completion_tokens"]
         if not text or choice["finish_reason"] not in ("stop", "length"):
             raise ValueError(f"text {text!r}, finish_reason {choice['finish_reason']!r}")
         if not 1 <= tokens <= body["max_tokens"]:
             raise ValueError(f"{tokens} tokens in its usage; the limit is {body['max_tokens']}")
     except FAILURES as error:
-        return {"error": repr(error)[:100]}  # repr escapes what a server could put into it
+        return {"error": one_line(repr(error), 100)}
     return {"text": text, "tokens": tokens}
+
+
+def text_of_message(message):
+    """A message's text. A server can have moved its beginning, the reasoning, to another key."""
+    parts = []
+    for key in (*THOUGHTS, "content"):
+        part = message.get(key)
+        if part and part not in parts:  # some servers give the reasoning under two keys
+            parts.append(part)
+    return "".join(parts)
 
 
 def get(url):
     """The text at an address, or "" if there is none."""
     try:
-        with urllib.request.urlopen(url, timeout=10) as response:
-            return response.read().decode()
+        status, content = send(urllib.request.Request(url), 10)
+        return content.decode() if status == 200 else ""
     except FAILURES:
         return ""
 
@@ -88,7 +101,7 @@ def request_body(config, url):
     """A request in OpenAI's form, without its messages, for the first model that a server lists.
     The engines add chat_template_kwargs and top_k to that form."""
     try:
-        model = json.loads(get(f"{url}/models"))["data"][0]["id"]
+        model = parse_json(get(f"{url}/models"))["data"][0]["id"]
     except FAILURES:
         raise ValueError(f"{url} lists no model: is the server up, and does the address end in "
                          "/v1?") from None
@@ -105,14 +118,14 @@ def acceptance_so_far(url):
     if it reports none."""
     root = url.removesuffix("/v1")
     pattern = r"^vllm:spec_decode_num_(drafts|accepted_tokens)_total(?:\{.*\})? ([\d.e+]+)$"
-    counts = Counter()
-    for name, count in re.findall(pattern, get(f"{root}/metrics"), re.MULTILINE):
-        counts[name] += float(count)  # summed over engines
-    if counts:
-        return dict(counts)
-    text = get(f"{root}/server_info") or get(f"{root}/get_server_info")
     try:
-        states = json.loads(text)["internal_states"]
+        counts = Counter()
+        for name, count in re.findall(pattern, get(f"{root}/metrics"), re.MULTILINE):
+            counts[name] += float(count)  # summed over engines
+        if counts:
+            return dict(counts)
+        text = get(f"{root}/server_info") or get(f"{root}/get_server_info")
+        states = parse_json(text)["internal_states"]
         return {"mean": mean(state["avg_spec_accept_length"] for state in states)}
     except FAILURES:
         return {}
@@ -197,9 +210,9 @@ def figures_of(result, known_answers):
 
 def tau_of(result):
     """Tokens per round: vLLM's over these requests, SGLang's since its start, or None."""
-    before = result["before"]
-    after = result["after"]
-    drafts = after.get("drafts", 0) - before.get("drafts", 0)
+    before = Counter(result["before"])
+    after = Counter(result["after"])
+    drafts = after["drafts"] - before["drafts"]
     if drafts > 0:
-        return 1 + (after["accepted_tokens"] - before.get("accepted_tokens", 0)) / drafts
-    return after.get("mean")
+        return 1 + (after["accepted_tokens"] - before["accepted_tokens"]) / drafts
+    return result["after"].get("mean")

@@ -58,6 +58,9 @@ def kernel_time(function, count=1):
     """{"kernel_seconds", "kernels"} per call, if function() makes `count` calls. Empty if the
     profiler sees no kernel.
 
+    Measure all wall-clock times before this: the profiler slows the rest of the process down, see
+    speed.py.
+
     Copies and fills count as kernels. So do the kernels of a CUDA graph. Launches are CPU events
     and do not count. Annotations do not count because they span kernels that count already.
     """

@@ -407,15 +407,9 @@ def decode_here(config, waiting):
         try:
             prompt = prompt_ids(tokenizer, messages, tools, config.thinking, context)
             # Check each prompt here, because generate_many refuses all prompts if it refuses one.
-<<<<<<< HEAD
-            Request(
-                number, prompt, sequence_id=number, stops=stops, config=target.config,
-                max_new_tokens=config.max_new_tokens, tokens_per_forward=tokens_per_forward)
-=======
             Request(number, prompt, sequence_id=number, stops=stops, config=target.config,
                     max_new_tokens=config.max_new_tokens, tokens_per_forward=tokens_per_forward)
             prompts[number] = prompt
->>>>>>> w-rows2
         except ValueError as error:
             yield number, Answer(None, f"refused: {error}")
     if not prompts:
@@ -447,99 +441,6 @@ def text_answer(tokenizer, tokens, stops):
         return Answer(None, "does not survive as text")
     return Answer({"role": "assistant", "content": text})
 
-<<<<<<< HEAD
-# --------------------------------------------------------------------------------------------------
-# files: OUT.part has a header line that says how it was made, then a line per answer
-
-
-def part_header(config):
-    """The first line of OUT.part: everything that the answers depend on."""
-    return {
-        "prompts": config.prompts,
-        "model": config.model or config.target,
-        "temperature": config.temperature,
-        "thinking": config.thinking,
-        "max_new_tokens": config.max_new_tokens,
-    }
-
-
-def resume(part, header, prompts):
-    """What OUT.part already holds, as Written. A torn last line is cut off.
-
-    ValueError if it was made with different settings or from different prompts.
-    """
-    written = Written(prompts)
-    if not os.path.exists(part) or not os.path.getsize(part):
-        with new_file(part) as f:
-            f.write(json.dumps(header).encode() + b"\n")
-        return written
-    end = 0
-    is_same = not os.path.islink(part)
-    with open(part, "rb") as f:
-        for line in f:
-            if not is_same or not line.endswith(b"\n"):
-                break
-            row = json.loads(line)
-            is_same = written.add_row(row) if end else row == header
-            end += len(line)
-    if not is_same:
-        raise ValueError(f"{part} was made from other prompts or in another way: remove it, or "
-                         "give another --out")
-    os.truncate(part, end)
-    return written
-
-
-def finish(part, out, prompts):
-    """Write the conversations that have an answer from OUT.part to OUT, in the prompts' order, and
-    remove OUT.part. Returns {result: number of answers with it}."""
-    counts = collections.Counter(answered=0)
-    refusals = collections.Counter()
-    with open(part, "rb") as f:
-        starts = collections.defaultdict(list)  # of the lines of a prompt
-        end = len(f.readline())  # the header
-        for line in f:
-            row = json.loads(line)
-            starts[row["number"]].append(end)
-            end += len(line)
-            why_none = row["why"] or "answered"
-            counts[why_none.partition(":")[0]] += 1
-            if why_none.startswith("refused"):
-                refusals[why_none] += 1
-        if not counts["answered"]:
-            os.remove(part)
-            listed = ", ".join(f"{count:,} {result}" for result, count in counts.items())
-            raise ValueError(f"no answer ended, so there is no {out}: {listed}; the last one: "
-                             f"{why_none}")
-        with new_file(out + ".tmp") as conversations:
-            for number, prompt in enumerate(prompts):
-                answers = []
-                for start in starts[number]:
-                    f.seek(start)
-                    answers.append(json.loads(f.readline())["message"])
-                write_conversation(conversations, prompt, answers)
-    os.replace(out + ".tmp", out)
-    os.remove(part)
-    for reason, count in refusals.most_common(20):
-        print(f"{count:,} {reason}")
-    return counts
-
-
-def write_conversation(f, prompt, answers):
-    """Write a line of OUT. The conversation ends with the last answer; without one, there is no
-    line."""
-    if answers[-1] is None:
-        answers = answers[:-1]
-    if not answers:
-        return
-    turns = prompt.turns[:len(answers)]
-    row = {"id": prompt.id, "messages": prompt.with_answers(answers)[:turns[-1] + 1],
-           "target_turns": turns}
-    if prompt.tools:
-        row["tools"] = prompt.tools
-    f.write(json.dumps(row).encode() + b"\n")
-
-=======
->>>>>>> w-rows2
 
 if __name__ == "__main__":
     main()

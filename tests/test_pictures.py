@@ -27,5 +27,9 @@ def test_figures_show_a_real_run(tmp_path, monkeypatch):
         if one_round["own"] is not None:
             pieces.append(one_round["own"])
     assert "".join(pieces) == tokenizer.decode(answer)
+    (tmp_path / "notes").write_text("mine")
+    for name in ("bugs.png", "bugs.png.tmp"):  # a planted link directs a picture to another file
+        (tmp_path / name).symlink_to(tmp_path / "notes")
     for path in figures.draw(tmp_path):
         assert os.path.getsize(path) > 1000
+    assert (tmp_path / "notes").read_text() == "mine"

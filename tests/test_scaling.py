@@ -26,10 +26,6 @@ def tiny_target(monkeypatch):
     return "random:tiny"
 
 
-# --------------------------------------------------------------------------------------------------
-# the command
-
-
 def test_scaling_compares_modes_with_the_same_samples(run_bench, monkeypatch, tmp_path):
     """Failure 15: two processes see other samples than one, a speed is compared with the wrong run,
     or losses are compared with other steps."""
@@ -59,19 +55,20 @@ def test_scaling_compares_modes_with_the_same_samples(run_bench, monkeypatch, tm
     assert samples == [4 * 8] * 5  # config/nano.py has 8 samples per step
     assert [row["scaling"] for row in report["rows"]] == [1, 0.95, 0.8, 1, 0.5]
     assert [row["loss_difference"] for row in report["rows"]] == [0, 0.25, 0.5, 0, 0]
-    for flag, hint in (("--processes=3,4", "must divide the largest"),
-                       ("--processes=0,2", "must divide the largest"),
-                       ("--steps=2", "steps = 2: the warm-up alone has 2")):
-        with pytest.raises(SystemExit, match=hint):
-            run_bench("scaling", flag)
+    with pytest.raises(SystemExit, match="must divide the largest"):
+        run_bench("scaling", "--processes=3,4")
 
 
 def test_scaling_names_the_log_of_a_failed_process(tmp_path):
-    """A failed run whose empty result is compared with the others."""
+    """A failed run whose empty result is compared with the others; a link under the name of the log
+    directs it to a file of the user."""
+    (tmp_path / "notes").write_text("mine")
+    (tmp_path / "ddp1.log").symlink_to(tmp_path / "notes")
     config = configure(vars(bench), [f"--out_dir={tmp_path}", "--device=cpu", "--processes=1,"])
     with pytest.raises(ValueError, match="training with 1 processes failed: see .*ddp1.log"):
         scaling.launch(config, 1, "ddp", 1)  # without samples
     assert "no meta.json" in (tmp_path / "ddp1.log").read_text()
+    assert (tmp_path / "notes").read_text() == "mine"
 
 
 def test_scaling_measures_the_run_of_train_py(small_run, tmp_path):
@@ -87,11 +84,7 @@ def test_scaling_measures_the_run_of_train_py(small_run, tmp_path):
     assert [step["loss"] for step in result["steps"]] == expected
     seconds = sum(step["seconds"] for step in result["steps"][2:])
     assert result["samples_per_s"] == pytest.approx(4 * (run.total_steps - 2) / seconds)
-    assert not os.path.exists(settings.out_dir)
-
-
-# --------------------------------------------------------------------------------------------------
-# processes
+    assert os.listdir(settings.out_dir) == []
 
 
 LOST = """
@@ -127,10 +120,6 @@ def test_lost_process_is_recognised():
     processes[1].communicate()
     assert processes[0].returncode == 0, message
     assert processes[1].returncode == -9
-
-
-# --------------------------------------------------------------------------------------------------
-# synthetic samples, and targets with random weights
 
 
 @pytest.mark.parametrize("length", (0, 150))

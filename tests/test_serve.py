@@ -1,4 +1,5 @@
 """bench.py serve: a server's failures that end up in figures, of this server or of the other."""
+import contextlib
 import http.server
 import json
 import threading
@@ -10,9 +11,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import bench
-from benchmarks import serve
+from benchmarks import common, serve
 from checkpoint import load_target
 from configurator import configure
+from data import regenerate
 from data.nano import nested
 from data.nano.problems import boxed, problems
 from draft_decode import collect, generate
@@ -29,7 +31,6 @@ BROKEN_REPLIES = {
     "garbage": "{nonsense",
     "deep": "[" * 100_000,
     "number": "7",
-    "html": "<html>It works</html>",
     "cut": json.dumps(reply_of(reason=None)),
     "empty": json.dumps(reply_of(text="")),
     "countless": json.dumps(reply_of() | {"usage": None}),
@@ -58,8 +59,11 @@ class BrokenServer(http.server.BaseHTTPRequestHandler):
             self.send_error(503)
         elif question == "dead":
             self.close_connection = True
-        elif question == "slow":
-            time.sleep(2)
+        elif question == "drip":  # never longer than 0.1 s without a byte
+            self.reply("")
+            for _ in range(20):
+                self.wfile.write(b" ")
+                time.sleep(0.1)
         else:
             self.pass_on(body)
 
@@ -79,6 +83,40 @@ class BrokenServer(http.server.BaseHTTPRequestHandler):
         pass
 
 
+@contextlib.contextmanager
+def broken_server():
+    """Yields the address of a BrokenServer."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), BrokenServer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("question, error", (
+    ("drip", "no whole answer in 0.5 s"), ("cut", "more than 50 bytes")))
+def test_bench_serve_bounds_a_request(monkeypatch, question, error):
+    """A server that sends a byte now and then is never given up, or one that never stops sending
+    fills the memory."""
+    monkeypatch.setattr(serve, "TIMEOUT", 0.5)
+    monkeypatch.setattr(regenerate, "LONGEST_REPLY", 50)
+    with broken_server() as url:
+        assert error in serve.ask(url, {"max_tokens": 1}, question)["error"]
+
+
+def test_bench_serve_reads_and_prints_text(monkeypatch, capsys):
+    """Reasoning that a server keeps apart is an empty answer, or is not compared; a server's escape
+    sequence reaches the terminal."""
+    message = {"reasoning": "2 + 2", "reasoning_content": "2 + 2", "content": None}
+    assert serve.text_of_message(message) == "2 + 2"
+    assert serve.text_of_message(message | {"content": "= 4"}) == "2 + 2= 4"
+    monkeypatch.setattr(serve, "send", lambda request, seconds: (200, json.dumps(
+        reply_of(reason="\x1b[2J")).encode()))
+    error = serve.ask("http://x", {"max_tokens": 9}, "q")["error"]
+    common.print_table([{"errors": {error: 1, "\x1b]0;": 2}}], ["errors"])
+    printed = capsys.readouterr().out
+    assert "x1b[2J" in error and "x1b]0;" in printed and "\x1b" not in error + printed
+
+
 def test_bench_serve(run_bench, monkeypatch, served, tmp_path):
     """A server's failures averaged into its speed or accuracy, or counted for the other server; a
     text that is not the target's. Both are one real server, one of them behind a server that fails
@@ -91,13 +129,8 @@ def test_bench_serve(run_bench, monkeypatch, served, tmp_path):
     args = ["serve", f"--prompts={prompts}", "--limit=99", "--max_new_tokens=72",
             f"--baseline_url={served}", "--concurrency=2"]
     monkeypatch.setattr(BrokenServer, "upstream", served)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), BrokenServer) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/v1"
+    with broken_server() as url:
         report = run_bench(*args, f"--base_url={url}/")
-        monkeypatch.setattr(serve, "TIMEOUT", 0.5)
-        assert "timed out" in serve.ask(url, {"max_tokens": 1}, "slow")["error"]
-        server.shutdown()
 
     # each failure is counted with its reason, for the server that failed
     ours = report["speculative"]
@@ -106,7 +139,7 @@ def test_bench_serve(run_bench, monkeypatch, served, tmp_path):
     assert report["groups"] == 1
     assert ours["failed"] == sum(ours["errors"].values()) == len(FAULTS)
     assert len(ours["errors"]) == len(FAULTS)
-    for reason in ("HTTPError 503", "RecursionError"):
+    for reason in ("status 503", "nested too deeply"):
         assert any(reason in error for error in ours["errors"]), reason
     assert baseline["failed"] == 0
     assert baseline["answered"] == len(rows)
@@ -182,8 +215,7 @@ def test_bench_serve_groups_take_turns(monkeypatch):
 
 
 def test_bench_serve_report_by_hand():
-    """The inverse of a speedup, a mean of ratios, groups in which one server failed; figures of the
-    other server."""
+    """The inverse of a speedup, a mean of ratios, groups with a failure; figures swapped."""
     def group(seconds, *answers):
         answers = [{"text": text, "tokens": tokens} for text, tokens in answers]
         tokens = sum(answer["tokens"] for answer in answers)
@@ -225,9 +257,6 @@ def test_bench_serve_tau(monkeypatch):
     assert after == {"drafts": 120, "accepted_tokens": 480}
     before = {"drafts": 20, "accepted_tokens": 80}
     assert serve.tau_of({"before": before, "after": after}) == 5.0
-
-# ------------------------------------------------------------------------------------------------
-# the target as engines read it
 
 
 def test_nested_target_is_the_same_target(main, tmp_path):
