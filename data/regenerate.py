@@ -108,6 +108,8 @@ def regenerate(config):
         listed = ", ".join(f"{count:,} {result}" for result, count in part.counts.items())
         raise ValueError(f"no answer ended, so there is no {config.out}: {listed}; the last one: "
                          f"{part.last_result}")
+    for reason, count in part.refusals.most_common(5):
+        print(one_line(f"{count:,} {reason}"))
     return part.counts
 
 
@@ -193,6 +195,7 @@ class PartFile:
         self.lines = [[] for _ in prompts]      # where the answers to each prompt are in the file
         self.ended = set()                      # numbers of prompts that get no more answers
         self.counts = collections.Counter(answered=0)
+        self.refusals = collections.Counter()   # by reason
         self.last_result = None
 
     def resume(self, header):
@@ -236,7 +239,10 @@ class PartFile:
     def count(self, row, start):
         """Count a row that begins at this byte of the file."""
         self.last_result = row["why"] or "answered"
-        self.counts[self.last_result.partition(":")[0]] += 1
+        result, _, reason = self.last_result.partition(":")
+        self.counts[result] += 1
+        if reason:
+            self.refusals[self.last_result] += 1
         number = row["number"]
         if row["message"] is None:
             self.ended.add(number)
