@@ -472,7 +472,7 @@ class Printer:
     def __init__(self, tokenizer, color):
         self.tokenizer = tokenizer
         self.color = color
-        self.printed = ""
+        self.printed = 0    # tokens
 
     def __call__(self, tokens, output):
         first = len(tokens) - len(output.tokens)
@@ -480,11 +480,12 @@ class Printer:
         self.print_up_to(tokens, BLUE)
 
     def print_up_to(self, tokens, paint):
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        if text.endswith("\ufffd"):  # half a character: wait for the rest of it
+        # only new tokens, so that the work per round does not grow with the answer
+        new = self.tokenizer.decode(tokens[self.printed:], skip_special_tokens=True)
+        if new.endswith("\ufffd"):  # half a character: wait for the rest of it
             return
-        new = printable(text[len(self.printed):])
-        self.printed = text
+        new = printable(new)
+        self.printed = len(tokens)
         if self.color and new:
             new = f"{paint}{new}{PLAIN}"
         print(new, end="", flush=True)

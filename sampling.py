@@ -23,8 +23,11 @@ import torch
 
 # the lowest and the highest value of each field of Sampling
 SAMPLING_RANGES = {
-    "temperature": (0.0, 1e6), "top_k": (0, 10**9), "top_p": (1e-9, 1.0),
-    "seed": (1 - 2**63, 2**63 - 1), "draft_temperature": (0.0, 1e6),
+    "temperature": (0.0, 1e6),
+    "top_k": (0, 10**9),
+    "top_p": (1e-9, 1.0),
+    "seed": (1 - 2**63, 2**63 - 1),
+    "draft_temperature": (0.0, 1e6),
 }
 
 
@@ -52,8 +55,11 @@ class Sampling:
     def __post_init__(self):
         for name, (lowest, highest) in SAMPLING_RANGES.items():
             value = getattr(self, name)
-            kind = numbers.Integral if isinstance(lowest, int) else numbers.Real
-            if not isinstance(value, kind) or not lowest <= value <= highest:  # also if it is NaN
+            kind = numbers.Real
+            if isinstance(lowest, int):
+                kind = numbers.Integral
+            in_range = isinstance(value, kind) and lowest <= value <= highest  # false for NaN
+            if not in_range:
                 raise ValueError(f"{name} = {value!r:.60}: use {lowest} to {highest}")
 
 
@@ -93,7 +99,8 @@ def mask_unlikely(scores, top_k, top_p):
         # a token is left out if those before it already reach top_p
         left_out = units_before >= max(1, int(top_p * 2.0 ** 52))  # the first always stays
         # from the order of likelihood back to the order of token ids
-        left_out = torch.zeros_like(left_out).scatter(-1, token_ids, left_out)
+        in_id_order = torch.zeros_like(left_out)
+        left_out = in_id_order.scatter(-1, token_ids, left_out)
         scores = scores.masked_fill(left_out, -torch.inf)
     return scores
 

@@ -82,8 +82,8 @@ def train_flags(config):
 
 
 def launch(config, grad_accum_steps, parallel, processes):
-    """Train in new processes. Returns their result. With fewer processes a step has more
-    micro-batches, so that it has the same samples."""
+    """Train in new processes. Returns their result. With fewer processes there are
+    more micro-batches per step, so that a step has the same samples."""
     times_more = max(config.processes) // processes
     flags = [*train_flags(config), f"--parallel={parallel}",
              f"--grad_accum_steps={times_more * grad_accum_steps}"]
@@ -118,7 +118,7 @@ def main():
 
 def measure_steps(config, count):
     """(run, result): steps of train.py without its estimates, log, checkpoints, and decoding. The
-    speed is that of all processes together. Tokens include padding. Peak memory is per process."""
+    speed is the sum over all processes. Tokens include padding. Peak memory is per process."""
     # compile every sample length and load every kernel before the first step
     training_run, _, _ = train.setup(config)
     training_run.total_steps = count

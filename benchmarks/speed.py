@@ -161,7 +161,7 @@ def example_ids(length):
 
 
 def timed_reference(reference, length, calls):
-    """A function that times forwards of transformers, with a fresh cache in every repeat."""
+    """A function that times transformers' forwards, with a fresh cache in every repeat."""
     ids = torch.tensor([example_ids(CONTEXT + length)], device=reference.device)
     prompt_cache = reference(ids[:, :CONTEXT], use_cache=True).past_key_values
     new_ids = ids[:, CONTEXT:]
@@ -221,7 +221,7 @@ WIDTH = 128  # of a head
 
 
 def kernel_cases(config, workload):
-    """The forward of the chunked delta rule alone, next to each reference."""
+    """The chunked delta rule's forward alone, next to each reference."""
     def timed(kernel, inputs):
         return lambda: seconds_of(lambda: kernel(*inputs))
 

@@ -1,5 +1,5 @@
 """
-What several test files share: small models, the shipped pair, oracles, files.
+Shared by several test files: small models, the shipped pair, oracles, files.
 
 Small models have random gains and biases. New ones would hide a gain of w instead of 1 + w.
 """
@@ -74,7 +74,7 @@ def all_tokens(rounds):
 
 
 def small_config(shape="tied"):
-    """Two shapes. "tied" is that of the 0.8B. "untied" has more value heads than key heads, as
+    """Two shapes. "tied" is like the 0.8B. "untied" has more value heads than key heads, as
     larger sizes do, and no number in it is a default or equals another one by chance."""
     config = TargetConfig(
         vocab_size=V, hidden_size=HIDDEN, intermediate_size=96, num_hidden_layers=8,
@@ -293,7 +293,7 @@ def public_weights(target, prefix="model.language_model."):
 
 
 def hub_copy(cache, name, source):
-    """Put a folder into a cache of the hub under a hub id, as a download does."""
+    """Put a folder into a cache of the hub under a hub id, like a download."""
     home = cache / f"models--{name.replace('/', '--')}"
     (home / "refs").mkdir(parents=True)
     (home / "refs" / "main").write_text("abc")

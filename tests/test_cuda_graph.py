@@ -1,9 +1,9 @@
 """
-CUDA graphs on a CPU: what a replay does not see.
+CUDA graphs on a CPU: numbers and tensors that a replay does not see.
 
 A graph contains kernels with the addresses of their tensors. Python does not run again, so a replay
-has the numbers and tensors that Python saw during the recording. The stand-in below records torch's
-operations with their tensors, and runs them again on the same ones.
+has the numbers and tensors that Python saw during the recording. The class below records torch's
+operations with their tensors, and runs them again on the same tensors.
 """
 import contextlib
 from typing import NamedTuple
@@ -30,7 +30,7 @@ from tests.test_train import changed, small_training_run
 P = 32      # tokens of a segment
 
 # ------------------------------------------------------------------------------------------------
-# a stand-in for torch.cuda.CUDAGraph and torch.cuda.graph
+# a replacement for torch.cuda.CUDAGraph and torch.cuda.graph
 
 WAITS = (torch.ops.aten._local_scalar_dense.default,    # .item(), int(), bool()
          torch.ops.aten.nonzero.default,
@@ -41,7 +41,7 @@ class Operation(NamedTuple):
     function: torch._ops.OpOverload
     args: tuple
     kwargs: dict
-    results: list       # tensors, with None in place of views of its inputs
+    results: list       # tensors; None instead of views of its inputs
 
 
 class RecordedGraph:
@@ -127,7 +127,7 @@ def written_tensors(function, args, kwargs):
 
 @contextlib.contextmanager
 def recorded_graphs():
-    """Graphs are those of this file; yields the list of them."""
+    """Uses the graphs of this file, and yields the list of them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RecordedGraph, "pool_graphs", [])
         patch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)

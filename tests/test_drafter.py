@@ -24,7 +24,7 @@ SMALLEST = {"num_hidden_layers": 1, "mask_token_id": MASK, "num_attention_heads"
 @pytest.mark.parametrize("layer_types, window", DRAFTERS)
 def test_drafter_decodes_as_it_was_trained(layer_types, window):
     """Failure 2: 98 % in training, 10 % served. The context arrives in blocks of 16, whose rejected
-    features are garbage. Logit k is that of position k, not shifted."""
+    features are garbage. Logit k belongs to position k, not to a neighbor."""
     target = small_target()
     drafter = small_drafter(layer_types, window)
     features, _, _ = drafting(70, 1)

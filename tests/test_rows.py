@@ -351,6 +351,8 @@ def test_a_long_text_is_cut_before_it_is_tokenized(monkeypatch):
 def start(script, *flags, tmp_path, code=""):
     """A process that runs a script of data/ after some lines of code."""
     program = f"import sys; sys.path.insert(0, {ROOT!r})\nfrom data import {script}\n{code}\n"
+    # a process in the background of a shell ignores Ctrl-C
+    program += "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     program += f"{script}.main({list(flags)!r})"
     return subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

@@ -177,7 +177,7 @@ def test_random_targets_are_always_the_same(monkeypatch):
         assert weight.dtype == torch.bfloat16 or name.endswith(FP32_NAMES), name
 
     for name in ("random:", "random:5b", "random:tiny:9", "random:tiny:0", "random:tiny:x"):
-        with pytest.raises(ValueError, match="random:SIZE:LAYERS with a size of 0.8b, 2b"):
+        with pytest.raises(ValueError, match="random:SIZE:LAYERS, a size of 0.8b, 2b"):
             load_target(name)
     with pytest.raises(ValueError, match="random weights and no tokenizer"):
         load_tokenizer("random:0.8b")

@@ -391,8 +391,10 @@ def write_at(buffer, positions, x):
     """Write x (B, T, Hkv, D) into a buffer (B, Hkv, length, D) at positions (B, T)."""
     sequences = torch.arange(x.shape[0], device=x.device)[:, None, None]
     heads = torch.arange(x.shape[2], device=x.device)[:, None]
-    new = x.transpose(1, 2).to(buffer.dtype)                                 # (B, Hkv, T, D)
-    buffer[sequences, heads, positions[:, None]] = new
+    new = x.transpose(1, 2)                                                  # (B, Hkv, T, D)
+    new = new.to(buffer.dtype)
+    places = positions[:, None]                                              # (B, 1, T)
+    buffer[sequences, heads, places] = new
 
 
 def rotary_table(positions, dim, theta):
