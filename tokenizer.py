@@ -52,7 +52,10 @@ def chat_prompt(tokenizer, prompt, thinking=False, tools=None):
     messages = prompt
     if isinstance(prompt, str):
         messages = [{"role": "user", "content": prompt}]
-    check_special_tokens(tokenizer, [messages, tools])
+    try:
+        check_special_tokens(tokenizer, [messages, tools])
+    except ValueError as error:
+        raise ValueError(f"{error}: remove it from the prompt") from None
     text = chat_text(tokenizer, messages, thinking, tools)
     return tokenizer.encode(text, add_special_tokens=False)
 
