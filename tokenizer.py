@@ -87,21 +87,28 @@ def check_special_tokens(tokenizer, value):
             raise ValueError(f"a special token in the text: {one_line(match[0])}")
 
 
-def texts_in(value, levels=DEEPEST):
-    """Yield the texts in a JSON value. ValueError if it is nested too deeply for a template, or if
-    it is not JSON: tables hold dates and bytes."""
-    if isinstance(value, str):
-        yield value
-        return
-    if isinstance(value, dict):
-        value = [*value, *value.values()]
-    if isinstance(value, list):
-        if not levels:
-            raise ValueError("JSON that is nested too deeply")
-        for inner in value:
-            yield from texts_in(inner, levels - 1)
-    elif not isinstance(value, int | float | None):
-        raise ValueError("values that are not JSON")
+def texts_in(value):
+    """The texts in a JSON value. ValueError if it is nested too deeply for a template, or if it is
+    not JSON: tables hold dates and bytes."""
+    texts = []
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        deeper = []
+        for item in level:
+            kind = type(item)
+            if kind is str:
+                texts.append(item)
+            elif kind is list:
+                deeper.extend(item)
+            elif kind is dict:
+                deeper.extend(item)
+                deeper.extend(item.values())
+            elif not isinstance(item, int | float | None):
+                raise ValueError("values that are not JSON")
+        if not deeper:
+            return texts
+        level = deeper
+    raise ValueError("JSON that is nested too deeply")
 
 
 @functools.cache
