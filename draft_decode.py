@@ -99,7 +99,7 @@ class Decoder:
         self.is_active = torch.zeros(batch, dtype=torch.long, device=device)  # 1, or 0 if idle
         self.sequence_ids = torch.zeros(batch, dtype=torch.long, device=device)  # for the noise
         self.offsets = torch.arange(tokens_per_forward, device=device)
-        self.is_finite = [True] * batch     # whether the logits of each slot's last token were
+        self.is_finite = [True] * batch     # per slot: were the logits of its last token finite?
         self.graphs = Graphs(device)
         self.prefill = Prefill(self)
 
@@ -232,8 +232,11 @@ def count_accepted(guesses, choices):
 
 
 def chosen_are_finite(logits, choices):
-    """Whether the chosen of logits (..., V) are finite. NaN and infinity win every argmax, so the
-    others need no check. The flag reaches the host with the tokens, without another sync."""
+    """Whether the logits of the chosen tokens are finite, (...) from logits (..., V).
+
+    An argmax always chooses NaN or infinity if there is one, so other logits need no check. The
+    host gets this flag together with the tokens, without another sync.
+    """
     return logits.gather(-1, choices[..., None])[..., 0].isfinite()
 
 # --------------------------------------------------------------------------------------------------
@@ -249,7 +252,7 @@ class RoundOutput:
     rejected    the guesses that were not accepted, the first mismatch first
     seconds     wall-clock time of the round, divided by the number of sequences in it
     is_last     whether the answer ends here
-    is_finite   false if the target's logits were NaN or infinite: then the tokens mean nothing
+    is_finite   false if the target's logits were NaN or infinite, so the tokens mean nothing
     """
     tokens: list
     accepted: int = 0

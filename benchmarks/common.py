@@ -5,7 +5,7 @@ figures that follow from the rounds.
 A mode is a way to decode:
 
     speculative        drafter and target
-    target_same_shape  the target alone, with forwards of the same K tokens; its output must be
+    target_same_shape  the target alone, with K-token forwards too; its output must be
                        bitwise identical to the speculative output
     target             the target alone, with 1-token forwards; this is our fastest mode without a
                        drafter, so speedups are stated against it
