@@ -12,7 +12,7 @@ import torch
 target = "Qwen/Qwen3.5-0.8B"                # 24 layers; frozen weights, in bfloat16 on a GPU
 data = "data/math240k"                      # its own answers, thinking off
 out_dir = "out/phase1_2-dflash"
-compile = torch.cuda.is_available()         # 43 s at the start of a run of hours, then 1.9x faster
+compile = torch.cuda.is_available()         # takes a minute at the start of a run of hours
 # the drafter
 num_layers = 5
 num_heads = 8
