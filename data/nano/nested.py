@@ -14,8 +14,8 @@ import sys
 
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".."))
 sys.path.insert(0, ROOT)  # the project's modules, from any working directory
-from checkpoint import write_whole
 from configurator import configure
+from formats.files import printable, where, write_whole
 
 target = os.path.join(ROOT, "data", "nano", "target")       # the folder that is read
 out_dir = os.path.join(ROOT, "out", "nano-target-nested")   # the folder that is written
@@ -35,29 +35,24 @@ def main(argv=None):
     config = configure(globals(), argv)
     try:
         with open(os.path.join(config.target, "config.json")) as f:
-            flat = json.load(f)
+            text = json.load(f)
     except FileNotFoundError:
-        sys.exit(f"error: no config.json in {config.target!r}: name the folder of a target")
-    if "text_config" in flat:
-        sys.exit(f"error: {config.target!r} has the nested form already")
+        sys.exit(f"error: no config.json in {where(config.target)!r}: name the folder of a target")
+    if "text_config" in text:
+        sys.exit(f"error: {where(config.target)!r} has the nested form already")
+    # SGLang reads full_attention_interval instead of layer_types, and it reads tie_word_embeddings
+    # and eos_token_id at the top level.
+    nested = {key: text[key] for key in ("dtype", "tie_word_embeddings", "eos_token_id")} | {
+        "architectures": ["Qwen3_5ForConditionalGeneration"], "model_type": "qwen3_5",
+        "text_config": text, "vision_config": VISION | {"out_hidden_size": text["hidden_size"]}}
+    del text["architectures"]
+    text["full_attention_interval"] = 1 + text["layer_types"].index("full_attention")
+
     shutil.copytree(config.target, config.out_dir, dirs_exist_ok=True)
-    for name, content in (("preprocessor_config", PREPROCESSOR), ("config", nested(flat))):
+    for name, content in (("preprocessor_config", PREPROCESSOR), ("config", nested)):
         path = os.path.join(config.out_dir, name + ".json")
         write_whole(path, json.dumps(content, indent=2) + "\n")
-    print(f"wrote {config.out_dir}")
-
-
-def nested(flat):
-    """The nested config.json of a flat one. SGLang reads full_attention_interval instead of
-    layer_types, and it reads tie_word_embeddings and eos_token_id at the top level."""
-    top = {key: flat[key] for key in ("dtype", "tie_word_embeddings", "eos_token_id")}
-    text = dict(flat)
-    del text["architectures"]
-    text["full_attention_interval"] = 1 + flat["layer_types"].index("full_attention")
-    return top | {
-        "architectures": ["Qwen3_5ForConditionalGeneration"], "model_type": "qwen3_5",
-        "text_config": text,
-        "vision_config": VISION | {"out_hidden_size": flat["hidden_size"]}}
+    print(printable(f"wrote {config.out_dir}"))
 
 
 if __name__ == "__main__":

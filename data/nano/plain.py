@@ -1,21 +1,33 @@
-r"""
+"""
 Plain arithmetic and linear equations, asked as people type them first: "12*34", "What is 12 + 30?",
 "3x+4=19". Each function takes a random generator r and returns (question, steps, answer).
 
-All numbers are whole and in these ranges. The target refuses everything else (refusals.py):
+readme.md lists the ranges of the numbers. The target refuses everything else (refusals.py). Every
+step is an equation that a reader can check: a sum takes one digit of its second number at a time, a
+product one fact of the table, a quotient one digit of the result.
 
-    a + b       both 0 to 999
-    a - b       both 0 to 999; the result can be negative
-    a * b       two numbers of two digits, or one of one digit and one of up to three
-    a / b       a of 0 to 999, b of 1 to 12, a at least b unless a is 0; inexact results are
-                written "14 remainder 2"
-    equations   ax + b = c, ax - b = c, x + b = c, x - b = c, ax = c: a of 2 to 12, b of 1 to 99, x
-                of 0 to 25 (to 99 if a is missing) or a fraction such as 16/3; any letter
-
-Every step is an equation that a reader can check: a sum takes one digit of its second number at a
-time, a product one fact of the table, a quotient one digit of the result.
+The other problems use the helpers at the end too. The order in which numbers and words are drawn is
+part of the data set: a different order makes different problems.
 """
-from data.nano.common import between, multiply, parts, pick, read_lists, running
+import itertools
+import os
+
+def read_lists(name):
+    """{list name: items} of a text file in this folder.
+
+    A line "## fruits" begins a list of one item per line, "## fruits (words)" a list of words.
+    """
+    with open(os.path.join(os.path.dirname(__file__), name), encoding="utf-8") as f:
+        blocks = f.read().split("\n## ")
+    lists = {}
+    for block in blocks[1:]:  # the text before the first list says what the file is
+        title, *items = block.strip().split("\n")
+        title, has_words, _ = title.partition(" (words)")
+        if has_words:
+            items = " ".join(items).split()
+        lists[title] = items
+    return lists
+
 
 LISTS = read_lists("plain.txt")
 LETTERS = "xxxxxyyyzznabcdefghijklmopqrstuvw"  # x, y, z, and n are likelier than the others
@@ -67,36 +79,8 @@ def division(r):
         times, after = divmod(rest, b)
         steps.append(f"{rest} = {times} * {b} + {after}.")
         rest = after
-    answer = str(a // b)
-    if rest:
-        answer += f" remainder {rest}"
+    answer = f"{a // b} remainder {rest}" if rest else a // b
     return ask(r, "/", a, b), steps, answer
-
-
-def number(r, digits):
-    """A whole number of so many digits. One of six is round, for example 40 or 700."""
-    size = 10 ** (digits - 1)
-    if digits > 1 and r.random() < 1 / 6:
-        return size * between(r, 1, 9)
-    smallest = size if digits > 1 else 0
-    return between(r, smallest, 10 * size - 1)
-
-
-def ask(r, sign, a, b):
-    """One of the many ways to ask for a calculation."""
-    if r.random() < 0.15:
-        return loosely(r, pick(r, LISTS[f"sentences {sign}"])).format(a=a, b=b)
-    expression = pick(r, LISTS[f"expressions {sign}"]).format(a=a, b=b)
-    return loosely(r, pick(r, LISTS["frames"])).format(e=expression)
-
-
-def loosely(r, frame):
-    """A wording as people type it: sometimes without capitals, or without its last mark."""
-    if r.random() < 0.3:
-        frame = frame.lower()
-    if r.random() < 0.2:
-        frame = frame.rstrip("?. ")
-    return frame
 
 
 def equation(r):
@@ -121,19 +105,20 @@ def equation(r):
         product = between(r, 0, 99)
     if form == "b + ax" or product < b:  # no negative numbers in a question
         sign = "+"
-    c = product + b if sign == "+" else product - b
 
     ax = x if a == 1 else f"{a}{x}"
+    steps = []
     if form == "ax":
         c = product
-        steps = []
     elif sign == "+":
-        steps = [f"Subtract {b} from both sides: {ax} = {c} - {b} = {product}."]
+        c = product + b
+        steps.append(f"Subtract {b} from both sides: {ax} = {c} - {b} = {product}.")
     else:
-        steps = [f"Add {b} to both sides: {ax} = {c} + {b} = {product}."]
-    answer = str(product)
+        c = product - b
+        steps.append(f"Add {b} to both sides: {ax} = {c} + {b} = {product}.")
+    answer = product
     if a > 1 and product % a == 0:
-        answer = str(product // a)
+        answer = product // a
         steps.append(f"Divide both sides by {a}: {x} = {product} / {a} = {answer}.")
     elif a > 1:
         answer = f"{product}/{a}"
@@ -150,3 +135,86 @@ def equation(r):
 
 
 KINDS = (addition, subtraction, multiplication, division, equation)
+
+
+def ask(r, sign, a, b):
+    """One of the many ways to ask for a calculation."""
+    if r.random() < 0.15:
+        return loosely(r, pick(r, LISTS[f"sentences {sign}"])).format(a=a, b=b)
+    expression = pick(r, LISTS[f"expressions {sign}"]).format(a=a, b=b)
+    return loosely(r, pick(r, LISTS["frames"])).format(e=expression)
+
+
+def loosely(r, frame):
+    """A wording as people type it: sometimes without capitals, or without its last mark."""
+    if r.random() < 0.3:
+        frame = frame.lower()
+    if r.random() < 0.2:
+        frame = frame.rstrip("?. ")
+    return frame
+
+# ------------------------------------------------------------------------------------------------
+# steps
+
+
+def parts(n):
+    """The round numbers that add up to a number: 457 is 400, 50, and 7, and 30 is 30 alone."""
+    zeros = reversed(range(len(str(n))))
+    return [int(digit) * 10 ** z for digit, z in zip(str(n), zeros) if digit != "0"] or [0]
+
+
+def running(total, sign, numbers):
+    """The steps that add numbers to a total, or subtract them, one at a time."""
+    steps = []
+    for number in numbers:
+        after = total + number if sign == "+" else total - number
+        steps.append(f"{total} {sign} {number} = {after}.")
+        total = after
+    return steps
+
+
+def multiply(a, b):
+    """The steps of a * b: each part of a times each part of b, and the running sum. A product of
+    two parts is one fact of the multiplication table, followed by zeros."""
+    steps = []
+    total = 0
+    for part, other in itertools.product(parts(a), parts(b)):
+        product = part * other
+        steps.append(f"{part} * {other} = {product}.")
+        if len(steps) > 1:
+            steps += running(total, "+", [product])
+        total += product
+    return steps
+
+# ------------------------------------------------------------------------------------------------
+# random draws
+
+
+def between(r, low, high):
+    """A whole number from low to high, both included. random.randint takes three times as long."""
+    return low + int(r.random() * (high - low + 1))
+
+
+def several_between(r, count, low, high):
+    return [between(r, low, high) for _ in range(count)]
+
+
+def pick(r, items):
+    return items[between(r, 0, len(items) - 1)]
+
+
+def pick_two(r, items):
+    """Two different items."""
+    first = between(r, 0, len(items) - 1)
+    distance = between(r, 1, len(items) - 1)
+    return items[first], items[first - distance]
+
+
+def number(r, digits):
+    """A whole number of so many digits. One of six is round, for example 40 or 700."""
+    if digits == 1:
+        return between(r, 0, 9)
+    size = 10 ** (digits - 1)
+    if r.random() < 1 / 6:
+        return size * between(r, 1, 9)
+    return between(r, size, 10 * size - 1)

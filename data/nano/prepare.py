@@ -11,18 +11,15 @@ import json
 import os
 import sys
 
-from tqdm import tqdm
-
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".."))
 sys.path.insert(0, ROOT)  # the project's modules, from any working directory
-import fast
 from tokenizer import chat_prompt, load_tokenizer, tokenizer_fingerprint
-from checkpoint import load_target, read_target_config
+from checkpoint import read_target_config
 from configurator import configure
+from data import regenerate
 from data.nano.problems import problems
 from data.samples import write_samples
-from draft_decode import generate_many
-from formats.files import write_whole
+from formats.files import one_line, printable, where, write_whole
 
 target = os.path.join(ROOT, "data", "nano", "target")               # whose answers to write
 out_dir = os.path.join(ROOT, "data", "nano")                        # where the samples go
@@ -31,27 +28,19 @@ fresh = False           # let the target answer; otherwise use the answers file 
 train_rows = 12_000     # training problems of the drafter's mix, from number `skip` on
 val_rows = 200          # problems of the split val
 skip = 400_000          # training problems to skip; pretraining saw the first 320,000
-slots = 64              # prompts that are answered at once
-max_new_tokens = 160    # max tokens per answer
 device = "cpu"          # cpu or cuda
 
 
 def main(argv=None):
     config = configure(globals(), argv)
+    if config.fresh:
+        write_answers(config)
     try:
         tokenizer = load_tokenizer(config.target)
         target_config, _ = read_target_config(config.target)
-        if config.fresh:
-            target = load_target(config.target, config.device)
-            fast.prepare_for_decoding(target)
-            write_answers(target, tokenizer, config)
-    except ValueError as error:
-        sys.exit(f"error: {error}\nbuild the nano target first: python data/nano/pretrain.py")
-    try:
         answered = read_answers(config.answers)
-    except (OSError, EOFError, json.JSONDecodeError) as error:
-        sys.exit(f"error: cannot read {config.answers}: {error}\n"
-                 "make it again: python data/nano/prepare.py --fresh")
+    except (OSError, EOFError, ValueError) as error:
+        sys.exit(f"error: {one_line(error)}")
     splits = {"train": [], "val": []}
     for row in answered:
         prompt = chat_prompt(tokenizer, row["question"])
@@ -61,52 +50,44 @@ def main(argv=None):
     meta = {"vocab_size": target_config.vocab_size,
             "tokenizer": tokenizer_fingerprint(config.target)}
     for split, counts in write_samples(config.out_dir, splits, meta)["splits"].items():
-        print(f"{config.out_dir}/{split}: {counts}")
+        print(printable(f"{config.out_dir}/{split}: {counts}"))
 
 
 def read_answers(path):
     """The target's answers, as rows {"split", "question", "answer"}."""
-    with gzip.open(path, "rt") as f:
-        return [json.loads(line) for line in f]
+    try:
+        with gzip.open(path, "rt") as f:
+            return [json.loads(line) for line in f]
+    except (OSError, EOFError, ValueError) as error:
+        raise ValueError(f"cannot read {where(path)} ({one_line(error, 70)}): make it again, "
+                         "python data/nano/prepare.py --fresh") from None
 
 
-def write_answers(target, tokenizer, config):
-    """Ask the target and write its answers, except those that did not end and those that change
-    if they are decoded to text and encoded again."""
-    questions = []
-    splits = []
+def write_answers(config):
+    """Let data/regenerate.py ask the target. It leaves out answers that did not end and those that
+    change if they are decoded to text and encoded again."""
+    prompts = config.answers + ".prompts.jsonl"
+    lines = []
     for split, count, start in (("train", config.train_rows, config.skip),
                                 ("val", config.val_rows, 0)):
         for question, _, _ in problems(split, count, start, "drafter"):
-            questions.append(question)
-            splits.append(split)
-    answered = answer_questions(target, tokenizer, questions, config)
+            lines.append(json.dumps({"id": split, "question": question}) + "\n")
+    write_whole(prompts, "".join(lines))
+    answered = config.answers + ".jsonl"
+    regenerate.main([
+        f"--prompts={prompts}", f"--out={answered}", f"--target={config.target}",
+        f"--device={config.device}", "--dtype=float32", "--slots=64", "--max_new_tokens=160"])
 
     lines = []
-    for split, question, (_, token_ids) in zip(splits, questions, answered):
-        text = tokenizer.decode(token_ids, skip_special_tokens=True)
-        if tokenizer.encode(text + tokenizer.eos_token) == token_ids:
-            row = {"split": split, "question": question, "answer": text}
-            lines.append(json.dumps(row) + "\n")
+    with open(answered) as f:
+        for row in map(json.loads, f):
+            question, answer = row["messages"]
+            lines.append(json.dumps({"split": row["id"], "question": question["content"],
+                                     "answer": answer["content"]}) + "\n")
     # mtime=0: the same answers, the same bytes
     write_whole(config.answers, gzip.compress("".join(lines).encode(), mtime=0))
-    print(f"{config.answers}: {len(lines):,} answers of {len(questions):,}")
-
-
-def answer_questions(target, tokenizer, questions, config):
-    """Greedy answers [(prompt ids, answer ids)] of the target alone, in the order of the questions.
-
-    An answer ends with <|im_end|>, or after max_new_tokens without it.
-    """
-    prompts = [chat_prompt(tokenizer, question) for question in questions]
-    replies = [[] for _ in prompts]
-    with tqdm(total=len(prompts), unit="prompt", disable=not sys.stderr.isatty()) as bar:
-        for index, output in generate_many(
-                target, None, prompts, max_new_tokens=config.max_new_tokens, slots=config.slots,
-                stop_token_ids=tokenizer.eos_token_id, tokens_per_forward=1):
-            replies[index] += output.tokens
-            bar.update(output.is_last)
-    return list(zip(prompts, replies))
+    for path in (prompts, answered):
+        os.remove(path)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
-"""
-Trains the nano target from scratch: a small hybrid like Qwen3.5 that learns the mix of problems.py:
-word problems, plain arithmetic, and texts to refuse. Its shape is in data/nano/target/config.json.
+r"""
+Makes the nano target from nothing: its tokenizer, then its weights.
 
     python data/nano/pretrain.py                                     # some hours on two cores
     python data/nano/pretrain.py --device=cuda --micro_batch=128     # minutes
 
-It writes model.safetensors and config.json into a folder that has the tokenizer.
+The target is a small hybrid like Qwen3.5, and it learns the mix of problems.py. Its tokenizer is
+byte-level BPE. It works like Qwen3.5's but has 507 ids: 0..255 the bytes, 256..501 merges, then 502
+<|endoftext|>, 503 <|im_start|>, 504 <|im_end|>, 505 <think>, 506 </think>. The mask id is the first
+id after the tokenizer, as in Qwen3.5: 507. Three files in data/nano/target are written by hand: the
+shape in config.json, tokenizer_config.json, and the chat template.
 """
-import json
+import itertools
 import math
 import os
 import random
@@ -16,16 +19,20 @@ import time
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
 
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".."))
 sys.path.insert(0, ROOT)  # the project's modules, from any working directory
 from tokenizer import chat_prompt, tokenizer_in
-from checkpoint import FP32_WEIGHTS, parse_dtype, parse_target_config, save_weights, write_whole
+from checkpoint import FP32_WEIGHTS, parse_dtype, read_target_config, save_weights, write_whole
 from configurator import configure
 from data.nano.problems import problems
 from target import Target
 
-out_dir = os.path.join(ROOT, "data", "nano", "target")  # has the tokenizer, and gets the weights
+out_dir = os.path.join(ROOT, "data", "nano", "target")  # where the target goes
 device = "cpu"              # cpu or cuda
 steps = 2500                # optimizer steps
 batch_size = 128            # problems per step, about 89 tokens each
@@ -36,34 +43,51 @@ weight_decay = 0.05         # of AdamW
 seed = 0                    # of weights and batch order
 micro_batch = 32            # problems per forward and backward; few enough for a CPU's caches
 
-SHAPE = os.path.join(ROOT, "data", "nano", "target", "config.json")
+BY_HAND = ("config.json", "tokenizer_config.json", "chat_template.jinja")
 POOL = 32       # batches whose problems are sorted by length together, to save padding
 PAD = 502       # <|endoftext|>
+
+# Qwen3.5's own pattern. If a folder has a config.json of that family, transformers loads its own
+# tokenizer class, which replaces the pattern and the normalizer of tokenizer.json by this pattern
+# and NFC. Any other pattern would silently be lost, and the ids would be wrong. \p{N} makes each
+# digit a token. A space joins the word after it, never a digit.
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def main(argv=None):
     config = configure(globals(), argv)
-    if not os.path.isfile(os.path.join(config.out_dir, "tokenizer.json")):
-        sys.exit(f"error: no tokenizer.json in {config.out_dir!r}: make it first, "
-                 f"python data/nano/make_tokenizer.py --out_dir={config.out_dir}")
     try:
         parse_dtype(config.device, "float32")
-        tokenizer = tokenizer_in(config.out_dir)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    with open(SHAPE) as f:
-        shape = json.load(f)
-    torch.manual_seed(config.seed)
-    target = Target(parse_target_config(shape)).to(config.device)
-    optimizer = new_optimizer(target, config)
-    count = config.steps * config.batch_size
-    print(f"{sum(p.numel() for p in target.parameters()):,} parameters, {count:,} problems")
+    os.makedirs(config.out_dir, exist_ok=True)
+    for name in BY_HAND:
+        with open(os.path.join(out_dir, name)) as f:
+            write_whole(os.path.join(config.out_dir, name), f.read())
+    write_whole(os.path.join(config.out_dir, "tokenizer.json"), train_tokenizer())
+    tokenizer = tokenizer_in(config.out_dir)
 
-    samples = [(question, solution) for question, solution, _ in problems("train", count)]
+    torch.manual_seed(config.seed)
+    target_config, _ = read_target_config(config.out_dir)
+    target = Target(target_config).to(config.device)
+    # Only matrices decay, not gains and biases.
+    matrices = {"params": [p for p in target.parameters() if p.dim() >= 2]}
+    vectors = {"params": [p for p in target.parameters() if p.dim() < 2], "weight_decay": 0.0}
+    optimizer = torch.optim.AdamW(
+        [matrices, vectors], lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay)
+    print(f"{sum(p.numel() for p in target.parameters()):,} parameters, "
+          f"{config.steps * config.batch_size:,} problems")
+
     started = time.time()
-    for step, (tokens, weights) in enumerate(make_batches(tokenizer, samples, config)):
+    for step, (tokens, weights) in enumerate(make_batches(tokenizer, config)):
+        # linear warm-up, constant, linear decay to zero
+        up = (step + 1) / config.warmup
+        down = (config.steps - step) / (config.decay * config.steps)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config)
+            group["lr"] = config.lr * min(1.0, up, down)
         loss = add_gradients(target, tokens, weights, config)
         norm = torch.nn.utils.clip_grad_norm_(target.parameters(), 1.0)
         optimizer.step()
@@ -71,17 +95,78 @@ def main(argv=None):
         if step % 10 == 0 or step == config.steps - 1:
             print(f"step {step:5d} | loss {loss.item():.4f} | norm {norm.item():.2f} | "
                   f"{time.time() - started:.0f} s", flush=True)
-    save_target(target, shape, config.out_dir)
+
+    weights = {}  # in bf16, except those that stay in fp32
+    for name, weight in target.state_dict().items():
+        dtype = torch.float32 if name.endswith(FP32_WEIGHTS) else torch.bfloat16
+        weights["model." + name] = weight.to("cpu", dtype).contiguous()
+    save_weights(weights, os.path.join(config.out_dir, "model.safetensors"))
     print(f"wrote {config.out_dir}")
+
+
+def train_tokenizer():
+    """The content of tokenizer.json. It is the same in every run, because the corpus is fixed, and
+    merges are ordered by count and then by id."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])
+    tokenizer.decoder = decoders.ByteLevel()
+    # The alphabet has all bytes, so any text can be encoded without an unknown token.
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = BpeTrainer(vocab_size=502, initial_alphabet=alphabet, show_progress=False)
+    texts = []
+    for question, solution, _ in problems("train", 20_000, task="tokenizer"):
+        texts += [question, solution, "user\n", "assistant\n\n"]  # every prompt has these roles
+    tokenizer.train_from_iterator(texts, trainer)
+    # decode(skip_special_tokens=True) drops the first three. Thoughts are text of the answer.
+    for token in ("<|endoftext|>", "<|im_start|>", "<|im_end|>"):
+        tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True)])
+    for token in ("<think>", "</think>"):
+        tokenizer.add_tokens([AddedToken(token, normalized=False, special=False)])
+    return tokenizer.to_str(pretty=True) + "\n"
+
+
+def make_batches(tokenizer, config):
+    """The batches (tokens, weights) of all steps, both (B, T).
+
+    A weight belongs to a token's own loss: 1 in the answer, 0 in the prompt and in the padding.
+    """
+    stream = problems("train", config.steps * config.batch_size)
+    for pool in range(math.ceil(config.steps / POOL)):
+        chosen = itertools.islice(stream, POOL * config.batch_size)
+        encoded = [encode(tokenizer, question, solution) for question, solution, _ in chosen]
+        encoded.sort(key=lambda sample: len(sample[0]))
+        # Samples of similar length form a batch. The batches come in random order.
+        starts = list(range(0, len(encoded), config.batch_size))
+        random.Random(f"{config.seed}-{pool}").shuffle(starts)
+        for start in starts:
+            tokens, weights = zip(*encoded[start:start + config.batch_size])
+            yield pad(tokens, PAD).to(config.device), pad(weights, 0).to(config.device)
+
+
+def encode(tokenizer, question, solution):
+    """(token ids, weights) of a problem, both (T,)."""
+    prompt = chat_prompt(tokenizer, question)
+    answer = tokenizer.encode(solution + "<|im_end|>")
+    weights = [0.0] * len(prompt) + [1.0] * len(answer)
+    return torch.tensor(prompt + answer), torch.tensor(weights)
+
+
+def pad(sequences, value):
+    """Sequences as one tensor (B, T). T is a multiple of 16: few shapes, so memory is reused."""
+    padded = pad_sequence(sequences, batch_first=True, padding_value=value)
+    return F.pad(padded, (0, -padded.shape[1] % 16), value=value)
 
 
 def add_gradients(target, tokens, weights, config):
     """Forward and backward of a batch (B, T), one micro-batch at a time. Returns the mean loss."""
     loss = 0.0
     total_weight = weights[:, 1:].sum()
-    for first in range(0, len(tokens), config.micro_batch):
-        micro_tokens = tokens[first:first + config.micro_batch]
-        micro_weights = weights[first:first + config.micro_batch]
+    micro_batches = zip(tokens.split(config.micro_batch), weights.split(config.micro_batch))
+    for micro_tokens, micro_weights in micro_batches:
         # Products in bf16 are a third faster on a CPU that supports them. The delta rule and the
         # norms stay in fp32.
         with torch.autocast(config.device, torch.bfloat16):
@@ -95,72 +180,6 @@ def add_gradients(target, tokens, weights, config):
         part.backward()
         loss += part.detach()
     return loss
-
-
-def learning_rate(step, config):
-    """Linear warm-up, constant, linear decay to zero."""
-    up = (step + 1) / config.warmup
-    down = (config.steps - step) / (config.decay * config.steps)
-    return config.lr * min(1.0, up, down)
-
-
-def new_optimizer(target, config):
-    """AdamW. Only matrices decay, not gains and biases."""
-    matrices = {"params": [p for p in target.parameters() if p.dim() >= 2]}
-    vectors = {"params": [p for p in target.parameters() if p.dim() < 2], "weight_decay": 0.0}
-    return torch.optim.AdamW(
-        [matrices, vectors], lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay)
-
-
-def make_batches(tokenizer, samples, config):
-    """The batches (tokens, weights) of all steps, both (B, T).
-
-    A weight belongs to a token's own loss: 1 in the answer, 0 in the prompt and in the padding.
-    """
-    pool_size = POOL * config.batch_size
-    for pool in range(math.ceil(config.steps / POOL)):
-        encoded = encode(tokenizer, samples[pool * pool_size:(pool + 1) * pool_size])
-        encoded.sort(key=lambda sample: len(sample[0]))
-        # Samples of similar length form a batch. The batches come in random order.
-        starts = list(range(0, len(encoded), config.batch_size))
-        random.Random(f"{config.seed}-{pool}").shuffle(starts)
-        for start in starts:
-            yield pad(encoded[start:start + config.batch_size], config.device)
-
-
-def pad(samples, device):
-    """(tokens, weights) of samples (token ids, prompt length)."""
-    longest = max(len(token_ids) for token_ids, _ in samples)
-    T = math.ceil(longest / 16) * 16  # few different shapes, so that memory is reused
-    tokens = torch.full((len(samples), T), PAD)
-    weights = torch.zeros(len(samples), T)
-    for i, (token_ids, prompt_length) in enumerate(samples):
-        tokens[i, :len(token_ids)] = torch.tensor(token_ids)
-        weights[i, prompt_length:len(token_ids)] = 1
-    return tokens.to(device), weights.to(device)
-
-
-def encode(tokenizer, samples):
-    """[(token ids, prompt length)] of samples (question, solution)."""
-    encoded = []
-    for question, solution in samples:
-        prompt = chat_prompt(tokenizer, question)
-        answer = tokenizer.encode(solution + "<|im_end|>")
-        encoded.append((prompt + answer, len(prompt)))
-    return encoded
-
-
-def save_target(target, shape, out_dir):
-    """Write config.json and the weights: bf16, except the weights that stay in fp32."""
-    weights = {}
-    for name, weight in target.state_dict().items():
-        weight = weight.detach().cpu()
-        if not name.endswith(FP32_WEIGHTS):
-            weight = weight.to(torch.bfloat16)
-        weights["model." + name] = weight.contiguous()
-    path = os.path.join(out_dir, "model.safetensors")
-    save_weights(weights, path)
-    write_whole(os.path.join(out_dir, "config.json"), json.dumps(shape, indent=2))
 
 
 if __name__ == "__main__":

@@ -8,14 +8,15 @@ pure function of its seed, and its split is a pure function of its text. There a
 
 A solution of words or plain is a list of small steps and ends in "The answer is \boxed{161}."
 """
+import itertools
 import random
 import zlib
 
 from data.nano import plain, words
-from data.nano.common import pick
+from data.nano.plain import pick
 from data.nano.refusals import REFUSAL, refused_text
 
-KINDS = {"words": words.KINDS, "plain": plain.KINDS, "refusals": ()}
+KINDS = {"words": words.KINDS, "plain": plain.KINDS}
 # The tasks of 20 consecutive seeds, repeated, for each part that learns. The target needs most
 # practice in plain arithmetic. Its drafter needs most practice in word problems, because they have
 # the most kinds and the longest answers.
@@ -28,33 +29,28 @@ MIXES = {
 def problems(split: str, count: int, start: int = 0, task: str = "target"):
     """Yields (question, solution, answer) number start .. start + count - 1 of a split's problems.
 
-    task is one of KINDS or a mix of them, a key of MIXES. The answer is the text in the box, or
-    None for refusals, which have no box. The stream of a split and task is fixed and never repeats
-    a question, so adjoining ranges share none. Skipping costs as much as generating. A val or test
-    problem costs as much as 50 training problems, because only 2 % of all seeds are in that split.
+    split is train, val, or test. task is one of the three or a mix of them, a key of MIXES. The
+    answer is the text in the box, or None for refusals, which have no box. The stream of a split
+    and task is fixed and never repeats a question, so adjoining ranges share none. Skipping costs
+    as much as generating. A val or test problem costs as much as 50 training problems, because only
+    2 % of all seeds are in that split.
     """
-    if split not in ("train", "val", "test"):
-        raise ValueError(f"split is {split!r}; use train, val, or test")
-    if task not in (*KINDS, *MIXES):
-        raise ValueError(f"task is {task!r}; use one of {', '.join((*KINDS, *MIXES))}")
     seen = set()
-    seed = 0
-    while len(seen) < start + count:
+    for seed in itertools.count():
+        if len(seen) == start + count:
+            return
         question, solution, answer = problem(seed, task)
-        seed += 1
-        if question in seen or split_of(question) != split:
-            continue
-        seen.add(question)
-        if len(seen) > start:
-            yield question, solution, answer
+        if question not in seen and split_of(question) == split:
+            seen.add(question)
+            if len(seen) > start:
+                yield question, solution, answer
 
 
 def problem(seed: int, task: str = "target") -> tuple[str, str, str | None]:
     """(question, worked solution, answer or None), a pure function of the seed and the task."""
     r = random.Random(f"nano-{seed}")
-    if task in MIXES:
-        mix = MIXES[task]
-        task = mix[seed % len(mix)]
+    mix = MIXES.get(task, (task,))
+    task = mix[seed % len(mix)]
     if task == "refusals":
         return refused_text(r), REFUSAL, None
     kind = pick(r, KINDS[task])
@@ -69,22 +65,15 @@ def split_of(question: str) -> str:
 
     So no question is in two splits, even if two seeds or two tasks ask it.
     """
-    percentile = zlib.crc32(question.encode()) % 100
-    if percentile < 2:
-        return "val"
-    if percentile < 4:
-        return "test"
-    return "train"
+    splits = ["val"] * 2 + ["test"] * 2 + ["train"] * 96
+    return splits[zlib.crc32(question.encode()) % 100]
 
 
 def boxed(text: str) -> str | None:
     r"""The content of the last \boxed{...}, or None if its braces do not balance."""
     _, opening, rest = text.rpartition("\\boxed{")
-    if not opening:
-        return None
-    depth = 1
     for end, letter in enumerate(rest):
-        depth += (letter == "{") - (letter == "}")
-        if depth == 0:
-            return rest[:end]
+        content = rest[:end]
+        if opening and letter == "}" and content.count("{") == content.count("}"):
+            return content
     return None

@@ -11,7 +11,7 @@ import re
 from string import ascii_lowercase
 
 from data.nano import plain, words
-from data.nano.common import between, pick, pick_several, read_lists
+from data.nano.plain import between, pick, read_lists
 
 REFUSAL = ("I only solve word problems and short arithmetic with small whole numbers, "
            "for example: What is 12 + 30?")
@@ -25,61 +25,90 @@ REFUSED_EXAMPLES = tuple(LISTS["held out"])
 SORTS = ("openers", "openers", "two openers", "requests", "requests", "facts", "facts", "numbers",
          "numbers", "code", "beyond", "beyond", "beyond", "fragment", "fragment", "word", "english",
          "english", "foreign", "script", "letters", "marks")
+AS_IS = ("two openers", "code", "beyond", "fragment", "script", "marks")  # typed() gets the others
+RANGES = {"digit": (1, 9), "tens": (13, 99), "hundreds": (100, 999), "year": (1500, 2050)}
 
 
 def refused_text(r):
-    """A text of a random sort, but none of REFUSED_EXAMPLES."""
+    """A text of a random sort, as people type it, but none of REFUSED_EXAMPLES."""
     while True:
-        text = text_of(r, pick(r, SORTS))
+        sort = pick(r, SORTS)
+        text = drawn(r, sort)
+        if sort not in AS_IS:
+            text = typed(r, text)
         if text and normal_form(text) not in HELD_OUT:
             return text
 
 
 def normal_form(text):
     """The letters and digits of a text in lower case, or the text itself if it has none."""
-    letters = [letter for letter in text.lower() if letter.isalnum()]
-    return "".join(letters) or text.strip()
+    return "".join(filter(str.isalnum, text.lower())) or text.strip()
 
 
 HELD_OUT = {normal_form(example) for example in REFUSED_EXAMPLES}
 
 
-def text_of(r, sort):
-    """A random text of a sort. Sorts without a branch are lists of wordings with {fields}."""
-    if sort == "two openers":
-        return text_of(r, "openers") + pick(r, (" ", ", ", ". ", "\n")) + text_of(r, "openers")
-    if sort == "code":
-        return fill(r, pick(r, LISTS["code"]))
-    if sort == "beyond":
-        return beyond(r)
-    if sort == "fragment":
-        return fragment(r)
-    if sort == "script":
-        return other_script(r)
-    if sort == "marks":  # punctuation, all the same or mixed
+def typed(r, text):
+    """A text with a different last mark, with or without capitals."""
+    chance = r.random()
+    if chance < 0.3:
+        text = text.lower()
+    elif chance < 0.4:
+        text = text.upper()
+    elif chance < 0.7:
+        text = text[:1].upper() + text[1:]
+    if r.random() < 0.4:
+        text = text.rstrip("?.!") + pick(r, ("?", "!", ".", "", "", "??", "...", " ?", "!!", ","))
+    return text
+
+
+def drawn(r, name):
+    """A text of the sort or for the {field} of this name. Most are lists of wordings, whose own
+    {fields} are filled in."""
+    if name == "two openers":
+        first = typed(r, drawn(r, "openers"))
+        return first + pick(r, (" ", ", ", ". ", "\n")) + typed(r, drawn(r, "openers"))
+    if name in RANGES:
+        return str(between(r, *RANGES[name]))
+    if name == "n":
+        return str(plain.number(r, pick(r, plain.DIGITS)))
+    if name == "long":
+        return str(plain.number(r, between(r, 4, 7)))
+    if name == "letter":
+        return pick(r, "abcdefghijmnopqrstuvwxyz")
+    if name == "letters":
+        return several(r, ascii_lowercase, between(r, 1, 10))
+    if name == "sentence":
+        return several(r, LISTS["english"], 4, " ")
+    if name == "foreign":
+        return several(r, pick(r, LISTS["foreign"]).split(), between(r, 1, 8), " ")
+    if name == "english":  # one or two sentences of words in random order
+        text = several(r, LISTS["english"], between(r, 2, 12), " ")
+        if r.random() < 0.3:
+            text += pick(r, (". ", ", ", " / ", "\n"))
+            text += several(r, LISTS["english"], between(r, 2, 13), " ")
+        return text
+    if name == "marks":  # punctuation, all the same or mixed
         count = between(r, 1, 8)
         if r.random() < 0.5:
             return pick(r, LISTS["marks"]) * count
-        return pick(r, ("", "", " ")).join(pick_several(r, LISTS["marks"], count))
-    if sort == "word":
-        text = word(r)
-    elif sort == "english":  # one or two sentences of words in random order
-        text = sentence(r, LISTS["english"], between(r, 2, 12))
-        if r.random() < 0.3:
-            text += pick(r, (". ", ", ", " / ", "\n"))
-            text += sentence(r, LISTS["english"], between(r, 2, 13))
-    elif sort == "foreign":
-        text = sentence(r, pick(r, LISTS["foreign"]).split(), between(r, 1, 8))
-    elif sort == "letters":
-        text = "".join(pick_several(r, ascii_lowercase, between(r, 1, 10)))
-    else:
-        text = fill(r, pick(r, LISTS[sort]))
-    return typed(r, text)
+        return several(r, LISTS["marks"], count, pick(r, ("", "", " ")))
+    if name == "word" or name == "topic" and r.random() < 0.25:
+        return word(r)
+    if name == "fragment":
+        return fragment(r)
+    if name == "script":
+        return other_script(r)
+    text = re.sub(r"\{(\w+)\}", lambda match: drawn(r, match[1]), pick(r, LISTS[name]))
+    return beyond(r, text) if name == "beyond" else text
 
 
-def beyond(r):
+def several(r, items, count, separator=""):
+    return separator.join(pick(r, items) for _ in range(count))
+
+
+def beyond(r, text):
     """A calculation that plain.py does not teach, in the wording of one that it teaches."""
-    text = fill(r, pick(r, LISTS["beyond"]))
     if r.random() < 0.3:
         text = text.replace(" ", "")
     if r.random() < 0.5 and not text.endswith("?"):
@@ -100,38 +129,10 @@ def fragment(r):
 def other_script(r):
     """Random letters of one script, in up to five groups."""
     first, last = pick(r, LISTS["scripts"])
-    script = range(ord(first), ord(last) + 1)
-    groups = []
-    for _ in range(between(r, 1, 5)):
-        codes = pick_several(r, script, between(r, 1, 6))
-        groups.append("".join(map(chr, codes)))
+    script = [chr(code) for code in range(ord(first), ord(last) + 1)]
+    groups = [several(r, script, between(r, 1, 6)) for _ in range(between(r, 1, 5))]
     ending = pick(r, ("", "", "?", "!", ".", "。", "？"))
     return pick(r, (" ", " ", "")).join(groups) + ending
-
-
-RANGES = {"digit": (1, 9), "tens": (13, 99), "hundreds": (100, 999), "year": (1500, 2050)}
-
-
-def fill(r, text):
-    """A text with its {fields} filled in. Each field is drawn independently."""
-    return re.sub(r"\{(\w+)\}", lambda match: draw(r, match[1]), text)
-
-
-def draw(r, field):
-    """The text for a field."""
-    if field in RANGES:
-        return str(between(r, *RANGES[field]))
-    if field == "n":
-        return str(plain.number(r, pick(r, plain.DIGITS)))
-    if field == "long":
-        return str(plain.number(r, between(r, 4, 7)))
-    if field == "letter":
-        return pick(r, "abcdefghijmnopqrstuvwxyz")
-    if field == "sentence":
-        return sentence(r, LISTS["english"], 4)
-    if field == "word" or field == "topic" and r.random() < 0.25:
-        return word(r)
-    return pick(r, LISTS[field])
 
 
 def word(r):
@@ -142,22 +143,4 @@ def word(r):
     for _ in range(between(r, 1, 3)):
         text += pick(r, LISTS["syllable start"]) + pick(r, LISTS["vowel"])
         text += pick(r, ("", "", "n", "r", "s", "t", "l", "ck", "x"))
-    return text
-
-
-def sentence(r, vocabulary, count):
-    return " ".join(pick_several(r, vocabulary, count))
-
-
-def typed(r, text):
-    """A text as people type it: with a different last mark, with or without capitals."""
-    chance = r.random()
-    if chance < 0.3:
-        text = text.lower()
-    elif chance < 0.4:
-        text = text.upper()
-    elif chance < 0.7:
-        text = text[:1].upper() + text[1:]
-    if r.random() < 0.4:
-        text = text.rstrip("?.!") + pick(r, ("?", "!", ".", "", "", "??", "...", " ?", "!!", ","))
     return text
