@@ -10,7 +10,6 @@ split,
 and meta.json, which is written last: a folder without it is unfinished. Each sample goes to disk at
 once, so a data set can be larger than the memory.
 """
-import array
 import contextlib
 import glob
 import json
@@ -20,11 +19,9 @@ import shlex
 
 import numpy as np
 
-from formats.files import (
-    one_line, printable, read_json, short, where, whole_file, write_whole)
+from formats.files import one_line, read_json, short, where, whole_file, write_whole
 
 FORMAT = 1  # of the folder, in meta.json
-CONTENTS = ("tokens", "mask", "offsets")  # the files of a split
 
 
 class Samples:
@@ -36,19 +33,18 @@ class Samples:
     """
     def __init__(self, folder, split, vocab_size, tokenizer=None):
         hint = how_to_make(folder)
-        name = where(folder)
         meta = read_meta(folder, hint)
         if meta.get("format") != FORMAT or meta.get("vocab_size") != vocab_size:
             raise ValueError(
-                f"{name}/meta.json has format {short(meta.get('format'))} and vocab_size "
-                f"{short(meta.get('vocab_size'))}, this target wants {FORMAT} and {vocab_size}: "
-                f"{hint} for it")
+                f"meta.json has format {short(meta.get('format'), 9)} and vocab_size "
+                f"{short(meta.get('vocab_size'), 9)}, this target wants {FORMAT} and {vocab_size}: "
+                f"{hint}")
         if tokenizer is not None and meta.get("tokenizer") != tokenizer:
-            raise ValueError(
-                f"the samples in {name!r} were made with another tokenizer or chat template than "
-                f"this target's: {hint}")
-        if split not in meta["splits"] or not meta["splits"][split]["rows"]:
-            raise ValueError(f"{name} has no samples in split {split!r}: {hint}")
+            raise ValueError("the samples were made with another tokenizer or chat template than "
+                             f"this target's: {hint}")
+        counts = meta["splits"].get(split)
+        if not counts or not counts["rows"]:
+            raise ValueError(f"no samples in split {split!r}: {hint}")
 
         # The files are mapped into memory, so only the samples that are used come from disk.
         path = os.path.join(folder, split)
@@ -57,12 +53,11 @@ class Samples:
             self.mask = np.memmap(f"{path}.mask.bin", np.uint8, "r")
             self.offsets = np.memmap(f"{path}.offsets.bin", np.uint64, "r")
         except (OSError, ValueError) as error:  # missing, empty, or cut inside a number
-            raise ValueError(f"cannot read the {split} rows in {name!r} ({one_line(error)}): "
-                             f"{hint} again") from None
-        size = meta["splits"][split]["tokens"]
-        if not len(self.tokens) == len(self.mask) == self.offsets[-1] == size:
-            raise ValueError(f"{where(path)}.*.bin hold {len(self.tokens)} tokens, meta.json says "
-                             f"{size}: {hint} again")
+            reason = one_line(error, 50)
+            raise ValueError(f"cannot read the {split} rows ({reason}): {hint}") from None
+        if not len(self.tokens) == len(self.mask) == self.offsets[-1] == counts["tokens"]:
+            raise ValueError(f"{split}.*.bin hold {len(self.tokens)} tokens, meta.json says "
+                             f"{counts['tokens']}: {hint}")
 
     def __len__(self):
         return len(self.offsets) - 1
@@ -74,11 +69,11 @@ class Samples:
 
 
 def how_to_make(folder):
-    """The command that makes a folder's samples, for an error message."""
+    """The command that makes a folder's samples, for an error message. It names the folder."""
     script = os.path.join(folder, "prepare.py")
     if os.path.isfile(script):
-        return f"run python {shlex.quote(printable(script))}"
-    folder = shlex.quote(printable(folder))
+        return f"run python {shlex.quote(where(script, 90))}"
+    folder = shlex.quote(where(folder, 40))
     return f"run python data/conversations.py --out_dir={folder} --target=... --source=..."
 
 
@@ -90,51 +85,44 @@ def read_meta(folder, hint):
             if not 0 <= operator.index(counts["rows"]) <= operator.index(counts["tokens"]):
                 raise ValueError("more rows than tokens")
     except FileNotFoundError:
-        raise ValueError(
-            f"no meta.json in {where(folder)!r}, so there is no finished data: {hint}") from None
+        raise ValueError(f"no meta.json in {where(folder, 40)!r}, so there is no finished data: "
+                         f"{hint}") from None
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{where(folder)}/meta.json is broken ({one_line(error)}): {hint} again") from None
+        raise ValueError(f"meta.json is broken ({one_line(error, 60)}): {hint}") from None
     return meta
 
 
 class SplitWriter:
-    """Writes one split: add() for each sample, close() at the end. files: a whole_file() for each
-    of CONTENTS."""
+    """Writes the samples of one split to three open files. counts: for meta.json."""
     def __init__(self, files, vocab_size):
-        self.files = dict(zip(CONTENTS, files))
-        self.offsets = array.array("Q", [0])
+        self.tokens_file, self.mask_file, self.offsets_file = files
         self.vocab_size = vocab_size
-        self.dropped = 0
-        self.supervised = 0
+        self.counts = {"rows": 0, "dropped": 0, "tokens": 0, "supervised": 0}
+        self.write_offset()
 
     def add(self, tokens, mask):
         """Append a sample of token ids and 0/1 flags. Without a supervised token, only count it."""
         tokens = np.asarray(tokens)
         mask = np.asarray(mask, np.uint8)
         if not mask.any():
-            self.dropped += 1
+            self.counts["dropped"] += 1
             return
         smallest = tokens.min()
         largest = tokens.max()
         if smallest < 0 or largest >= self.vocab_size:
             raise ValueError(
-                f"sample {len(self.offsets) - 1} has token ids {smallest}..{largest}, outside the "
+                f"sample {self.counts['rows']} has token ids {smallest}..{largest}, outside the "
                 f"vocabulary of {self.vocab_size}: this tokenizer is not the target's")
-        self.files["tokens"].write(tokens.astype(np.uint32).tobytes())
-        self.files["mask"].write(mask.tobytes())
-        self.offsets.append(self.offsets[-1] + len(tokens))
-        self.supervised += int(mask.sum())
+        self.tokens_file.write(tokens.astype(np.uint32).tobytes())
+        self.mask_file.write(mask.tobytes())
+        self.counts["rows"] += 1
+        self.counts["tokens"] += len(tokens)
+        self.counts["supervised"] += int(mask.sum())
+        self.write_offset()
 
-    def close(self):
-        """Write the offsets; returns the split's counts for meta.json."""
-        self.files["offsets"].write(self.offsets.tobytes())
-        return {
-            "rows": len(self.offsets) - 1,
-            "dropped": self.dropped,
-            "tokens": self.offsets[-1],
-            "supervised": self.supervised,
-        }
+    def write_offset(self):
+        """Where the next sample begins."""
+        self.offsets_file.write(np.uint64(self.counts["tokens"]).tobytes())
 
 
 @contextlib.contextmanager
@@ -145,21 +133,23 @@ def split_writers(folder, splits, meta):
     and then it is completed and written. After an exception the folder stays unfinished.
     """
     os.makedirs(folder, exist_ok=True)
-    path = os.path.join(folder, "meta.json")
-    if os.path.lexists(path):
-        os.remove(path)  # from here on the folder is unfinished
+    meta_path = os.path.join(folder, "meta.json")
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(meta_path)  # from here on the folder is unfinished
     for left_over in glob.glob(os.path.join(glob.escape(folder), "*.bin.*.tmp")):
         os.remove(left_over)  # a killed run left it
     writers = {}
     with contextlib.ExitStack() as stack:
         for split in splits:
-            paths = [os.path.join(folder, f"{split}.{content}.bin") for content in CONTENTS]
-            files = [stack.enter_context(whole_file(path)) for path in paths]
+            files = []
+            for content in ("tokens", "mask", "offsets"):
+                path = os.path.join(folder, f"{split}.{content}.bin")
+                files.append(stack.enter_context(whole_file(path)))
             writers[split] = SplitWriter(files, meta["vocab_size"])
         yield writers
-        meta["format"] = FORMAT
-        meta["splits"] = {split: writer.close() for split, writer in writers.items()}
-    write_whole(path, json.dumps(meta, indent=2))
+    meta["format"] = FORMAT
+    meta["splits"] = {split: writer.counts for split, writer in writers.items()}
+    write_whole(meta_path, json.dumps(meta, indent=2))
 
 
 def write_samples(folder, splits, meta):

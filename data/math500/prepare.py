@@ -14,7 +14,7 @@ sys.path.insert(0, ROOT)  # the project's modules, from any working directory
 from configurator import configure
 from data.questions import SUFFIX
 from data.rows import Dropped, UnusableRow, read_rows
-from formats.files import one_line, write_whole
+from formats.files import one_line, printable, write_whole
 
 source = "HuggingFaceH4/MATH-500"                           # hub id, file of JSON lines or parquet
 out = os.path.join(ROOT, "data", "math500", "test.jsonl")   # where the prompts go
@@ -25,8 +25,8 @@ def main(argv=None):
     try:
         count = prepare(config.source, config.out)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {one_line(error, 300)}")
-    print(f"{config.out}: {count:,} prompts")
+        sys.exit(f"error: {one_line(error)}")
+    print(printable(f"{config.out}: {count:,} prompts"))
 
 
 def prepare(source, out):
