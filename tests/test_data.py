@@ -71,27 +71,26 @@ def test_samples_round_trip(tmp_path):
     ("train", 512, "5 tokens, meta.json says 4"),
     ("train", 512, "no meta.json"),
 ))
-@pytest.mark.parametrize("folder", ("rows", "long" * 50))
+@pytest.mark.parametrize("folder, script", (
+    ("rows", "rows/prepare.py"), ("long" * 50, "data/conversations.py --out_dir=.*long")))
 def test_samples_of_another_target_or_run_are_refused(
-        monkeypatch, tmp_path, split, vocab_size, hint, folder):
+        monkeypatch, tmp_path, split, vocab_size, hint, folder, script):
     """Training silently uses samples of a different vocabulary, an empty split, files that an
     interrupted run left behind, or an unfinished folder; the hint names the wrong script, or does
     not fit on a screen."""
     monkeypatch.chdir(tmp_path)
     splits = {"train": [([1, 2, 3, 4], [0, 1, 1, 1])], "val": []}
     write_samples(folder, splits, {"vocab_size": 512})
+    if folder == "rows":
+        (tmp_path / script).touch()
     if "5 tokens" in hint:
         with open(f"{folder}/train.tokens.bin", "ab") as f:
             f.write(b"1234")
     if "no meta.json" in hint:
         os.remove(f"{folder}/meta.json")  # it is written last
-    with pytest.raises(ValueError, match=f"{hint}.*run python data/conversations.py") as no_script:
+    with pytest.raises(ValueError, match=f"{hint}.*run python {script}") as refusal:
         Samples(folder, split, vocab_size)
-    open(f"{folder}/prepare.py", "w").close()
-    with pytest.raises(ValueError, match=f"{hint}.*run python .*prepare.py") as script:
-        Samples(folder, split, vocab_size)
-    assert len(str(no_script.value)) < 200 and len(str(script.value)) < 200
-    assert folder != "rows" or "run python rows/prepare.py" in str(script.value)
+    assert len(str(refusal.value)) < 200
 
 
 @pytest.mark.parametrize("token", (512, 600, -1))
@@ -147,26 +146,18 @@ def test_problems_are_those_that_the_shipped_pair_was_trained_on():
     assert checksum == 0x10FEDDA, "other problems than the shipped target was trained on"
 
 
-def count_right_equations(steps):
-    """The number of "a + b = c" in a text. All sides of each must be equal."""
-    equations = re.findall(r"[0-9][-+*/ 0-9]*(?:= [-+*/ 0-9]+)+", steps)
-    for equation in equations:
-        values = {eval(side) for side in equation.split("=")}
-        assert len(values) == 1, equation
-    return len(equations)
-
-
 @pytest.mark.parametrize("kind", (*words.KINDS, *plain.KINDS))
 def test_solutions_are_right(kind):
     """An answer or a step that teaches wrong arithmetic."""
-    count = 0
     for seed in range(500):
         _, steps, answer = kind(random.Random(seed))
-        count += count_right_equations("\n".join(steps))
-        if kind is not plain.division:
-            last_number = re.findall("[0-9/]+", steps[-1].replace(" / ", "/"))[-1]
-            assert str(answer).lstrip("-") == last_number
-    assert count >= 500
+        equations = re.findall(r"[0-9][-+*/ 0-9]*(?:= [-+*/ 0-9]+)+", "\n".join(steps))
+        for equation in equations:
+            values = {eval(side) for side in equation.split("=")}
+            assert len(values) == 1, equation
+        assert equations or kind is plain.equation
+        last_number = re.findall("[0-9/]+", steps[-1].replace(" / ", "/"))[-1]
+        assert kind is plain.division or str(answer).lstrip("-") == last_number
 
 
 def test_refused_texts():
@@ -212,15 +203,15 @@ def test_failure_9_fingerprint_sees_every_template_and_tokenizer(tmp_path):
     """Failure 9: the fingerprint misses a changed tokenizer or a template in tokenizer_config.json,
     which many public checkpoints have; or an unrelated key there changes it."""
     target = nano_copy(tmp_path / "target", "target")
-    before = tokenizer_fingerprint(str(target))
+    seen = [tokenizer_fingerprint(str(target))]
     edit_json(target / "tokenizer_config.json", padding_side="left")
-    assert tokenizer_fingerprint(str(target)) == before
+    assert tokenizer_fingerprint(str(target)) == seen[0]
     edit_json(target / "tokenizer_config.json", chat_template="a template")
-    with_template = tokenizer_fingerprint(str(target))
+    seen.append(tokenizer_fingerprint(str(target)))
     (target / "chat_template.jinja").unlink()
-    without_jinja = tokenizer_fingerprint(str(target))
+    seen.append(tokenizer_fingerprint(str(target)))
     (target / "tokenizer.json").write_text("{}")
-    assert len({before, with_template, without_jinja, tokenizer_fingerprint(str(target))}) == 4
+    assert tokenizer_fingerprint(str(target)) not in seen and len(set(seen)) == 3
 
 
 def test_chat_prompt_has_the_empty_thought():
@@ -312,8 +303,8 @@ def masked_text(tokens, mask):
 def test_failure_9_samples_begin_with_chat_prompt(make_samples):
     """Failure 9: acceptance falls from 60 to 25 % because samples have a different template than
     decoding; the header or the empty thought is supervised; the closing <|im_end|> or an earlier
-    answer is not supervised."""
-    _, folder = make_samples(public_rows())
+    answer is not supervised. Rows are lost silently; val_rows is ignored."""
+    printed, folder = make_samples(public_rows(), "--val_rows=1")
     _, tokenizer = nano()
     mask_of = {tuple(tokens): mask for tokens, mask in read_both(folder)}
     # an empty thought in an answer is the template's own
@@ -328,32 +319,24 @@ def test_failure_9_samples_begin_with_chat_prompt(make_samples):
     assert masked_text(tokens, mask_of.pop(tuple(tokens))) == "2<|im_end|>It is 4.<|im_end|>"
     assert not mask_of
 
-
-@pytest.mark.parametrize("val_rows, held_out", ((1, 1), (512, 4)))
-def test_prepare_counts_what_it_keeps_cuts_and_drops(make_samples, val_rows, held_out):
-    """Rows are lost silently; val_rows is ignored, or more than a tenth of all rows is held out."""
-    printed, folder = make_samples(public_rows(), f"--val_rows={val_rows}")
     meta = json.loads((folder / "meta.json").read_text())
     assert meta["dropped"] == {"an empty answer": 1, "no answer within 160 tokens": 1}
-    assert meta["read"] == 44
-    assert meta["splits"]["val"]["rows"] == held_out
-    assert meta["splits"]["train"]["rows"] == 42 - held_out
+    assert (meta["read"], meta["splits"]["val"]["rows"], meta["cut"]) == (44, 1, 0)
     assert "44 rows read, 42 kept" in printed and "2 dropped" in printed
-    assert meta["cut"] == sum(len(tokens) == 160 for tokens, _ in read_both(folder))
 
 
 def test_prepare_cuts_at_max_length():
     """A row of exactly max_length tokens counts as cut; a row without an answer token is kept."""
-    row = Conversation(turns("q", "ab"))
-    whole = conversations.encode(row, NANO_TARGET, False, max_length=3072)
-    length = len(whole.tokens)
-    assert not conversations.encode(row, NANO_TARGET, False, length).was_cut
-    prompt_length = length - int(whole.mask.sum())
-    encoded = conversations.encode(row, NANO_TARGET, False, prompt_length + 1)
-    assert encoded.was_cut
-    assert encoded.mask.tolist() == [0] * prompt_length + [1]
+    def encode(max_length):
+        return conversations.encode(Conversation(turns("q", "ab")), NANO_TARGET, False, max_length)
+
+    whole = encode(3072)
+    prompt_length = whole.mask.argmax()
+    assert not encode(len(whole.tokens)).was_cut
+    assert encode(prompt_length + 1).was_cut
+    assert encode(prompt_length + 1).mask.tolist() == [0] * prompt_length + [1]
     with pytest.raises(UnusableRow, match="no answer within"):
-        conversations.encode(row, NANO_TARGET, False, prompt_length)
+        encode(prompt_length)
 
 
 def test_prepare_is_the_same_at_every_run(make_samples, tmp_path):
@@ -460,8 +443,8 @@ def test_regenerate_sends_its_keys_until_it_has_an_answer(monkeypatch):
 
 
 @pytest.mark.parametrize("server, flag, hint", (
-    ("", "--retries=2", "2 answered"),
-    ("", "--max_new_tokens=9", "2 did not end"),
+    ("", "--retries=2", "1 answered"),
+    ("", "--max_new_tokens=9", "1 did not end"),
     ("", "--model=other", "refused: 400"),
     ("http://127.0.0.1:9/v1", "--retries=2", "gave no answer in 3 tries"),
 ))
@@ -469,17 +452,15 @@ def test_regenerate_against_a_server(main, monkeypatch, served, tmp_path, server
     """Answers with a different template, or one that reached the limit counts as finished; a run
     waits for hours on a server that refuses or is not there; a finished file is overwritten."""
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    (first, _), (second, _) = pairs = answered()[:2]
-    source = write_jsonl(tmp_path / "prompts.jsonl", [
-        {"question": first}, {"id": "x", "conversations": turns(second, "other")}])
+    question, answer = answered()[0]
+    source = write_jsonl(tmp_path / "prompts.jsonl", [{"id": "x", "question": question}])
     out = tmp_path / "all.jsonl"
     args = (f"--prompts={source}", f"--server={server or served}", f"--model={NANO_TARGET}",
             f"--out={out}", "--max_new_tokens=160", flag)
     assert hint in main(regenerate, *args)
-    if hint == "2 answered":
-        assert read_jsonl(out) == [
-            {"id": id, "messages": turns(*pair), "target_turns": [1]}
-            for id, pair in zip("0x", pairs)]
+    if hint == "1 answered":
+        messages = turns(question, answer)
+        assert read_jsonl(out) == [{"id": "x", "messages": messages, "target_turns": [1]}]
         assert "is there already" in main(regenerate, *args)
 
 
@@ -515,41 +496,35 @@ def test_regenerate_decodes_with_its_keys(monkeypatch, temperature, drafter, tok
         "sequence_ids": [4, 6, 9]}]
 
 
-def test_regenerate_here_resumes_and_prepares(main, make_samples, monkeypatch, tmp_path):
-    """Without a server: an answer is lost, decoded again, changed, or moved by an interruption; one
-    prompt that is too long ends the run; answers of different prompts or settings are kept; a
-    sample is not the target's own answer."""
-    pairs = answered()[:4]
-    rows = [{"problem": question} for question, _ in pairs]
-    rows.append({"prompt": "9 " * 1100})  # longer than the context
-    prompts = write_jsonl(tmp_path / "prompts.jsonl", rows)
+def test_regenerate_resumes(main, monkeypatch, tmp_path):
+    """An answer is lost, asked for again, or moved by an interruption; answers to different prompts
+    or with different settings are kept."""
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"problem": f"q{i}"} for i in range(5)])
     out = tmp_path / "answers.jsonl"
-    args = (f"--prompts={prompts}", f"--target={NANO_TARGET}", f"--drafter={NANO_DRAFTER}",
-            "--device=cpu", "--dtype=float32", "--max_new_tokens=160", "--slots=3", f"--out={out}")
-    decode = regenerate.decode_here
+    args = (f"--prompts={prompts}", f"--target={NANO_TARGET}", f"--out={out}")
     asked = []
 
-    def until_two(config, waiting):
+    def decode_here(config, waiting):
+        """The last prompt ends first. The first run is interrupted after two answers."""
         asked.append(set(waiting))
-        for count, answer in enumerate(decode(config, waiting)):
-            if count == 2 and len(asked) == 1:
+        for number in sorted(waiting, reverse=True):
+            if number == 2 and len(asked) == 1:
                 raise KeyboardInterrupt
-            yield answer
+            answer = regenerate.Answer({"role": "assistant", "content": f"a{number}"})
+            yield number, answer if number else regenerate.Answer(None, "did not end")
 
-    monkeypatch.setattr(regenerate, "decode_here", until_two)
+    monkeypatch.setattr(regenerate, "decode_here", decode_here)
     assert "interrupted" in main(regenerate, *args)
     header, *some = read_jsonl(f"{out}.part")
-    done = {row["number"] for row in some}
-    assert len(done) == 2
     other_prompt = some[0] | {"prompt": 0}
     for content in ([header, other_prompt], [header, {}], [header, 7], [header | {"model": "m"}]):
         write_jsonl(f"{out}.part", content)
         assert "in another way" in main(regenerate, *args)
-    write_jsonl(f"{out}.part", [header, *some[::-1], {"half": "a line"}])
+    write_jsonl(f"{out}.part", [header, *some, {"half": "a line"}])
     os.truncate(f"{out}.part", os.path.getsize(f"{out}.part") - 9)
-    assert "4 answered, 1 refused" in main(regenerate, *args)
-    assert asked[1] == set(range(5)) - done
-    assert [row["messages"] for row in read_jsonl(out)] == [turns(*pair) for pair in pairs]
-    _, folder = make_samples(read_jsonl(out))
-    supervised = {masked_text(*sample) for sample in read_both(folder)}
-    assert supervised == {answer + "<|im_end|>" for _, answer in pairs}
+    assert "4 answered, 1 did not end" in main(regenerate, *args)
+    assert asked == [{0, 1, 2, 3, 4}, {0, 1, 2}]
+    assert read_jsonl(out) == [
+        {"id": str(i), "messages": turns(f"q{i}", f"a{i}"), "target_turns": [1]}
+        for i in range(1, 5)]
+    assert not os.path.exists(f"{out}.part")
