@@ -12,6 +12,7 @@ part of the data set: a different order makes different problems.
 import itertools
 import os
 
+
 def read_lists(name):
     """{list name: items} of a text file in this folder.
 
@@ -153,9 +154,6 @@ def loosely(r, frame):
         frame = frame.rstrip("?. ")
     return frame
 
-# ------------------------------------------------------------------------------------------------
-# steps
-
 
 def parts(n):
     """The round numbers that add up to a number: 457 is 400, 50, and 7, and 30 is 30 alone."""
@@ -185,9 +183,6 @@ def multiply(a, b):
             steps += running(total, "+", [product])
         total += product
     return steps
-
-# ------------------------------------------------------------------------------------------------
-# random draws
 
 
 def between(r, low, high):

@@ -27,9 +27,10 @@ from tokenizers.trainers import BpeTrainer
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".."))
 sys.path.insert(0, ROOT)  # the project's modules, from any working directory
 from tokenizer import chat_prompt, tokenizer_in
-from checkpoint import FP32_WEIGHTS, parse_dtype, read_target_config, save_weights, write_whole
+from checkpoint import FP32_WEIGHTS, parse_dtype, read_target_config, save_weights
 from configurator import configure
 from data.nano.problems import problems
+from formats.files import printable, write_whole
 from target import Target
 
 out_dir = os.path.join(ROOT, "data", "nano", "target")  # where the target goes
@@ -101,7 +102,7 @@ def main(argv=None):
         dtype = torch.float32 if name.endswith(FP32_WEIGHTS) else torch.bfloat16
         weights["model." + name] = weight.to("cpu", dtype).contiguous()
     save_weights(weights, os.path.join(config.out_dir, "model.safetensors"))
-    print(f"wrote {config.out_dir}")
+    print(printable(f"wrote {config.out_dir}"))
 
 
 def train_tokenizer():

@@ -17,7 +17,7 @@ from tokenizer import tokenizer_fingerprint
 from checkpoint import read_target_config
 from configurator import configure
 from data.samples import write_samples
-from formats.files import one_line
+from formats.files import one_line, printable
 
 target = "random:0.8b"  # whose vocabulary and tokenizer the samples are for
 out_dir = os.path.join(ROOT, "data", "synthetic")  # where the samples go
@@ -45,7 +45,7 @@ def main(argv=None):
         target_config, _ = read_target_config(config.target)
         fingerprint = tokenizer_fingerprint(config.target)
     except ValueError as error:
-        sys.exit(f"error: {one_line(error, 300)}")
+        sys.exit(f"error: {one_line(error)}")
     if config.length == 1 or config.length < 0:
         sys.exit(f"error: length = {config.length}: a sample has a question and an answer, so use "
                  "2 or more, or 0 for mixed lengths")
@@ -63,8 +63,8 @@ def main(argv=None):
     meta = {"vocab_size": vocab_size, "tokenizer": fingerprint}
     counts = write_samples(config.out_dir, splits, meta)["splits"]["train"]
     average = counts["tokens"] / counts["rows"]
-    print(f"wrote {counts['rows']} samples of {average:,.0f} tokens on average to "
-          f"{config.out_dir}")
+    print(printable(f"wrote {counts['rows']} samples of {average:,.0f} tokens on average to "
+                    f"{config.out_dir}"))
 
 
 if __name__ == "__main__":
