@@ -71,7 +71,8 @@ def test_samples_round_trip(tmp_path):
     ("train", 512, "no meta.json"),
 ))
 @pytest.mark.parametrize("folder, script", (
-    ("rows", "rows/prepare.py"), ("long" * 50, "data/conversations.py --out_dir=.*long")))
+    ("rows", "rows/prepare.py"), ("wide" * 50, ".*wide/prepare.py"),
+    ("long" * 50, "data/conversations.py --out_dir=.*long")))
 def test_samples_of_another_target_or_run_are_refused(
         monkeypatch, tmp_path, split, vocab_size, hint, folder, script):
     """Training silently uses samples of a different vocabulary, an empty split, files that an
@@ -80,8 +81,8 @@ def test_samples_of_another_target_or_run_are_refused(
     monkeypatch.chdir(tmp_path)
     splits = {"train": [([1, 2, 3, 4], [0, 1, 1, 1])], "val": []}
     write_samples(folder, splits, {"vocab_size": 512})
-    if folder == "rows":
-        (tmp_path / script).touch()
+    if script.endswith("prepare.py"):
+        (tmp_path / folder / "prepare.py").touch()
     if "5 tokens" in hint:
         with open(f"{folder}/train.tokens.bin", "ab") as f:
             f.write(b"1234")
