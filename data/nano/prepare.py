@@ -40,7 +40,7 @@ def main(argv=None):
         target_config, _ = read_target_config(config.target)
         answered = read_answers(config.answers)
     except (OSError, EOFError, ValueError) as error:
-        sys.exit(f"error: {one_line(error)}")
+        sys.exit(f"error: {one_line(error, 190)}")
     splits = {"train": [], "val": []}
     for row in answered:
         prompt = chat_prompt(tokenizer, row["question"])
@@ -59,7 +59,7 @@ def read_answers(path):
         with gzip.open(path, "rt") as f:
             return [json.loads(line) for line in f]
     except (OSError, EOFError, ValueError) as error:
-        raise ValueError(f"cannot read {where(path)} ({one_line(error, 70)}): make it again, "
+        raise ValueError(f"cannot read {where(path)} ({one_line(error, 50)}): make it again, "
                          "python data/nano/prepare.py --fresh") from None
 
 
