@@ -15,7 +15,6 @@ import os
 import socket
 import sys
 import threading
-import time
 from typing import NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -463,18 +462,9 @@ def has_copy(name):
 def progress(items, unit, total=None):
     """Yield the items. A terminal shows a bar; a log gets a line about every 30 seconds."""
     if sys.stderr.isatty():
-        yield from tqdm(items, total=total, unit=unit)
-        return
-    start = time.monotonic()
-    last = start
-    for count, item in enumerate(items, 1):
-        yield item
-        now = time.monotonic()
-        if now - last < PROGRESS_SECONDS:
-            continue
-        last = now
-        line = f"{count:,} {unit}s"
-        if total:
-            minutes = (now - start) / 60 / count * max(0, total - count)
-            line += f" of {total:,}, about {minutes:.1f} minutes left"
-        print(line, file=sys.stderr, flush=True)
+        return tqdm(items, total=total, unit=unit)
+    form = "{n_fmt} {unit}s in {elapsed}\n"
+    if total:
+        form = "{n_fmt} of {total_fmt} {unit}s in {elapsed}, {remaining} left\n"
+    return tqdm(items, total=total, unit=unit, bar_format=form, mininterval=PROGRESS_SECONDS,
+                delay=PROGRESS_SECONDS)
