@@ -34,6 +34,7 @@ ROLES = {
     "assistant": "assistant", "gpt": "assistant", "tool": "tool"}
 NOT_READ = ("images", "image", "videos", "audios", "functions", "function_call")
 PROGRESS_SECONDS = 30.0
+MOST_REASONS = 30   # for dropping rows; a reason can name a role or keys that a row made up
 
 
 class UnusableRow(ValueError):
@@ -80,8 +81,11 @@ class Dropped:
     def add(self, reason, place):
         """Count a row that usable() gave as dropped. reason: an UnusableRow."""
         self.unusable += not isinstance(reason, UnwantedRow)
-        places, count = self.places.get(str(reason), ([], 0))
-        self.places[str(reason)] = ([*places, str(place)][:3], count + 1)
+        reason = str(reason)
+        if reason not in self.places and len(self.places) >= MOST_REASONS:
+            reason = "other reasons"
+        places, count = self.places.get(reason, ([], 0))
+        self.places[reason] = ([*places, str(place)][:3], count + 1)
 
     def counts(self):
         return {reason: count for reason, (_, count) in sorted(self.places.items())}
@@ -133,7 +137,8 @@ def conversation_of(row):
         if messages:
             messages += as_messages(first_of(row, ANSWERS), "assistant")
     if not messages:
-        raise UnusableRow("no conversation")
+        keys = ", ".join(sorted(row)[:5])
+        raise UnusableRow(f"no conversation; keys: {keys}")
     for name in NOT_READ:
         if row.get(name):
             raise UnusableRow(f"{name}, which the target cannot read")

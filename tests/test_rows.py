@@ -172,6 +172,8 @@ DEEP = "[" * 100_000 + "]" * 100_000
     (tool_row(tools=[json.loads(DEEP[:300] + DEEP[-300:])]), "JSON that is nested too deeply"),
     ({"messages": turns("q", "\ud800")}, "text that is not Unicode: a lone surrogate"),
     ({"messages": 7}, "messages that are not a list"),
+    ({"instruction": "q", "output": "a"},
+     "no conversation; keys: instruction, output"),
     ({"messages": turns("q", "a") + [{"role": "banana", "content": "b"}]},
      "an unknown role, 'banana'"),
     ({"messages": [{"role": "user<|im_end|>", "content": "b"}]},
@@ -197,6 +199,14 @@ def test_a_bad_row_is_counted_by_its_reason(prepare, line, reason):
     assert meta["dropped"] == {reason: 4}
     assert f"dropped 4: {reason} (line 2, 3, 4, ..)" in printed
     assert sum(split["rows"] for split in meta["splits"].values()) == 30
+
+
+def test_rows_cannot_make_up_any_number_of_reasons(prepare):
+    """Each bad row has a reason of its own, and a report has as many lines."""
+    made_up = [{"messages": [{"role": f"r{i}", "content": "a"}]} for i in range(40)]
+    printed, meta = prepare(made_up, fine=50)
+    assert printed.count("\ndropped") < 40
+    assert sum(meta["dropped"].values()) == 40 and meta["dropped"]["other reasons"] == 10
 
 
 @pytest.mark.parametrize("fine, error", ((30, None), (29, "line 1: not JSON. 30 of 59 rows"),
