@@ -15,8 +15,10 @@ import functools
 import itertools
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
+import tempfile
 import threading
 import zlib
 from concurrent.futures import ProcessPoolExecutor
@@ -77,60 +79,6 @@ def prepare(config):
             f"num_proc = {config.num_proc}, val_rows = {config.val_rows} and max_length = "
             f"{config.max_length} must be positive")
 
-    # A first pass counts the rows and chooses the held-out ones: their questions have the smallest
-    # keys. The choice depends neither on the order of the rows nor on chance.
-    counts, total = count_questions(config)
-    meta, counts = write_splits(config, counts, total)
-    while not meta["splits"]["val"]["rows"]:  # all held-out rows were dropped: choose others
-        meta, counts = write_splits(config, counts, total)
-    return meta
-
-
-def question_key(conversation):
-    """A hash of the first question. Rows of one question have the same key."""
-    roles = [message["role"] for message in conversation.messages]
-    question = conversation.messages[roles.index("user")]["content"]
-    return zlib.crc32(question.strip().encode())
-
-
-def count_questions(config):
-    """(Counter of the usable rows per question_key(), number of all rows)."""
-    template = answer_template(config.target, config.thinking)
-    dropped = Dropped(config.source)
-    counts = collections.Counter()
-    rows = progress(read_conversations(config.source), "row")
-    for place, conversation in dropped.usable(rows):
-        try:
-            split_answer(conversation, template, config.thinking)
-            counts[question_key(conversation)] += 1
-        except UnusableRow as reason:
-            dropped.add(reason, place)
-    return counts, dropped.read
-
-
-def held_out_keys(counts, val_rows):
-    """The smallest keys: together val_rows rows, but at most a tenth of all.
-
-    A key with more rows than that stays in the training data, unless no other key is left.
-    """
-    wanted = min(val_rows, max(1, counts.total() // 10))
-    held_out = set()
-    for key in sorted(counts):
-        if counts[key] <= wanted:
-            held_out.add(key)
-            wanted -= counts[key]
-    if not held_out and len(counts) > 1:
-        held_out.add(min(counts, key=counts.get))
-    return held_out
-
-
-def write_splits(config, counts, total):
-    """Write the samples. Arguments: what count_questions() returns. Returns the content of
-    meta.json, and the Counter of the rows that were kept.
-
-    A sample to train on has all answers of the target. A held-out sample has the last one only: it
-    follows the prompt that decoding gets.
-    """
     meta = {
         "vocab_size": read_target_config(config.target)[0].vocab_size,
         "tokenizer": tokenizer_fingerprint(config.target),
@@ -138,13 +86,24 @@ def write_splits(config, counts, total):
         "max_length": config.max_length,
         "thinking": config.thinking,
     }
-    held_out = held_out_keys(counts, config.val_rows)
-    sums = collections.Counter(cut=0, answers=0, other_answers=0, unmarked=0)
-    kept = collections.Counter()
     dropped = Dropped(config.source)
-    with split_writers(config.out_dir, ("train", "val"), meta) as writers:
-        results = encode_all(read_conversations(config.source), config)
-        for place, row in dropped.usable(progress(results, "row", total)):
+    with (split_writers(config.out_dir, ("train", "val"), meta) as writers,
+          tempfile.TemporaryFile(dir=config.out_dir) as waiting):
+        # All questions together decide which rows are held out, so until then the rows wait on disk
+        counts = collections.Counter()
+        for placed_row in dropped.usable(progress(encode_all(config), "row")):
+            pickle.dump(placed_row, waiting)
+            row = placed_row[1]
+            counts[row.key] += row.mask[row.answer_start:].any()
+        held_out = held_out_keys(counts, config.val_rows)
+
+        # A sample to train on has all answers of the target. A held-out sample has the last one
+        # only: it follows the prompt that decoding gets.
+        sums = collections.Counter(cut=0, answers=0, other_answers=0, unmarked=0)
+        rows = collections.Counter(train=0, val=0)
+        waiting.seek(0)
+        for _ in range(dropped.kept()):
+            place, row = pickle.load(waiting)
             split = "train"
             if row.key in held_out:
                 split = "val"
@@ -154,20 +113,44 @@ def write_splits(config, counts, total):
                 dropped.add(reason, place)
                 continue
             writers[split].add(row.tokens, row.mask)
-            kept[row.key] += 1
+            rows[split] += 1
             sums.update(cut=row.was_cut, answers=row.answers, other_answers=row.other_answers,
                         unmarked=not row.is_marked)
         meta |= sums
         meta["read"] = dropped.read
         meta["dropped"] = dropped.counts()
         dropped.finish()
-        train_count = sum(count for key, count in kept.items() if key not in held_out)
-        if not train_count or not held_out_keys(kept, config.val_rows):
+        if not rows["train"] or not rows["val"]:
             raise ValueError(
-                f"{where(config.source)!r} gives {train_count} rows to train on and "
-                f"{kept.total() - train_count} to hold out, and needs one of each; {dropped.read} "
-                f"were read, dropped: {meta['dropped']}")
-    return meta, kept
+                f"{where(config.source)!r} gives {rows['train']} rows to train on and "
+                f"{rows['val']} to hold out, and needs one of each with another question; "
+                f"{dropped.read} were read")
+    return meta
+
+
+def held_out_keys(counts, val_rows):
+    """The questions to hold out: those with the smallest keys, together val_rows rows, but at most
+    a tenth of all. The choice depends neither on the order of the rows nor on chance.
+
+    counts: Counter of the rows per question_key(). A key with more rows than that stays in the
+    training data, unless no other key is left.
+    """
+    wanted = min(val_rows, max(1, counts.total() // 10))
+    held_out = set()
+    for key in sorted(counts):
+        if 0 < counts[key] <= wanted:
+            held_out.add(key)
+            wanted -= counts[key]
+    if not held_out and len(counts) > 1:
+        held_out.add(min(counts, key=counts.get))
+    return held_out
+
+
+def question_key(conversation):
+    """A hash of the first question. Rows of one question have the same key."""
+    roles = [message["role"] for message in conversation.messages]
+    question = conversation.messages[roles.index("user")]["content"]
+    return zlib.crc32(question.strip().encode())
 
 
 def last_answer_only(row):
@@ -179,15 +162,15 @@ def last_answer_only(row):
     return row._replace(mask=mask, answers=answers, other_answers=others)
 
 
-def encode_all(rows, config):
+def encode_all(config):
     """Yield (place, EncodedRow or UnusableRow) of each row, in order, from num_proc processes."""
+    rows = read_conversations(config.source)
     work = functools.partial(
         encode_or_reason, target=config.target, thinking=config.thinking,
         max_length=config.max_length)
     if config.num_proc == 1:
         yield from map(work, rows)
         return
-    rows = iter(rows)
     chunks = iter(lambda: list(itertools.islice(rows, 256 * config.num_proc)), [])
     with ProcessPoolExecutor(config.num_proc, initializer=prepare_worker) as pool:
         for some in chunks:

@@ -15,7 +15,6 @@ import os
 import socket
 import sys
 import threading
-import time
 from typing import NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -35,6 +34,7 @@ ROLES = {
     "assistant": "assistant", "gpt": "assistant", "tool": "tool"}
 NOT_READ = ("images", "image", "videos", "audios", "functions", "function_call")
 PROGRESS_SECONDS = 30.0
+MOST_REASONS = 30   # for dropping rows; a reason can name a role or keys that a row made up
 
 
 class UnusableRow(ValueError):
@@ -81,16 +81,22 @@ class Dropped:
     def add(self, reason, place):
         """Count a row that usable() gave as dropped. reason: an UnusableRow."""
         self.unusable += not isinstance(reason, UnwantedRow)
-        places, count = self.places.get(str(reason), ([], 0))
-        self.places[str(reason)] = ([*places, str(place)][:3], count + 1)
+        reason = str(reason)
+        if reason not in self.places and len(self.places) >= MOST_REASONS:
+            reason = "other reasons"
+        places, count = self.places.get(reason, ([], 0))
+        self.places[reason] = ([*places, str(place)][:3], count + 1)
 
     def counts(self):
         return {reason: count for reason, (_, count) in sorted(self.places.items())}
 
+    def kept(self):
+        return self.read - sum(self.counts().values())
+
     def finish(self):
         """Print a line per reason. ValueError if no row is kept, or if more than half of the rows
         are unusable."""
-        kept = self.read - sum(self.counts().values())
+        kept = self.kept()
         if not self.read:
             raise ValueError(f"{where(self.source)!r} holds no rows")
         if not kept or self.unusable > self.read / 2:
@@ -131,7 +137,8 @@ def conversation_of(row):
         if messages:
             messages += as_messages(first_of(row, ANSWERS), "assistant")
     if not messages:
-        raise UnusableRow("no conversation")
+        keys = ", ".join(sorted(row)[:5])
+        raise UnusableRow(f"no conversation; keys: {keys}")
     for name in NOT_READ:
         if row.get(name):
             raise UnusableRow(f"{name}, which the target cannot read")
@@ -460,18 +467,9 @@ def has_copy(name):
 def progress(items, unit, total=None):
     """Yield the items. A terminal shows a bar; a log gets a line about every 30 seconds."""
     if sys.stderr.isatty():
-        yield from tqdm(items, total=total, unit=unit)
-        return
-    start = time.monotonic()
-    last = start
-    for count, item in enumerate(items, 1):
-        yield item
-        now = time.monotonic()
-        if now - last < PROGRESS_SECONDS:
-            continue
-        last = now
-        line = f"{count:,} {unit}s"
-        if total:
-            minutes = (now - start) / 60 / count * max(0, total - count)
-            line += f" of {total:,}, about {minutes:.1f} minutes left"
-        print(line, file=sys.stderr, flush=True)
+        return tqdm(items, total=total, unit=unit)
+    form = "{n_fmt} {unit}s in {elapsed}\n"
+    if total:
+        form = "{n_fmt} of {total_fmt} {unit}s in {elapsed}, {remaining} left\n"
+    return tqdm(items, total=total, unit=unit, bar_format=form, mininterval=PROGRESS_SECONDS,
+                delay=PROGRESS_SECONDS)

@@ -2,6 +2,7 @@
 import http.server
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -171,6 +172,8 @@ DEEP = "[" * 100_000 + "]" * 100_000
     (tool_row(tools=[json.loads(DEEP[:300] + DEEP[-300:])]), "JSON that is nested too deeply"),
     ({"messages": turns("q", "\ud800")}, "text that is not Unicode: a lone surrogate"),
     ({"messages": 7}, "messages that are not a list"),
+    ({"instruction": "q", "output": "a"},
+     "no conversation; keys: instruction, output"),
     ({"messages": turns("q", "a") + [{"role": "banana", "content": "b"}]},
      "an unknown role, 'banana'"),
     ({"messages": [{"role": "user<|im_end|>", "content": "b"}]},
@@ -196,6 +199,14 @@ def test_a_bad_row_is_counted_by_its_reason(prepare, line, reason):
     assert meta["dropped"] == {reason: 4}
     assert f"dropped 4: {reason} (line 2, 3, 4, ..)" in printed
     assert sum(split["rows"] for split in meta["splits"].values()) == 30
+
+
+def test_rows_cannot_make_up_any_number_of_reasons(prepare):
+    """Each bad row has a reason of its own, and a report has as many lines."""
+    made_up = [{"messages": [{"role": f"r{i}", "content": "a"}]} for i in range(40)]
+    printed, meta = prepare(made_up, fine=50)
+    assert printed.count("\ndropped") < 40
+    assert sum(meta["dropped"].values()) == 40 and meta["dropped"]["other reasons"] == 10
 
 
 @pytest.mark.parametrize("fine, error", ((30, None), (29, "line 1: not JSON. 30 of 59 rows"),
@@ -400,11 +411,11 @@ def test_conversations_that_end_early(tmp_path, how, error):
 
 def test_progress_without_a_terminal(monkeypatch, capsys):
     """A log shows nothing for hours, or not how long a job will take."""
-    clock = iter(range(0, 10_000, 12))
-    monkeypatch.setattr(rows.time, "monotonic", lambda: next(clock))
-    assert list(rows.progress(range(7), "row", total=1007)) == list(range(7))
-    assert capsys.readouterr().err.splitlines() == [
-        "3 rows of 1,007, about 200.8 minutes left", "6 rows of 1,007, about 200.2 minutes left"]
+    monkeypatch.setattr(rows, "PROGRESS_SECONDS", 0.05)
+    for _ in rows.progress(range(8), "row", total=1000):
+        time.sleep(0.03)
+    line = capsys.readouterr().err.split("\n")[0]
+    assert re.fullmatch("\r?[2-7] of 1000 rows in 00:00, 00:[0-9]{2} left", line)
 
 # ------------------------------------------------------------------------------------------------
 # data/regenerate.py against a server
