@@ -5,18 +5,13 @@ target's own, and whether they are right. The report also has the rounds of one 
 import os
 
 from benchmarks import pictures
-from benchmarks.common import (decode_in_turns, decoding_modes, load, mean_round_length,
-                               print_figures, print_row, sampling_of, setup_of, slots_of, summarize,
-                               write_rows)
+from benchmarks.common import (mean_round_length, measure_decoding, print_figures, print_row,
+                               sampling_of, write_rows)
 from draft_decode import collect, generate
 
 
 def run(config):
-    workload = load(config, default_count=80)
-    slots = slots_of(config)
-    rows = decode_in_turns(decoding_modes(config, workload), workload.prompts, slots)
-    figures = summarize(rows, workload.tokenizer, workload.drafter.block_size)
-    report = {"command": "acceptance", "slots": slots} | figures
+    workload, rows, report = measure_decoding(config, default_count=80)
     report["transcript"] = None  # random ids have no text
     number = median_prompt(rows)
     if workload.tokenizer and number is not None:
@@ -26,7 +21,7 @@ def run(config):
     print_figures(report)
     shares = enumerate(report["accepted_up_to_slot"], 1)
     print_row("accepted up to slot", " ".join(f"{slot}:{share:.2f}" for slot, share in shares))
-    return report, setup_of(config, workload.prompts, workload.stops)
+    return report
 
 
 def median_prompt(rows):

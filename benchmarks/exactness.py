@@ -15,9 +15,9 @@ from types import SimpleNamespace
 import torch
 
 from benchmarks.common import (decode_in_turns, load, mean_round_length, mode_of, print_table,
-                               sampling_of, setup_of, slots_of, write_rows)
+                               sampling_of, slots_of, write_rows)
 from benchmarks.drafters import Oracle, random_drafter
-from benchmarks.reference import reference_answer, transformers_reference
+from benchmarks.reference import transformers_reference
 from draft_decode import Generation, first_difference
 from sampling import gumbel_noise, perturbed_scores
 
@@ -41,7 +41,7 @@ def run(config):
     details = []
     for temperature in config.temperatures:
         here = SimpleNamespace(**vars(config) | {"temperature": temperature})
-        modes = modes_of(here, workload)
+        modes = modes_of(here, workload._replace(decoders={}))  # frees those of other drafters
         decoded = decode_in_turns(modes, workload.prompts, slots_of(here))
         for drafter in DRAFTERS:
             for against in REFERENCES:
@@ -54,9 +54,7 @@ def run(config):
     write_rows(config, "exactness", details)
     print_table(rows, COLUMNS)
     identical = min(row["identical"] for row in rows if row["against"] == "same shape")
-    report = {"command": "exactness", "slots": slots_of(config), "identical": identical,
-              "rows": rows}
-    return report, setup_of(config, workload.prompts, workload.stops)
+    return {"slots": slots_of(config), "identical": identical, "rows": rows}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -69,18 +67,17 @@ def modes_of(config, workload):
     know the target's answer."""
     target = workload.target
     block_size = workload.drafter.block_size
-    decoders = {}
-    same_shape = mode_of(config, workload, None, block_size, decoders)
-    modes = {"same shape": same_shape, "1-token": mode_of(config, workload, None, 1, decoders)}
+    same_shape = mode_of(config, workload, None, block_size)
+    modes = {"same shape": same_shape, "1-token": mode_of(config, workload, None, 1)}
     if config.temperature == 0:
         modes["transformers"] = transformers_mode(config, workload)
     untrained = random_drafter(target, block_size)
-    modes["random"] = mode_of(config, workload, untrained, block_size, decoders)
+    modes["random"] = mode_of(config, workload, untrained, block_size)
     if config.drafter != "random":
-        modes["trained"] = mode_of(config, workload, workload.drafter, block_size, decoders)
+        modes["trained"] = mode_of(config, workload, workload.drafter, block_size)
     for name, probability in ORACLES.items():
         oracle = Oracle(target, block_size=block_size, prompts=len(workload.prompts))
-        mode = mode_of(config, workload, oracle, block_size, decoders)
+        mode = mode_of(config, workload, oracle, block_size)
         modes[name] = oracle_mode(oracle, probability, mode, same_shape)
     return modes
 
@@ -95,14 +92,21 @@ def oracle_mode(oracle, probability, mode, same_shape):
 
 
 def transformers_mode(config, workload):
-    """transformers' greedy generate, one prompt at a time."""
+    """transformers' greedy generate, one prompt at a time. Its answers end like our own: at a stop,
+    at the limit, or when the target's context has no room for another block."""
     reference = transformers_reference(workload.target)
+    room = reference.config.max_position_embeddings - workload.drafter.block_size
 
+    @torch.inference_mode()
     def decode(prompts):
         generations = []
         for prompt_ids in prompts:
-            tokens = reference_answer(reference, prompt_ids, config.max_new_tokens, workload.stops,
-                                      workload.drafter.block_size)
+            prompt = torch.tensor([prompt_ids], device=reference.device)
+            output = reference.generate(
+                prompt, attention_mask=torch.ones_like(prompt), do_sample=False, pad_token_id=0,
+                max_new_tokens=min(config.max_new_tokens, room - len(prompt_ids)),
+                eos_token_id=sorted(workload.stops) or None)
+            tokens = output[0, len(prompt_ids):].tolist()
             generations.append(Generation(tokens, [], 0.0))
         return generations
     return decode

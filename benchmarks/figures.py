@@ -1,6 +1,5 @@
 """
-The pictures of README and docs, drawn from the reports in benchmarks/results/, and the table of
-docs/bugs.md.
+The pictures of README and docs, drawn from the reports in benchmarks/results/.
 """
 import os
 
@@ -13,9 +12,7 @@ RESULTS = "benchmarks/results"
 def run(config):
     paths = draw("docs/img")
     print(f"drew {', '.join(paths)} from the reports in {RESULTS}")
-    bugs_page.write_table(read_report("bugs_nano.json"))
-    print("wrote the table of docs/bugs.md")
-    return {"command": "figures", "wrote": paths}, {}
+    return {"wrote": paths}
 
 
 def draw(folder):

@@ -35,14 +35,9 @@ def acceptance(path, report):
     if report["transcript"]:  # random ids have none
         rounds = report["transcript"]["rounds"]
     text_height = 0.42 * len(rounds) + 0.5
-    panels = [["positions", "lengths"]]
-    heights = [2.6]
-    if rounds:
-        panels.append(["text", "text"])
-        heights.append(text_height)
     figure, axes = pyplot().subplot_mosaic(
-        panels, figsize=(13, 2.6 + text_height), height_ratios=heights, width_ratios=(5, 2),
-        layout="constrained")
+        [["positions", "lengths"], ["text", "text"]], figsize=(13, 2.6 + text_height),
+        height_ratios=(2.6, text_height), width_ratios=(5, 2), layout="constrained")
 
     shares = report["accepted_up_to_slot"]
     positions = range(1, len(shares) + 1)
@@ -55,16 +50,16 @@ def acceptance(path, report):
     axes["lengths"].bar(lengths, counts, color=GREY)
     axes["lengths"].set(xlabel="tokens per round", ylabel="rounds", xticks=lengths[::3],
                         title=f"tau {report['tau_micro']:.2f} over {report['prompts']} prompts")
-    if rounds:
-        draw_rounds(axes["text"], rounds)
+    draw_rounds(axes["text"], rounds)
     save(path, figure)
 
 
 def draw_rounds(axis, rounds):
     """One line per round and one column per position: the anchor, the guesses, and the target's own
     token below the first wrong guess."""
-    width = 1 + len(rounds[0]["guesses"])
+    width = 16
     for y, one_round in enumerate(rounds):
+        width = 1 + len(one_round["guesses"])
         accepted = one_round["accepted"]
         own = one_round["own"]  # None where the answer ended before it
         draw_token(axis, 0, y, one_round["anchor"], GREY)
@@ -154,12 +149,13 @@ def draw_bugs(axis, summaries):
     names = [summary.bug.name for summary in summaries]
     axis.set_yticks(range(len(names)), names, fontsize=8)
     axis.invert_yaxis()
-    clean_taus = summaries[0].clean_taus
+    clean_taus = [row["tau"] for row in summaries[0].clean_rows]
     axis.axvspan(min(clean_taus) - 0.03, max(clean_taus) + 0.03, color=GREY)
     for y, summary in enumerate(summaries):
         tau = summary.mean("tau")
         axis.barh(y, tau, color=RED)
         axis.barh(y, tau * summary.mean("identical"), color=GREEN)
         if summary.is_of_training:
-            axis.plot(summary.taus, [y] * len(summary.taus), ".", color="black", markersize=4)
+            for row in summary.rows:
+                axis.plot(row["tau"], y, ".", color="black", markersize=4)
             axis.plot(summary.mean("estimate"), y, "o", color="black", fillstyle="none")

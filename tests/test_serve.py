@@ -5,6 +5,7 @@ import json
 import threading
 import time
 import urllib.request
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -106,12 +107,16 @@ def test_bench_serve_bounds_a_request(monkeypatch, question, error):
 def test_bench_serve_reads_and_prints_text(monkeypatch, capsys):
     """Reasoning that a server keeps apart is an empty answer, or is not compared; a server's escape
     sequence reaches the terminal."""
-    message = {"reasoning": "2 + 2", "reasoning_content": "2 + 2", "content": None}
-    assert serve.text_of_message(message) == "2 + 2"
-    assert serve.text_of_message(message | {"content": "= 4"}) == "2 + 2= 4"
-    monkeypatch.setattr(serve, "send", lambda request, seconds: (200, json.dumps(
-        reply_of(reason="\x1b[2J")).encode()))
-    error = serve.ask("http://x", {"max_tokens": 9}, "q")["error"]
+    def ask(message, reason="stop"):
+        reply = {"choices": [{"message": message, "finish_reason": reason}],
+                 "usage": {"completion_tokens": 1}}
+        monkeypatch.setattr(serve, "send", lambda *args: (200, json.dumps(reply).encode()))
+        return serve.ask("http://x", {"max_tokens": 9}, "q")
+
+    thought = {"reasoning": "2 + 2", "reasoning_content": "2 + 2", "content": None}
+    assert ask(thought)["text"] == "2 + 2"
+    assert ask(thought | {"content": "= 4"})["text"] == "2 + 2= 4"
+    error = ask({"content": "4"}, "\x1b[2J")["error"]
     common.print_table([{"errors": {error: 1, "\x1b]0;": 2}}], ["errors"])
     printed = capsys.readouterr().out
     assert "x1b[2J" in error and "x1b]0;" in printed and "\x1b" not in error + printed
@@ -133,34 +138,25 @@ def test_bench_serve(run_bench, monkeypatch, served, tmp_path):
         report = run_bench(*args, f"--base_url={url}/")
 
     # each failure is counted with its reason, for the server that failed
-    ours = report["speculative"]
-    baseline = report["baseline"]
-    assert ours["answered"] == 2
+    errors = report["speculative"]["errors"]
     assert report["groups"] == 1
-    assert ours["failed"] == sum(ours["errors"].values()) == len(FAULTS)
-    assert len(ours["errors"]) == len(FAULTS)
-    for reason in ("status 503", "nested too deeply"):
-        assert any(reason in error for error in ours["errors"]), reason
-    assert baseline["failed"] == 0
-    assert baseline["answered"] == len(rows)
+    assert sum(errors.values()) == len(errors) == len(FAULTS)
+    assert any("status 503" in error for error in errors)
+    assert report["baseline"]["errors"] == {}
 
     # the figures are those of the two good prompts
-    results, = read_jsonl(tmp_path / "serve.jsonl")
+    results, *_ = read_jsonl(tmp_path / "serve.jsonl")
     right = 0
     target, tokenizer = nano()
-    for number, (question, _, known) in enumerate(good):
-        text = results["speculative"]["groups"][0]["answers"][number]["text"]
-        ids = chat_prompt(tokenizer, question)
-        answer = generate(
-            target, shipped(), ids, max_new_tokens=72, stop_token_ids=stop_ids(tokenizer))
-        tokens = collect(answer).tokens
-        assert text.lstrip() == tokenizer.decode(tokens, skip_special_tokens=True)
-        right += boxed(text) == known
-    assert ours["accuracy"] == right / 2 >= 0.5
+    for (question, _, known), answer in zip(good, results["speculative"]["answers"]):
+        outputs = generate(target, shipped(), chat_prompt(tokenizer, question), max_new_tokens=72,
+                           stop_token_ids=stop_ids(tokenizer))
+        tokens = collect(outputs).tokens
+        assert answer["text"].lstrip() == tokenizer.decode(tokens, skip_special_tokens=True)
+        right += boxed(answer["text"]) == known
+    assert report["speculative"]["accuracy"] == right / 2 >= 0.5
     assert report["same_text"] == 1
     assert report["speedup"] > 0
-    assert ours["throughput"] > 0
-    assert ours["tau"] is None
 
     for url, hint in (("http://127.0.0.1:9/v1", "http://127.0.0.1:9/v1 lists no model"),
                       ("", "give --base_url")):
@@ -170,7 +166,7 @@ def test_bench_serve(run_bench, monkeypatch, served, tmp_path):
 
 def test_bench_serve_requests_have_its_keys(monkeypatch):
     """A key for sampling, thinking or the limit that does not arrive at the server."""
-    monkeypatch.setattr(serve, "get", lambda url: '{"data": [{"id": "m"}]}')
+    monkeypatch.setattr(serve, "fetch", lambda url: '{"data": [{"id": "m"}]}')
     plain = serve.request_body(configure(vars(bench), []), "url")
     assert "top_k" not in plain  # 0 means all, which servers write in other ways
     assert plain["chat_template_kwargs"] == {"enable_thinking": False}
@@ -182,81 +178,77 @@ def test_bench_serve_requests_have_its_keys(monkeypatch):
 
 
 def test_bench_serve_groups_take_turns(monkeypatch):
-    """A server that is always asked first; more requests at once than the concurrency; a group with
-    a failed request in the throughput; a prompt that is asked twice or never; a tau of the
-    warm-up."""
+    """A server that is always asked first; more requests at once than the concurrency; a prompt
+    that is asked twice or never; a tau of the warm-up."""
     asked = []
 
     def ask(url, body, question):
         asked.append((url, question))
-        if question == "q4" and url == "a":
-            return {"error": "dead"}
         return {"text": question, "tokens": 4}
 
     now = iter(range(0, 1000, 2))  # each group takes 2 s
     monkeypatch.setattr(serve, "ask", ask)
-    monkeypatch.setattr(serve, "get", lambda url: '{"data": [{"id": "m"}]}')
-    monkeypatch.setattr(serve, "acceptance_so_far", lambda url: len(asked))
+    monkeypatch.setattr(serve, "request_body", lambda config, url: {})
+    monkeypatch.setattr(serve, "vllm_counts", lambda url: len(asked))
+    monkeypatch.setattr(serve, "tau_of", lambda url, before: (before, len(asked)))
     monkeypatch.setattr(serve.time, "perf_counter", lambda: next(now))
-    config = configure(vars(bench), ["--concurrency=2"])
-    questions = [f"q{number}" for number in range(5)]
-    results = serve.ask_in_turns(config, {"speculative": "a", "baseline": "b"}, questions)
+    questions = [(f"q{number}", f"{number}") for number in range(5)]
+    rows, taus = serve.ask_in_turns(
+        SimpleNamespace(concurrency=2), {"speculative": "a", "baseline": "b"}, questions)
     groups = [(asked[first][0], {question for _, question in asked[first:first + 2]})
               for first in (2, 4, 6)]
     assert groups == [("b", {"q0", "q1"}), ("a", {"q0", "q1"}), ("a", {"q2", "q3"})]
     assert [url for url, _ in asked[10:]] == ["b", "a"]
-    for mode, before, tokens in (("speculative", 1, [8, 8, None]), ("baseline", 2, [8, 8, 4])):
-        assert (results[mode]["before"], results[mode]["after"]) == (before, 12)
-        groups = results[mode]["groups"]
-        assert [group["tokens"] for group in groups] == tokens
-        assert [group["seconds"] for group in groups] == [2, 2, 2]
-    answers = sum([group["answers"] for group in results["baseline"]["groups"]], [])
-    assert [answer["text"] for answer in answers] == questions
+    assert taus == {"speculative": (1, 12), "baseline": (2, 12)}
+    for mode in serve.MODES:
+        assert [row[mode]["seconds"] for row in rows] == [2, 2, 2]
+        answers = sum([row[mode]["answers"] for row in rows], [])
+        assert [answer["text"] for answer in answers] == [question for question, _ in questions]
+    assert sum([row["known"] for row in rows], []) == ["0", "1", "2", "3", "4"]
 
 
 def test_bench_serve_report_by_hand():
     """The inverse of a speedup, a mean of ratios, groups with a failure; figures swapped."""
     def group(seconds, *answers):
         answers = [{"text": text, "tokens": tokens} for text, tokens in answers]
-        tokens = sum(answer["tokens"] for answer in answers)
-        return {"answers": answers, "seconds": seconds, "tokens": tokens}
+        return {"answers": answers, "seconds": seconds}
 
-    def result(*groups):
-        return {"groups": list(groups), "before": {}, "after": {"mean": 5.25}}
-
-    dead = {"answers": [{"error": "dead"}], "seconds": 1.0, "tokens": None}
-    results = {
-        "speculative": result(group(3.0, ("a", 9), ("\\boxed{7}", 6)), group(5.0, ("d", 9)),
-                              group(6.0, ("e", 5))),
-        "baseline": result(group(9.0, ("a", 9), ("c", 8)), group(4.0, ("d", 9)), dead)}
-    report = serve.report_of(results, [None, "7", None, None])
-    assert (report["prompts"], report["groups"], report["faster"]) == (4, 2, 1)
-    assert report["speedup"] == pytest.approx((24 / 8) / (26 / 13))
-    assert report["same_text"] == pytest.approx(2 / 3)
-    assert report["speculative"] == {
-        "answered": 4, "failed": 0, "errors": {}, "tau": 5.25, "accuracy": 1, "throughput": 3.0}
-    assert report["baseline"] == {
-        "answered": 3, "failed": 1, "errors": {"dead": 1}, "tau": 5.25, "accuracy": 0,
-        "throughput": 2.0}
-    assert serve.report_of({mode: result(dead) for mode in serve.MODES}, ["7"])["speedup"] is None
+    dead = {"answers": [{"error": "dead"}], "seconds": 1.0}
+    rows = [{"known": [None, "7"], "speculative": group(3.0, ("a", 9), ("\\boxed{7}", 6)),
+             "baseline": group(9.0, ("a", 9), ("c", 8))},
+            {"known": [None], "speculative": group(5.0, ("d", 9)),
+             "baseline": group(4.0, ("d", 9))},
+            {"known": ["7"], "speculative": group(6.0, ("e", 5)), "baseline": dead}]
+    assert serve.report_of(rows, {"speculative": 5.25, "baseline": None}) == {
+        "groups": 2, "faster": 1, "speedup": pytest.approx((24 / 8) / (26 / 13)),
+        "same_text": pytest.approx(2 / 3),
+        "speculative": {"errors": {}, "tau": 5.25, "accuracy": 1, "throughput": 3.0,
+                        "seconds_per_group": 4.0},
+        "baseline": {"errors": {"dead": 1}, "tau": None, "accuracy": 0, "throughput": 2.0,
+                     "seconds_per_group": 6.5}}
+    with pytest.raises(ValueError, match="in each group of prompts a request failed.*dead"):
+        serve.report_of(rows[2:], {})
 
 
 def test_bench_serve_tau(monkeypatch):
     """A tau without the target's own token, or of earlier requests."""
-    pages = {"/metrics": "vllm:spec_decode_num_drafts_created 1.7e9\n"}
-    monkeypatch.setattr(serve, "get", lambda url: pages.get(url.removeprefix("http://x"), ""))
-    assert serve.acceptance_so_far("http://x/v1") == {}
-    states = [{"avg_spec_accept_length": 5.0}, {"avg_spec_accept_length": 5.5}]
-    pages["/get_server_info"] = json.dumps({"internal_states": states})  # SGLang
-    assert serve.acceptance_so_far("http://x/v1") == {"mean": 5.25}
+    def fetch(url):
+        return pages[url.removeprefix("http://x/")]
 
-    pages["/metrics"] = (  # vLLM
-        'vllm:spec_decode_num_drafts_total{model_name="a b",engine="0"} 1.2e+02\n'
-        'vllm:spec_decode_num_accepted_tokens_total{model_name="a b",engine="0"} 480.0\n')
-    after = serve.acceptance_so_far("http://x/v1")
-    assert after == {"drafts": 120, "accepted_tokens": 480}
-    before = {"drafts": 20, "accepted_tokens": 80}
-    assert serve.tau_of({"before": before, "after": after}) == 5.0
+    pages = {"metrics": "vllm:spec_decode_num_drafts_created 1.7e9\n"}
+    monkeypatch.setattr(serve, "fetch", fetch)
+    before = serve.vllm_counts("http://x/v1")
+    assert serve.tau_of("http://x/v1", before) is None
+    states = [{"avg_spec_accept_length": 5.0}, {"avg_spec_accept_length": 5.5}]
+    pages["get_server_info"] = json.dumps({"internal_states": states})  # SGLang
+    assert serve.tau_of("http://x/v1", before) == 5.25
+
+    page = ('vllm:spec_decode_num_drafts_total{{model_name="a b",engine="0"}} {}\n'
+            'vllm:spec_decode_num_accepted_tokens_total{{model_name="a b",engine="0"}} {}\n')
+    pages["metrics"] = page.format("20.0", "80.0")  # vLLM
+    before = serve.vllm_counts("http://x/v1")
+    pages["metrics"] = page.format("1.2e+02", "480.0")
+    assert serve.tau_of("http://x/v1", before) == 5.0
 
 
 def test_nested_target_is_the_same_target(main, tmp_path):
