@@ -4,10 +4,9 @@ target's own, and whether they are right. The report also has the rounds of one 
 """
 import os
 
-from benchmarks import pictures
-from benchmarks.common import (mean_round_length, measure_decoding, print_figures, print_row,
-                               sampling_of, write_rows)
-from draft_decode import collect, generate
+from benchmarks import figures
+from benchmarks.common import (mean_round_length, measure_decoding, mode_of, print_figures,
+                               write_rows)
 
 
 def run(config):
@@ -16,11 +15,9 @@ def run(config):
     number = median_prompt(rows)
     if workload.tokenizer and number is not None:
         report["transcript"] = transcript(config, workload, number)
-    pictures.acceptance(os.path.join(config.out_dir, "acceptance.png"), report)
+    figures.acceptance(os.path.join(config.out_dir, "acceptance.png"), report)
     write_rows(config, "acceptance", rows)
     print_figures(report)
-    shares = enumerate(report["accepted_up_to_slot"], 1)
-    print_row("accepted up to slot", " ".join(f"{slot}:{share:.2f}" for slot, share in shares))
     return report
 
 
@@ -44,9 +41,8 @@ def transcript(config, workload, number):
     """
     prompt = workload.prompts[number]
     decode = workload.tokenizer.decode
-    answer = collect(generate(
-        workload.target, workload.drafter, prompt.ids, max_new_tokens=config.max_new_tokens,
-        stop_token_ids=workload.stops, sampling=sampling_of(config)))
+    mode = mode_of(config, workload, workload.drafter, workload.drafter.block_size)
+    answer, = mode([prompt.ids])
     first = decode(answer.tokens[:1])
     anchor = first
     rounds = []

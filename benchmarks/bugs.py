@@ -19,10 +19,10 @@ import os
 import torch
 
 import train
-from benchmarks import bugs_page, pictures
+from benchmarks import bugs_page, figures
 from benchmarks.bugs_of_decoding import DECODING
 from benchmarks.bugs_of_training import TRAINING
-from benchmarks.common import load, mean_round_length, pairs_of
+from benchmarks.common import load, mean_round_length, pairs_of, print_table
 from benchmarks.exactness import margin_of
 from benchmarks.inject_bug import Bug
 from configurator import configure
@@ -33,6 +33,7 @@ from sampling import Sampling
 PROMPTS = 24                # of the test split, unless the key `limit` is set
 TRAINED_PROMPTS = 12        # of them for a drafter that was trained here
 SEEDS = (0, 1, 2)           # of training
+COLUMNS = ("bug", "seed", "tau", "estimate", "identical")
 SHIFTS = (-1, 0, 1)         # is a guess right one token early, in its place, one token late?
 STEPS = 1200                # of training
 ROWS = 800                  # of training data; each is read three times
@@ -50,7 +51,7 @@ def run(config):
             workload = load(config, PROMPTS)
         row = {"kind": "decoding", "bug": bug.name, "temperature": bug.temperature}
         rows.append(row | museum.figures(workload, bug))
-        print_row(rows[-1])
+        print_table(rows[-1:], COLUMNS, header=len(rows) == 1)
     for bug in training:
         for seed in SEEDS:
             with bug.injected():
@@ -60,10 +61,9 @@ def run(config):
             row = {"kind": "training", "bug": bug.name, "seed": seed, "estimate": estimate["tau"],
                    "estimated_loss": estimate["loss"]}
             rows.append(row | museum.figures(workload, Bug("clean", None)))
-            print_row(rows[-1])
+            print_table(rows[-1:], COLUMNS, header=len(rows) == 1)
     report = {"rows": rows, "seeds": SEEDS, "steps": STEPS, "training_rows": ROWS, "flags": FLAGS}
-    pictures.bugs(os.path.join(config.out_dir, "bugs.png"), bugs_page.summaries(report))
-    print(f"\n{bugs_page.table(report)}\n")
+    figures.bugs(os.path.join(config.out_dir, "bugs.png"), bugs_page.summaries(report))
     return report
 
 
@@ -83,13 +83,6 @@ def chosen_bugs(only):
         clean = [Bug("clean", None, temperature=temperature) for temperature in temperatures]
         chosen.append([*clean, *bugs])
     return chosen
-
-
-def print_row(row):
-    line = f"{row['bug']:32} tau {row['tau']:5.2f} | identical {row['identical']:.0%}"
-    if row["kind"] == "training":
-        line += f" | seed {row['seed']}, estimate {row['estimate']:.2f}"
-    print(line, flush=True)
 
 
 class Museum:

@@ -16,7 +16,7 @@ HEADER = ("bug", "tau", "training's estimate", "right one early / in place / one
 class Summary(NamedTuple):
     """One bug's rows of the report, one per seed, and those of the clean runs to compare with."""
     bug: Bug
-    is_of_training: bool
+    kind: str           # decoding or training
     rows: list
     clean_rows: list
 
@@ -42,7 +42,7 @@ def summaries(report):
             clean_rows = [row for row in of_kind if row["bug"] == "clean"
                           and row.get("temperature", 0.0) == bug.temperature]
             if rows:
-                result.append(Summary(bug, kind == "training", rows, clean_rows))
+                result.append(Summary(bug, kind, rows, clean_rows))
     return sorted(result, key=Summary.left)
 
 
@@ -52,7 +52,7 @@ def table(report):
     for summary in summaries(report):
         bug = summary.bug
         estimates = "-"  # a drafter that was trained without the bug
-        if summary.is_of_training:
+        if summary.kind == "training":
             estimates = f"{summary.clean_mean('estimate'):.2f} -> {summary.mean('estimate'):.2f}"
         shifts = zip(*[row["right_at_shift"] for row in summary.rows])
         margins = []

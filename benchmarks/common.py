@@ -122,13 +122,11 @@ def print_table(rows, columns, header=True):
 def text_of(value):
     if isinstance(value, float):
         return f"{value:,.4g}"
+    if isinstance(value, list):
+        return " ".join(text_of(part) for part in value)
     if isinstance(value, dict):
         return ", ".join(f"{text_of(part)} {name}" for name, part in value.items())
     return str(value)
-
-
-# ------------------------------------------------------------------------------------------------
-# decoding
 
 
 def measure_decoding(config, default_count, repeats=1):
@@ -209,10 +207,6 @@ def pairs_of(rounds):
     return [[one_round.accepted, one_round.tokens] for one_round in rounds]
 
 
-# ------------------------------------------------------------------------------------------------
-# figures
-
-
 def mean_round_length(rounds):
     """tau of rounds, which are pairs [accepted guesses, tokens returned]."""
     return sum(len(tokens) for _, tokens in rounds) / max(1, len(rounds))
@@ -261,22 +255,8 @@ def summarize(rows, tokenizer, block_size):
         "tokens_per_s": speed, "speedup": speed["speculative"] / max(1e-9, speed["target"])}
 
 
-def print_row(name, value):
-    """A line of a report."""
-    print(f"{name:20} {value}")
-
-
 def print_figures(report):
-    """The lines that acceptance and speedup share."""
-    print_row("tau", f"{report['tau_micro']:.3f} micro, {report['tau_macro']:.3f} macro: "
-              f"{report['tokens']} tokens in {report['rounds']} rounds, "
-              f"{report['prompts']} prompts")
-    print_row("identical outputs", f"{report['identical']:.1%} to the target alone with forwards "
-              f"of the same shape, {report['identical_to_steps']:.1%} with 1-token forwards")
-    accuracy_text = "no known answers, or pip install math-verify"
-    if None not in report["accuracy"].values():
-        accuracy_text = ", ".join(f"{x:.1%} {mode}" for mode, x in report["accuracy"].items())
-    print_row("accuracy", accuracy_text)
-    speeds = [f"{speed:,.0f} {mode}" for mode, speed in report["tokens_per_s"].items()]
-    print_row("tokens/s", f"{', '.join(speeds)}; sequences at once: {report['slots']}")
-    print_row("speedup", f"{report['speedup']:.2f}x over the target alone with 1-token forwards")
+    """The figures of a report, without its long lists."""
+    for name, value in report.items():
+        if name not in ("transcript", "rounds_of_length"):
+            print(f"{name:20} {text_of(value)}")

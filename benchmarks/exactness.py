@@ -57,10 +57,6 @@ def run(config):
     return {"slots": slots_of(config), "identical": identical, "rows": rows}
 
 
-# ------------------------------------------------------------------------------------------------
-# modes
-
-
 def modes_of(config, workload):
     """{name: mode}: the target alone in two shapes; at temperature 0 transformers; and four
     drafters. These are an untrained one, the trained one if there is one, and the ORACLES, which
@@ -110,10 +106,6 @@ def transformers_mode(config, workload):
             generations.append(Generation(tokens, [], 0.0))
         return generations
     return decode
-
-
-# ------------------------------------------------------------------------------------------------
-# differences
 
 
 def compare(config, workload, row, drafter, against):

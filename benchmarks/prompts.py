@@ -76,9 +76,6 @@ def random_prompts(name, count, vocab_size):
     return [Prompt(generator.choices(range(vocab_size), k=length)) for length in lengths]
 
 
-# ------------------------------------------------------------------------------------------------
-# questions by name
-
 PUBLIC = {  # name of the prompts: (hub id, configuration)
     "math500": ("HuggingFaceH4/MATH-500", None),
     "gsm8k": ("openai/gsm8k", "main"),
@@ -147,10 +144,6 @@ def question_of(data_set, row):
     question = ("Write a solution to the following problem and make sure that it passes the "
                 f"tests:\n```python\n{row['prompt']}\n```")
     return question, None
-
-
-# ------------------------------------------------------------------------------------------------
-# answers
 
 
 def fraction_correct(texts, answers):

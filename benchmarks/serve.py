@@ -46,10 +46,6 @@ def run(config):
     return report
 
 
-# ------------------------------------------------------------------------------------------------
-# the client
-
-
 def fetch(url, body=None, seconds=10):
     """The text at an address. With a body, which becomes JSON, the request is a POST."""
     content = None if body is None else json.dumps(body).encode()
@@ -122,10 +118,6 @@ def tau_of(url, before):
             states = json.loads(fetch(f"{url.removesuffix('/v1')}/{page}"))["internal_states"]
             return mean(state["avg_spec_accept_length"] for state in states)
     return None
-
-
-# ------------------------------------------------------------------------------------------------
-# groups of prompts, to one server and then to the other
 
 
 def ask_in_turns(config, urls, questions):

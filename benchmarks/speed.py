@@ -20,6 +20,7 @@ from sampling import Sampling
 from training.flops import prefill_operations
 
 CONTEXT = 256  # tokens before each decoded one
+CALLS = 16     # rounds or forwards in a row that are timed together
 COLUMNS = ("name", "seconds", "times_roofline", "rate", "unit", "reference_seconds", "ratio")
 
 
@@ -49,16 +50,15 @@ def cases(config, target, drafter):
     of weights to read, or operations."""
     reference = transformers_reference(target)
     K = drafter.block_size
-    calls = calls_of(config)
     target_bytes = weight_bytes(target)
     for length in (1, K):
         yield f"{length}-token forward", target_bytes, "GB/s", {
-            "ours": timed_rounds(target, None, length, calls),
-            "reference": timed_reference(reference, length, calls)}
+            "ours": timed_rounds(target, None, length),
+            "reference": timed_reference(reference, length)}
     # a round reads the head twice: for the guesses and for their verification
     round_bytes = target_bytes + weight_bytes(drafter) + target.head_weight.nbytes
     yield "round of draft and verify", round_bytes, "GB/s", {
-        "ours": timed_rounds(target, drafter, K, calls)}
+        "ours": timed_rounds(target, drafter, K)}
 
     values = torch.empty(
         0, target.config.linear_value_head_dim, device=target.embed_tokens.weight.device)
@@ -69,11 +69,6 @@ def cases(config, target, drafter):
             yield f"TTFT, {length:,} tokens", operations, "GFLOP/s", {
                 "ours": timed_ttft(target, length),
                 "reference": timed_reference_ttft(reference, length)}
-
-
-def calls_of(config):
-    """How many calls in a row are timed as one."""
-    return 32 if config.device.startswith("cuda") else 8
 
 
 def weight_bytes(model):
@@ -90,7 +85,7 @@ def example_ids(length):
     return [i % 100 for i in range(length)]
 
 
-def timed_rounds(target, drafter, tokens_per_forward, calls, slots=1):
+def timed_rounds(target, drafter, tokens_per_forward, slots=1):
     """A function that times rounds of a Decoder. All slots hold a sequence of CONTEXT tokens."""
     decoder = Decoder(
         target, drafter, length=1024, tokens_per_forward=tokens_per_forward, sampling=Sampling(),
@@ -100,21 +95,21 @@ def timed_rounds(target, drafter, tokens_per_forward, calls, slots=1):
 
     def seconds_per_round():
         decoder.state.position.fill_(CONTEXT)  # every repeat begins at the end of the prompt
-        seconds = seconds_of(decoder.run_round, calls)
+        seconds = seconds_of(decoder.run_round, CALLS)
         check_finite(all(decoder.is_finite))
         return seconds
 
     return seconds_per_round
 
 
-def timed_reference(reference, length, calls):
+def timed_reference(reference, length):
     """A function that times transformers' forwards, with a fresh cache in every repeat."""
     ids = torch.tensor([example_ids(CONTEXT + length)], device=reference.device)
     prompt_cache = reference(ids[:, :CONTEXT], use_cache=True).past_key_values
 
     def seconds_per_forward():
         cache = copy.deepcopy(prompt_cache)
-        return seconds_of(lambda: reference(ids[:, CONTEXT:], past_key_values=cache), calls)
+        return seconds_of(lambda: reference(ids[:, CONTEXT:], past_key_values=cache), CALLS)
 
     return seconds_per_forward
 

@@ -5,8 +5,7 @@ the median of three repeats. Every round is timed, including the first draft. Th
 """
 from statistics import geometric_mean, median
 
-from benchmarks.common import (measure_decoding, print_figures, print_row, tokens_per_second,
-                               write_rows)
+from benchmarks.common import measure_decoding, print_figures, tokens_per_second, write_rows
 
 REPEATS = 3  # per prompt
 
@@ -16,9 +15,6 @@ def run(config):
     report |= gains_of(rows)
     write_rows(config, "speedup", rows)
     print_figures(report)
-    print_row("speedup per prompt", f"{report['geomean']:.2f}x geometric mean; "
-              f"{report['min']:.2f}x to {report['max']:.2f}x, median {report['median']:.2f}x")
-    print_row("faster", f"{report['faster']} of {report['timed']} prompts with at least one round")
     return report
 
 

@@ -14,9 +14,9 @@ import os
 
 import torch
 
-from benchmarks import pictures
+from benchmarks import figures
 from benchmarks.common import load
-from benchmarks.speed import calls_of, timed_rounds
+from benchmarks.speed import timed_rounds
 from benchmarks.timing import device_name, median_seconds
 
 SLOTS = (1, 2, 4, 8, 16, 32)
@@ -30,7 +30,7 @@ def run(config):
         row = measure(config, workload, slots)
         rows.append(row)
         print(in_words(row), flush=True)
-    pictures.throughput(os.path.join(config.out_dir, "throughput.png"), {config.target: rows})
+    figures.throughput(os.path.join(config.out_dir, "throughput.png"), {config.target: rows})
     return {"rows": rows}
 
 
@@ -40,10 +40,9 @@ def measure(config, workload, slots):
     all sequences; the speedup, and the tau at which it is 1."""
     target = workload.target
     drafter = workload.drafter
-    calls = calls_of(config)
     seconds = median_seconds({
-        "speculative": timed_rounds(target, drafter, drafter.block_size, calls, slots),
-        "target": timed_rounds(target, None, 1, calls, slots)})
+        "speculative": timed_rounds(target, drafter, drafter.block_size, slots),
+        "target": timed_rounds(target, None, 1, slots)})
     tau = config.assumed_tau
     break_even_tau = seconds["speculative"] / seconds["target"]
     return {

@@ -11,7 +11,7 @@ import torch
 import bench
 import fast.decoding
 import draft_decode
-from benchmarks import acceptance, common, drafters, exactness, speedup
+from benchmarks import common, drafters, exactness, speedup
 from benchmarks.common import Workload, decode_in_turns, mode_of, summarize
 from benchmarks.prompts import (Prompt, fraction_correct, is_correct, load_questions,
                                 random_prompts)
@@ -24,31 +24,15 @@ from sampling import Sampling
 from tests.common import (K, ROOT, V, nano, read_jsonl, shipped, small_target, tokens_of,
                           write_jsonl)
 
-
-@pytest.fixture
-def config():
-    """The keys of bench.py at their defaults."""
-    return configure(vars(bench), [])
-
-
-def changed(config, **values):
-    """A copy of a configuration with other values."""
-    return SimpleNamespace(**vars(config) | values)
-
-
 SAMPLING = Sampling(temperature=0.7, top_k=5, top_p=0.9, seed=3, draft_temperature=0.5)
-
-
 FLAGS = ("--limit=2", "--max_new_tokens=7", "--top_k=5", "--top_p=0.9", "--seed=3",
          "--draft_temperature=0.5", "--dtype=bfloat16")
-ONE = ("--temperature=0.7", "--temperatures=0.1,")
-SEVERAL = ("--temperature=0.1", "--temperatures=0.7,")
 
 
-@pytest.mark.parametrize("command, flags", (
-    ("acceptance", ONE), ("speedup", ONE), ("exactness", SEVERAL)))
+@pytest.mark.parametrize("command, temperature, temperatures", (
+    ("acceptance", 0.7, 0.1), ("speedup", 0.7, 0.1), ("exactness", 0.1, 0.7)))
 def test_bench_keys_arrive_where_tokens_are_chosen(
-        run_bench, monkeypatch, tmp_path, command, flags):
+        run_bench, monkeypatch, tmp_path, command, temperature, temperatures):
     """A sampling key, a limit, or a dtype has no effect. The report looks the same, but it is about
     a different run."""
     requests = []
@@ -63,32 +47,26 @@ def test_bench_keys_arrive_where_tokens_are_chosen(
             yield index, RoundOutput([1])
             yield index, RoundOutput([2], 0, [0] * (K - 1))
 
-    def keep_one(target, drafter, prompt_ids, **options):
-        for _, output in keep(target, drafter, [prompt_ids], **options):
-            yield output
-
     def learn(self, prompt_ids, answer, p, number=0):
         probabilities.append(p)
 
     monkeypatch.setattr(common, "generate_many", keep)
-    monkeypatch.setattr(acceptance, "generate", keep_one)
     monkeypatch.setattr(drafters.Oracle, "learn", learn)
-    run_bench(command, *FLAGS, *flags)
+    run_bench(command, *FLAGS, f"--temperature={temperature}", f"--temperatures={temperatures},")
     for request in requests:
         assert request == (7, stop_ids(nano()[1]), SAMPLING, {torch.bfloat16})
     if command == "speedup":  # a warm-up of three modes, then each three times per prompt
         assert len(requests) == 3 + 2 * 3 * 3
     if command == "exactness":  # a warm-up, and two prompts
         assert sorted(probabilities) == [0.0] * 3 + [0.8] * 3
-    with open(tmp_path / f"{command}.json") as f:
-        setup = json.load(f)["setup"]
+    setup = json.loads((tmp_path / f"{command}.json").read_text())["setup"]
     assert (setup["limit"], setup["top_p"], setup["seed"]) == (2, 0.9, 3)
     assert setup["command"].startswith(f"python bench.py {command} --limit=2 ")
     assert re.match("[0-9a-f]{40}", setup["commit"] or 40 * "0")  # None: not a git repository
     assert setup["date"] and setup["machine"] and setup["versions"]["torch"] == torch.__version__
 
 
-def test_bench_loads_by_its_keys(config, monkeypatch):
+def test_bench_loads_by_its_keys(monkeypatch):
     """thinking or compile has no effect, compile is the default, or the limit is ignored."""
     monkeypatch.chdir(ROOT)
     compiled = []
@@ -97,12 +75,11 @@ def test_bench_loads_by_its_keys(config, monkeypatch):
         lambda target, drafter: compiled.extend(["target", "drafter"]))
     _, tokenizer = nano()
     question, _ = load_questions("nano", 1)[0]
-    for thinking in (False, True):
-        workload = common.load(changed(config, thinking=thinking, compile=thinking), 3)
+    for thinking, flags in ((False, ()), (True, ("--thinking", "--compile", "--limit=2"))):
+        workload = common.load(configure(vars(bench), flags), 3)
         assert workload.prompts[0].ids == chat_prompt(tokenizer, question, thinking)
-        assert len(workload.prompts) == 3
+        assert len(workload.prompts) == 3 - thinking
         assert compiled == ["target", "drafter"] * thinking
-    assert len(common.load(changed(config, limit=2), 3).prompts) == 2
 
 
 @pytest.mark.parametrize("command, slots, limit", (("acceptance", 2, 2), ("speedup", 1, 1)))
@@ -217,7 +194,7 @@ def test_bench_modes_take_turns():
     assert [row["a"]["tokens"] for row in rows] == [[number] for number in range(10, 30)]
 
 
-def test_bench_shares_the_time_of_slots(config, monkeypatch):
+def test_bench_shares_the_time_of_slots(monkeypatch):
     """Failure 15: a round is not timed, for example the first draft; with several slots, its time
     counts once per sequence or once per prompt; the time of a prefill counts."""
     clock = [0.0]
@@ -242,7 +219,8 @@ def test_bench_shares_the_time_of_slots(config, monkeypatch):
     monkeypatch.setattr(draft_decode.Decoder, "run_round", slow_round)
     monkeypatch.setattr(draft_decode.time, "perf_counter", lambda: clock[0])
     workload = Workload(target, None, None, [], {answer[3]}, {})
-    decode = mode_of(changed(config, max_new_tokens=7, slots=(2,)), workload, None, K)
+    config = configure(vars(bench), ["--max_new_tokens=7", "--slots=2"])
+    decode = mode_of(config, workload, None, K)
     generations = decode(prompts)
     counts = [len(generation.rounds) for generation in generations]
     assert len(set(counts)) > 1
@@ -309,24 +287,22 @@ def test_bench_differing_output_is_an_error(run_bench, monkeypatch):
 SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 
-@pytest.mark.parametrize("name, row, expected", (
-    ("math500", {"problem": "1+1?", "answer": "2"}, ("1+1?" + SUFFIX, "2")),
-    ("gsm8k", {"question": "1+1?", "answer": "so\n#### 1,002"}, ("1+1?" + SUFFIX, "1002"))))
-def test_bench_prompts_by_name(tmp_path, name, row, expected):
+@pytest.mark.parametrize("name, row, question, answer", (
+    ("math500", {"problem": "1+1?", "answer": "2"}, "1+1?" + SUFFIX, "2"),
+    ("gsm8k", {"question": "1+1?", "answer": "so\n#### 1,002"}, "1+1?" + SUFFIX, "1002"),
+    ("humaneval", {"prompt": "def f():"}, "Write a solution to the following problem and make sure "
+     "that it passes the tests:\n```python\ndef f():\n```", None)))
+def test_bench_prompts_by_name(tmp_path, name, row, question, answer):
     """Questions differ from those of published figures, or a file of something else is read."""
-    path = write_jsonl(tmp_path / "x.jsonl", [row])
-    assert load_questions(f"{name}:{path}", 9) == [expected]
-    write_jsonl(path, [{"task_id": "0", "prompt": "def f():"}])
-    (question, answer), = load_questions(f"humaneval:{path}", 9)
-    assert "```python\ndef f():\n```" in question
-    assert answer is None
-    for name, hint in (
-            (f"{name}:{path}", f"row 1 does not look like {name}"),
-            ("gsm8k:nowhere", "no file"),
-            ("gsm8k", "hub does not give"),
+    path = write_jsonl(tmp_path / "x.jsonl", [row, {}])
+    assert load_questions(f"{name}:{path}", 1) == [(question, answer)]
+    for source, hint in (
+            (f"{name}:{path}", f"row 2 does not look like {name}"),
+            (f"{name}:nowhere", "no file"),
+            (name, "hub does not give"),
             ("mbpp", "one of nano, plain, refusals, math500, gsm8k, humaneval")):
         with pytest.raises(ValueError, match=hint):
-            load_questions(name, 9)
+            load_questions(source, 9)
 
 
 def test_bench_random_prompts_by_hand():
@@ -345,7 +321,7 @@ def test_bench_limit_of_a_file(tmp_path):
     question is left out silently."""
     rows = [{"question": str(number)} for number in range(4)]
     path = write_jsonl(tmp_path / "x.jsonl", [rows[0], "", *rows[1:]])
-    for limit in (1, 2, 4, 9):
+    for limit in (1, 4, 9):
         questions = load_questions(str(path), limit)
         assert [question for question, _ in questions] == ["0", "1", "2", "3"][:limit]
     write_jsonl(path, [{"text": "1"}, {"text": "2"}, rows[0]])

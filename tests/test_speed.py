@@ -73,7 +73,7 @@ def test_speed_decoding_compares_equal_work(monkeypatch):
         lengths.append(ids.shape[1])
         return SimpleNamespace(past_key_values=[])
 
-    def timed_rounds(target, drafter, tokens_per_forward, calls):
+    def timed_rounds(target, drafter, tokens_per_forward):
         timed.append((drafter, tokens_per_forward))
 
     model.device = "cpu"
@@ -96,10 +96,20 @@ def test_speed_decoding_compares_equal_work(monkeypatch):
     assert lengths[-3:] == [speed.CONTEXT, 1, K]
 
 
-def test_speed_rounds_stay_in_their_buffer():
+def test_speed_rounds_stay_in_their_buffer(monkeypatch):
     """Rounds start where the last repeat ended, and run out of the buffer of 1,024 tokens."""
-    timed = speed.timed_rounds(nano()[0], shipped(), K, 40, slots=2)
-    assert all(timed() > 0 for _ in range(3))
+    starts = []
+
+    def seconds_of(run_round, count):
+        starts.append(run_round.__self__.state.position.tolist())
+        run_round()
+
+    monkeypatch.setattr(speed, "seconds_of", seconds_of)
+    timed = speed.timed_rounds(nano()[0], shipped(), K, slots=2)
+    timed()
+    timed()
+    assert starts == [[speed.CONTEXT] * 2] * 2
+    assert speed.CONTEXT + (speed.CALLS + 1) * K <= 1024
 
 
 def test_speed_ttft_by_hand(monkeypatch):
@@ -177,7 +187,7 @@ def test_untrained_drafter_has_the_shape_of_phase_1_2():
 def test_throughput(main, monkeypatch, tmp_path):
     """A row has the time of a different mode or number of slots; tokens/s of one sequence are taken
     for those of all; the slower mode is called better; a picture is missing."""
-    def timed_rounds(target, drafter, tokens_per_forward, calls, slots):
+    def timed_rounds(target, drafter, tokens_per_forward, slots):
         assert tokens_per_forward == (1 if drafter is None else K)
         return lambda: 0.005 if drafter is None else 0.01 * slots
 
