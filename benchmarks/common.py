@@ -182,17 +182,14 @@ def decode_in_turns(modes, prompts, slots=1, repeats=1):
     for decode in modes.values():  # the warm-up: no mode pays for the first use of a kernel
         decode([prompts[0].ids])
     rows = []
-    # With several slots, so many prompts are decoded together that few slots wait for the last one.
-    size = 1 if slots == 1 else 8 * slots
-    for turn, first in enumerate(progress(range(0, len(prompts), size))):
-        group = prompts[first:first + size]
+    for turn, group in enumerate(progress(groups_of(prompts, slots))):
         token_ids = [prompt.ids for prompt in group]
         decoded = {name: [] for name in modes}  # per repeat, the Generations of the group
         for repeat in range(repeats):
             for name in alternating_order(modes, turn + repeat):
                 decoded[name].append(modes[name](token_ids))
         for i, prompt in enumerate(group):
-            row = {"prompt": first + i, "answer": prompt.answer}
+            row = {"prompt": len(rows), "answer": prompt.answer}
             for name in modes:
                 answer = decoded[name][0][i]  # the other repeats have the same tokens and rounds
                 seconds = [generations[i].seconds for generations in decoded[name]]
@@ -200,6 +197,13 @@ def decode_in_turns(modes, prompts, slots=1, repeats=1):
                              "seconds": median(seconds), "repeats": seconds}
             rows.append(row)
     return rows
+
+
+def groups_of(prompts, slots):
+    """The prompts in groups that are decoded together: one by one, or with several slots so many
+    that few slots wait for the last one."""
+    size = 1 if slots == 1 else 8 * slots
+    return [prompts[first:first + size] for first in range(0, len(prompts), size)]
 
 
 def pairs_of(rounds):
@@ -260,3 +264,5 @@ def print_figures(report):
     for name, value in report.items():
         if name not in ("transcript", "rounds_of_length"):
             print(f"{name:20} {text_of(value)}")
+    if report["accuracy"]["target"] is None:
+        print("no accuracy: the answers are not known, or pip install math-verify")

@@ -63,7 +63,7 @@ def train_in_processes(config, name, processes, flags):
     # one thread per process, which is also torchrun's default
     environment = {"OMP_NUM_THREADS": "1"} | os.environ
     printed = f"{config.out_dir}/{name}.log"
-    with tempfile.TemporaryDirectory() as folder:  # its checkpoint is not kept
+    with tempfile.TemporaryDirectory(dir=config.out_dir) as folder:  # for its checkpoint
         command = [*launcher, train.__file__, *flags, f"--out_dir={folder}"]
         with whole_file(printed) as f:
             process = subprocess.run(command, env=environment, stdout=f, stderr=f)

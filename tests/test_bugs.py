@@ -104,26 +104,19 @@ def test_inject_bug_reaches_every_name_and_is_removed():
 # the command
 
 
-@pytest.fixture
-def short_training(monkeypatch, tmp_path):
-    """Bugs of training are measured with a few steps, one seed, and rows of a few answers."""
+def test_bugs_are_measured(run_bench, monkeypatch, tmp_path):
+    """A bug that is off while it is measured, or on in a clean run or in the decoding after a
+    training; a bug that is measured at another temperature than its clean run; a misspelled name
+    that measures nothing, without an error. Training takes two steps on a few answers here."""
     with gzip.open(prepare.answers, "rt") as f:
         lines = f.readlines()
     few_answers = tmp_path / "few.jsonl.gz"
     with gzip.open(few_answers, "wt") as f:
         f.writelines([*lines[:8], *lines[-8:]])  # the last lines are of the split val
     monkeypatch.setattr(prepare, "answers", str(few_answers))
-    monkeypatch.setattr(bugs, "STEPS", 2)
-    monkeypatch.setattr(bugs, "ROWS", 4)
-    monkeypatch.setattr(bugs, "SEEDS", (0,))
-    monkeypatch.setattr(bugs, "TRAINED_PROMPTS", 1)
+    for name, value in (("STEPS", 2), ("ROWS", 4), ("SEEDS", (0,)), ("TRAINED_PROMPTS", 1)):
+        monkeypatch.setattr(bugs, name, value)
     monkeypatch.setattr(train, "EVAL_SAMPLES", 2)
-
-
-def test_bugs_are_measured(run_bench, short_training, tmp_path):
-    """A bug that is off while it is measured, or on in a clean run or in the decoding after a
-    training; a bug that is measured at another temperature than its clean run; a misspelled name
-    that measures nothing, without an error."""
     rows = run_bench("bugs", "--limit=1", "--max_new_tokens=24",
                      "--only=target_gain_read_as_w,noise_of_its_own,features_after_the_norm")["rows"]
     assert [(row["bug"], row.get("temperature")) for row in rows] == [
