@@ -140,6 +140,8 @@ def test_bench_speeds_by_hand():
         rows.append(row_of(
             {"speculative": [7, 8, 9], "target": target_tokens, "target_same_shape": [7, 8, 9]},
             {"speculative": 1.0, "target": target_seconds, "target_same_shape": 8.0}))
+    unknown = summarize(rows, None, K)  # a target with random weights has no tokenizer
+    assert unknown["accuracy"] == {"target": None, "speculative": None}
     rows[1]["answer"] = "9"
     text_of_last = SimpleNamespace(decode=lambda tokens, **options: f"\\boxed{{{tokens[-1]}}}")
     report = summarize(rows, text_of_last, K)

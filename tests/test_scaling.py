@@ -43,7 +43,7 @@ def test_scaling_compares_modes_with_the_same_samples(run_bench, monkeypatch):
             return SimpleNamespace(returncode=1)
         seconds, losses = results[config.parallel + processes]
         with open(os.path.join(config.out_dir, "log.jsonl"), "w") as f:
-            for step, elapsed in enumerate((50, 100, 100 + seconds / 2, 100 + seconds, 999), 1):
+            for step, elapsed in enumerate((50, 100, 100 + seconds / 4, 100 + seconds, 999), 1):
                 entry = {"step": step, "loss": losses[step % 2], "grad_norm": 1.0, "peak_gb": None,
                          "tokens_per_s": 640 * step / elapsed, "mfu": 3 * step / elapsed,
                          "minutes_left": (5 - step) * elapsed / step / 60}
