@@ -5,7 +5,7 @@ Measures a drafter: python bench.py COMMAND [config.py] [--key=value]. The comma
     exactness   are the outputs bitwise identical to the target's, for good and bad drafters?
     throughput  many sequences at once: tokens/s, and the tau from which speculation helps
     rollback    three ways to roll back rejected guesses: time, memory, and identical outputs
-    speed       one forward, prefill, the delta rule, or a training step, next to transformers
+    speed       one forward, a round, and prefill, next to transformers
     scaling     samples/s of training with one process and with several (torchrun)
     serve       a running server with a drafter against the same server without one
     bugs        what each silent bug costs
@@ -26,18 +26,18 @@ Each command is a file of that name in benchmarks/, and the file begins with wha
 last line is a report in JSON. out_dir gets the report with the settings, the commit, and the
 machine, and also raw results and pictures.
 """
+import importlib
 import json
 import os
 import sys
-import tempfile
 
 import torch
 
-from benchmarks import (acceptance, bugs, exactness, figures, rollback, scaling, serve, speed,
-                        speedup, throughput)
+from benchmarks.common import setup_of
 from configurator import check_ranges, configure, survive_closed_output
-from formats.files import one_line, short, write_whole
+from formats.files import one_line, write_whole
 from sampling import SAMPLING_RANGES
+from training.setup import check_out_dir
 
 # what is measured
 target = "data/nano/target"             # folder of the target, or random:0.8b and the like
@@ -59,8 +59,7 @@ seed = 0                                # of the noise
 draft_temperature = 0.0                 # above 0: guesses share the target's noise
 # of single commands
 temperatures: tuple[float] = (0.0, 0.7, 1.0)             # exactness: to compare at
-parts: tuple[str] = ("decoding", "prefill", "kernel")    # speed: also training
-recipe = "config/nano.py"               # speed, scaling: config file of the training steps
+recipe = "config/nano.py"               # scaling: config file of the training steps
 processes: tuple[int] = (1, 2)          # scaling: numbers of processes; each divides the largest
 steps = 20                              # scaling: steps of a run; the first two are its warm-up
 mixed = False                           # scaling: samples of mixed lengths
@@ -76,20 +75,10 @@ RANGES = SAMPLING_RANGES | {
     "limit": (0, 10**9), "max_new_tokens": (1, 10**9), "slots": (1, 10**5),
     "temperatures": (0.0, 1e6), "processes": (1, 10**4), "steps": (3, 10**9),
     "assumed_tau": (1.0, 1e6), "concurrency": (1, 10**4)}
-NEVER_EMPTY = ("temperatures", "parts", "processes")
 
-COMMANDS = {
-    "acceptance": acceptance.run,
-    "speedup": speedup.run,
-    "exactness": exactness.run,
-    "throughput": throughput.run,
-    "rollback": rollback.run,
-    "speed": speed.run,
-    "scaling": scaling.run,
-    "serve": serve.run,
-    "bugs": bugs.run,
-    "figures": figures.run,
-}
+# the files in benchmarks/ with a function run(config), which returns the report
+COMMANDS = ("acceptance", "speedup", "exactness", "throughput", "rollback", "speed", "scaling",
+            "serve", "bugs", "figures")
 
 
 def main(argv=None):
@@ -103,35 +92,24 @@ def main(argv=None):
                  "then [config.py] [--key=value]. See --help")
     config = configure(globals(), words[1:])
     try:
-        check_keys(config)
-        report, setup = COMMANDS[command](config)
+        check_ranges(config, RANGES)
+        for key in ("temperatures", "processes"):
+            if not getattr(config, key):
+                raise ValueError(f"{key} is empty: give at least one value")
+        check_out_dir(config.out_dir)
+        report = importlib.import_module(f"benchmarks.{command}").run(config)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {one_line(error, 190)}")
     except KeyboardInterrupt:
         sys.exit("interrupted: nothing was written, because results are written at the end")
+    report = {"command": command} | report
     path = os.path.join(config.out_dir, f"{command}.json")
-    write_whole(path, json.dumps(report | {"setup": setup}) + "\n")
+    write_whole(path, json.dumps(report | {"setup": setup_of(config)}) + "\n")
     print(f"wrote {path}")
     print(json.dumps(report))
     if report.get("identical", 1) < 1:
         sys.exit("error: an output differs from the target's own output with forwards of the same "
                  "shape: this is a bug, please report it")
-
-
-def check_keys(config):
-    """ValueError, before anything is measured, for a value that no command can use, or if no file
-    can be written to out_dir."""
-    check_ranges(config, RANGES)
-    for key in NEVER_EMPTY:
-        if not getattr(config, key):
-            raise ValueError(f"{key} is empty: give at least one value")
-    try:
-        os.makedirs(config.out_dir, exist_ok=True)
-        with tempfile.TemporaryFile(dir=config.out_dir):
-            pass
-    except OSError as error:
-        raise ValueError(f"cannot write to out_dir = {short(config.out_dir)} ({error.strerror}): "
-                         "give --out_dir=FOLDER") from None
 
 
 if __name__ == "__main__":

@@ -4,29 +4,21 @@ target's own, and whether they are right. The report also has the rounds of one 
 """
 import os
 
-from benchmarks import pictures
-from benchmarks.common import (decode_in_turns, decoding_modes, load, mean_round_length,
-                               print_figures, print_row, sampling_of, setup_of, slots_of, summarize,
+from benchmarks import figures
+from benchmarks.common import (mean_round_length, measure_decoding, mode_of, print_figures,
                                write_rows)
-from draft_decode import collect, generate
 
 
 def run(config):
-    workload = load(config, default_count=80)
-    slots = slots_of(config)
-    rows = decode_in_turns(decoding_modes(config, workload), workload.prompts, slots)
-    figures = summarize(rows, workload.tokenizer, workload.drafter.block_size)
-    report = {"command": "acceptance", "slots": slots} | figures
+    workload, rows, report = measure_decoding(config, default_count=80)
     report["transcript"] = None  # random ids have no text
     number = median_prompt(rows)
     if workload.tokenizer and number is not None:
         report["transcript"] = transcript(config, workload, number)
-    pictures.acceptance(os.path.join(config.out_dir, "acceptance.png"), report)
+    figures.acceptance(os.path.join(config.out_dir, "acceptance.png"), report)
     write_rows(config, "acceptance", rows)
     print_figures(report)
-    shares = enumerate(report["accepted_up_to_slot"], 1)
-    print_row("accepted up to slot", " ".join(f"{slot}:{share:.2f}" for slot, share in shares))
-    return report, setup_of(config, workload.prompts, workload.stops)
+    return report
 
 
 def median_prompt(rows):
@@ -49,9 +41,8 @@ def transcript(config, workload, number):
     """
     prompt = workload.prompts[number]
     decode = workload.tokenizer.decode
-    answer = collect(generate(
-        workload.target, workload.drafter, prompt.ids, max_new_tokens=config.max_new_tokens,
-        stop_token_ids=workload.stops, sampling=sampling_of(config)))
+    mode = mode_of(config, workload, workload.drafter, workload.drafter.block_size)
+    answer, = mode([prompt.ids])
     first = decode(answer.tokens[:1])
     anchor = first
     rounds = []

@@ -15,18 +15,16 @@ Each output is compared with the output of the target alone, without the bug and
 import contextlib
 import io
 import os
-import time
 
 import torch
 
 import train
-from benchmarks import bugs_page, pictures
+from benchmarks import bugs_page, figures
 from benchmarks.bugs_of_decoding import DECODING
 from benchmarks.bugs_of_training import TRAINING
-from benchmarks.common import load, pairs_of, round_figures, setup_of, share, write_rows
+from benchmarks.common import load, mean_round_length, pairs_of, print_table
 from benchmarks.exactness import margin_of
 from benchmarks.inject_bug import Bug
-from benchmarks.prompts import is_correct
 from configurator import configure
 from data.nano import prepare
 from draft_decode import collect, first_difference, generate
@@ -35,6 +33,7 @@ from sampling import Sampling
 PROMPTS = 24                # of the test split, unless the key `limit` is set
 TRAINED_PROMPTS = 12        # of them for a drafter that was trained here
 SEEDS = (0, 1, 2)           # of training
+COLUMNS = ("bug", "seed", "tau", "estimate", "identical")
 SHIFTS = (-1, 0, 1)         # is a guess right one token early, in its place, one token late?
 STEPS = 1200                # of training
 ROWS = 800                  # of training data; each is read three times
@@ -45,22 +44,27 @@ FLAGS = ("config/nano.py", "--num_layers=2", "--batch_size=2", "--optimizer=adam
 
 def run(config):
     decoding, training = chosen_bugs(config.only)
-    began = time.perf_counter()
-    museum = Museum(config, load(config, PROMPTS))
+    museum = Museum(config)
     rows = []
     for bug in decoding:
-        rows.append(museum.of_decoding(bug))
-        print_row(rows[-1])
+        with bug.injected():  # the broken code also loads the pair and the prompts
+            workload = load(config, PROMPTS)
+        row = {"kind": "decoding", "bug": bug.name, "temperature": bug.temperature}
+        rows.append(row | museum.figures(workload, bug))
+        print_table(rows[-1:], COLUMNS, header=len(rows) == 1)
     for bug in training:
         for seed in SEEDS:
-            rows.append(museum.of_training(bug, seed))
-            print_row(rows[-1])
-    report = {"command": "bugs", "rows": rows, "seconds": time.perf_counter() - began}
-    pictures.bugs(os.path.join(config.out_dir, "bugs.png"), bugs_page.summaries(report))
-    write_rows(config, "bugs", rows)
-    print(f"{report['seconds'] / 60:.1f} minutes; wrote {config.out_dir}/bugs.png")
-    setup = setup_of(config, museum.workload.prompts, museum.workload.stops)
-    return report, setup | {"seeds": SEEDS, "steps": STEPS, "rows": ROWS, "flags": FLAGS}
+            with bug.injected():
+                drafter, estimate = train_briefly(config, seed)
+            workload = museum.right._replace(
+                drafter=drafter, prompts=museum.right.prompts[:TRAINED_PROMPTS])
+            row = {"kind": "training", "bug": bug.name, "seed": seed, "estimate": estimate["tau"],
+                   "estimated_loss": estimate["loss"]}
+            rows.append(row | museum.figures(workload, Bug("clean", None)))
+            print_table(rows[-1:], COLUMNS, header=len(rows) == 1)
+    report = {"rows": rows, "seeds": SEEDS, "steps": STEPS, "training_rows": ROWS, "flags": FLAGS}
+    figures.bugs(os.path.join(config.out_dir, "bugs.png"), bugs_page.summaries(report))
+    return report
 
 
 def chosen_bugs(only):
@@ -81,44 +85,19 @@ def chosen_bugs(only):
     return chosen
 
 
-def print_row(row):
-    line = f"{row['bug']:32} tau {row['tau']:5.2f} | identical {row['identical']:.0%}"
-    if row["kind"] == "training":
-        line += f" | seed {row['seed']}, estimate {row['estimate']:.2f}"
-    print(line, flush=True)
-
-
 class Museum:
-    """Measures bugs on one set of prompts. It keeps the target's own answers to them."""
+    """Measures bugs next to the right code, and keeps the target's own answers."""
 
-    def __init__(self, config, workload):
-        self.config = config
-        self.workload = workload
+    def __init__(self, config):
+        self.max_new_tokens = config.max_new_tokens
+        self.right = load(config, PROMPTS)
         self.answers = {}
-
-    def of_decoding(self, bug):
-        """The row of a decoding bug. The broken code also loads the pair and the prompts."""
-        with bug.injected():
-            workload = load(self.config, PROMPTS)
-        row = {"kind": "decoding", "bug": bug.name, "temperature": bug.temperature}
-        return row | self.figures(workload, bug)
-
-    def of_training(self, bug, seed):
-        """The row of one training run with a bug, whose drafter decodes without it."""
-        with bug.injected():
-            drafter, estimate = train_briefly(self.config, seed)
-        prompts = self.workload.prompts[:TRAINED_PROMPTS]
-        row = {"kind": "training", "bug": bug.name, "seed": seed, "estimate": estimate["tau"],
-               "estimated_loss": estimate["loss"]}
-        workload = self.workload._replace(drafter=drafter, prompts=prompts)
-        return row | self.figures(workload, Bug("clean", None))
 
     def answer(self, prompt, sampling):
         """The target's own answer, without a bug."""
         key = (tuple(prompt.ids), sampling)
         if key not in self.answers:
-            self.answers[key] = decode(
-                self.workload, None, prompt, self.config.max_new_tokens, sampling)
+            self.answers[key] = decode(self.right, None, prompt, self.max_new_tokens, sampling)
         return self.answers[key]
 
     def figures(self, workload, bug):
@@ -133,24 +112,18 @@ class Museum:
                 longest = len(answer.tokens)  # because a wrong output may never end
                 outputs.append(decode(workload, workload.drafter, prompt, longest, sampling))
 
-        verdicts = []
+        rounds = []
         margins = []  # [position, margin] if an output differs from the target's answer
         for prompt, answer, output in zip(workload.prompts, answers, outputs):
-            if prompt.answer is not None:
-                text = self.workload.tokenizer.decode(output.tokens, skip_special_tokens=True)
-                verdicts.append(is_correct(text, prompt.answer))
+            rounds += pairs_of(output.rounds)
             position = first_difference(output.tokens, answer.tokens)
             if position is not None:
-                margin = margin_of(self.workload.target, sampling, prompt.ids, output.tokens,
-                                   answer.tokens)
+                margin = margin_of(
+                    self.right.target, sampling, prompt.ids, output.tokens, answer.tokens)
                 margins.append([position, margin])
-        of_prompts = [pairs_of(output.rounds) for output in outputs]
-        figures = round_figures(of_prompts, workload.drafter.block_size)
-        return {
-            "prompts": len(outputs), "rounds": figures["rounds"], "tokens": figures["tokens"],
-            "tau": figures["tau_micro"], "accepted_up_to_slot": figures["accepted_up_to_slot"],
-            "right_at_shift": right_at_shift(outputs, answers), "margins": margins,
-            "identical": 1 - len(margins) / len(outputs), "accuracy": share(verdicts)}
+        return {"prompts": len(outputs), "tau": mean_round_length(rounds),
+                "right_at_shift": right_at_shift(outputs, answers), "margins": margins,
+                "identical": 1 - len(margins) / len(outputs)}
 
 
 def decode(workload, drafter, prompt, max_new_tokens, sampling):

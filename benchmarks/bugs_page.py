@@ -1,6 +1,6 @@
 """
-The table of docs/bugs.md, from the report of `bench.py bugs`. The rest of that page is written by
-hand.
+What each bug did to tau and to the outputs, from the report of `bench.py bugs`: for the picture and
+the table in docs/bugs.md.
 """
 from statistics import mean
 from typing import NamedTuple
@@ -8,10 +8,7 @@ from typing import NamedTuple
 from benchmarks.bugs_of_decoding import DECODING
 from benchmarks.bugs_of_training import TRAINING
 from benchmarks.inject_bug import Bug
-from checkpoint import write_whole
 
-BEGIN = "<!-- begin: written by python bench.py figures -->"
-END = "<!-- end -->"
 HEADER = ("bug", "tau", "training's estimate", "right one early / in place / one late",
           "identical outputs", "margins", "caught by")
 
@@ -19,26 +16,20 @@ HEADER = ("bug", "tau", "training's estimate", "right one early / in place / one
 class Summary(NamedTuple):
     """One bug's rows of the report, one per seed, and those of the clean runs to compare with."""
     bug: Bug
-    is_of_training: bool
+    kind: str           # decoding or training
     rows: list
     clean_rows: list
 
     def mean(self, key):
         return mean(row[key] for row in self.rows)
 
-    @property
-    def taus(self):
-        return [row["tau"] for row in self.rows]
+    def clean_mean(self, key):
+        return mean(row[key] for row in self.clean_rows)
 
-    @property
-    def clean_taus(self):
-        return [row["tau"] for row in self.clean_rows]
-
-    @property
     def left(self):
         """How much of speculative decoding is left: the fraction of identical outputs times the
         remaining fraction of tau."""
-        return self.mean("identical") * self.mean("tau") / mean(self.clean_taus)
+        return self.mean("identical") * self.mean("tau") / self.clean_mean("tau")
 
 
 def summaries(report):
@@ -51,41 +42,26 @@ def summaries(report):
             clean_rows = [row for row in of_kind if row["bug"] == "clean"
                           and row.get("temperature", 0.0) == bug.temperature]
             if rows:
-                result.append(Summary(bug, kind == "training", rows, clean_rows))
-    return sorted(result, key=lambda summary: summary.left)
+                result.append(Summary(bug, kind, rows, clean_rows))
+    return sorted(result, key=Summary.left)
 
 
 def table(report):
     """The bugs as markdown, the most harmful first."""
     lines = [HEADER, ["---"] * len(HEADER)]
     for summary in summaries(report):
+        bug = summary.bug
         estimates = "-"  # a drafter that was trained without the bug
-        if summary.is_of_training:
-            clean_estimate = mean(row["estimate"] for row in summary.clean_rows)
-            estimates = f"{clean_estimate:.2f} -> {summary.mean('estimate'):.2f}"
+        if summary.kind == "training":
+            estimates = f"{summary.clean_mean('estimate'):.2f} -> {summary.mean('estimate'):.2f}"
         shifts = zip(*[row["right_at_shift"] for row in summary.rows])
         margins = []
         for row in summary.rows:
             margins += [margin for _, margin in row["margins"] if margin is not None]
-        caught_by = summary.bug.caught_by
         lines.append((
-            f"`{summary.bug.name}`",
-            f"{mean(summary.clean_taus):.2f} -> {summary.mean('tau'):.2f}",
-            estimates,
-            " / ".join(f"{mean(shift):.2f}" for shift in shifts),
+            f"`{bug.name}`", f"{summary.clean_mean('tau'):.2f} -> {summary.mean('tau'):.2f}",
+            estimates, " / ".join(f"{mean(shift):.2f}" for shift in shifts),
             f"{summary.mean('identical'):.0%}",
             f"{min(margins):.2f} to {max(margins):.2f}" if margins else "-",
-            f"`{caught_by}`" if caught_by else "not a bug"))
+            f"`{bug.caught_by}`" if bug.caught_by else "not a bug"))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def write_table(report, path="docs/bugs.md"):
-    """Put the table of a report between the two markers of a page."""
-    with open(path) as f:
-        page = f.read()
-    if page.count(BEGIN) != 1 or page.count(END) != 1:
-        raise ValueError(f"{path} does not contain {BEGIN!r} and {END!r} once each: "
-                         "put them around the table")
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    write_whole(path, f"{before}{BEGIN}\n\n{table(report)}\n\n{END}{after}")

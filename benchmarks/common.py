@@ -32,7 +32,7 @@ import transformers
 
 import fast
 from benchmarks.drafters import random_drafter
-from benchmarks.prompts import NOT_GRADED, is_correct, load_prompts
+from benchmarks.prompts import fraction_correct, load_prompts
 from benchmarks.timing import alternating_order, device_name, progress
 from checkpoint import load_drafter, load_target
 from draft_decode import collect, generate_many
@@ -48,6 +48,7 @@ class Workload(NamedTuple):
     tokenizer: object   # None for a target with random weights
     prompts: list
     stops: tuple        # token ids that end an answer
+    decoders: dict      # of generate_many(): all modes share them, and so their graphs
 
 
 def load(config, default_count):
@@ -64,7 +65,7 @@ def load(config, default_count):
     else:
         drafter = load_drafter(config.drafter, target.config, config.device, config.dtype)
     fast.prepare_for_decoding(target, drafter, compile=config.compile)
-    return Workload(target, drafter, tokenizer, prompts, stops)
+    return Workload(target, drafter, tokenizer, prompts, stops, {})
 
 
 def sampling_of(config):
@@ -82,11 +83,9 @@ def slots_of(config):
     return config.slots[0]
 
 
-def setup_of(config, prompts=(), stops=()):
-    """The setup of a report: all keys, the number of prompts, the token ids of stops, and what else
-    is needed to repeat the run."""
+def setup_of(config):
+    """The setup of a report: all keys, and what else is needed to repeat the run."""
     return vars(config) | {
-        "count": len(prompts), "stops": sorted(stops),
         "command": f"python bench.py {shlex.join(sys.argv[1:])}",
         "commit": git_commit(), "date": datetime.now().isoformat(timespec="minutes"),
         "machine": f"{device_name(config.device)}, {platform.platform()}",
@@ -123,27 +122,28 @@ def print_table(rows, columns, header=True):
 def text_of(value):
     if isinstance(value, float):
         return f"{value:,.4g}"
+    if isinstance(value, list):
+        return " ".join(text_of(part) for part in value)
     if isinstance(value, dict):
         return ", ".join(f"{text_of(part)} {name}" for name, part in value.items())
     return str(value)
 
 
-# ------------------------------------------------------------------------------------------------
-# decoding
-
-
-def decoding_modes(config, workload):
-    """{name: mode}: the three modes of the module's docstring. They share decoders, and so their
-    graphs."""
+def measure_decoding(config, default_count, repeats=1):
+    """Decode the prompts in the three modes of the module's docstring. Returns the Workload, the
+    rows of decode_in_turns(), and a report."""
+    workload = load(config, default_count)
     block_size = workload.drafter.block_size
-    decoders = {}
-    return {
-        "speculative": mode_of(config, workload, workload.drafter, block_size, decoders),
-        "target_same_shape": mode_of(config, workload, None, block_size, decoders),
-        "target": mode_of(config, workload, None, 1, decoders)}
+    slots = slots_of(config)
+    modes = {
+        "speculative": mode_of(config, workload, workload.drafter, block_size),
+        "target_same_shape": mode_of(config, workload, None, block_size),
+        "target": mode_of(config, workload, None, 1)}
+    rows = decode_in_turns(modes, workload.prompts, slots, repeats)
+    return workload, rows, {"slots": slots} | summarize(rows, workload.tokenizer, block_size)
 
 
-def mode_of(config, workload, drafter, tokens_per_forward, decoders):
+def mode_of(config, workload, drafter, tokens_per_forward):
     """A mode: a function from some prompts (lists of token ids) to a Generation of each. Without a
     drafter the target decodes alone.
 
@@ -157,7 +157,7 @@ def mode_of(config, workload, drafter, tokens_per_forward, decoders):
             slots=slots_of(config), stop_token_ids=workload.stops,
             tokens_per_forward=tokens_per_forward, sampling=sampling_of(config),
             sequence_ids=[0] * len(prompts),  # a sample does not depend on the other prompts
-            decoders=decoders)
+            decoders=workload.decoders)
         for index, output in outputs:
             check_finite(output.is_finite)
             outputs_of[index].append(output)
@@ -182,38 +182,33 @@ def decode_in_turns(modes, prompts, slots=1, repeats=1):
     for decode in modes.values():  # the warm-up: no mode pays for the first use of a kernel
         decode([prompts[0].ids])
     rows = []
-    # With several slots, so many prompts are decoded together that few slots wait for the last one.
-    size = 1 if slots == 1 else 8 * slots
-    for turn, first in enumerate(progress(range(0, len(prompts), size))):
-        group = prompts[first:first + size]
+    for turn, group in enumerate(progress(groups_of(prompts, slots))):
         token_ids = [prompt.ids for prompt in group]
         decoded = {name: [] for name in modes}  # per repeat, the Generations of the group
         for repeat in range(repeats):
             for name in alternating_order(modes, turn + repeat):
                 decoded[name].append(modes[name](token_ids))
         for i, prompt in enumerate(group):
-            row = {"prompt": first + i, "answer": prompt.answer}
+            row = {"prompt": len(rows), "answer": prompt.answer}
             for name in modes:
-                row[name] = mode_row([generations[i] for generations in decoded[name]])
+                answer = decoded[name][0][i]  # the other repeats have the same tokens and rounds
+                seconds = [generations[i].seconds for generations in decoded[name]]
+                row[name] = {"tokens": answer.tokens, "rounds": pairs_of(answer.rounds),
+                             "seconds": median(seconds), "repeats": seconds}
             rows.append(row)
     return rows
 
 
-def mode_row(generations):
-    """The repeats of one prompt in one mode. Their tokens and rounds are the same."""
-    first = generations[0]
-    seconds = [generation.seconds for generation in generations]
-    return {"tokens": first.tokens, "rounds": pairs_of(first.rounds), "seconds": median(seconds),
-            "repeats": seconds}
+def groups_of(prompts, slots):
+    """The prompts in groups that are decoded together: one by one, or with several slots so many
+    that few slots wait for the last one."""
+    size = 1 if slots == 1 else 8 * slots
+    return [prompts[first:first + size] for first in range(0, len(prompts), size)]
 
 
 def pairs_of(rounds):
     """RoundOutputs as pairs [accepted guesses, tokens returned]."""
     return [[one_round.accepted, one_round.tokens] for one_round in rounds]
-
-
-# ------------------------------------------------------------------------------------------------
-# figures
 
 
 def mean_round_length(rounds):
@@ -226,25 +221,6 @@ def tokens_per_second(rows, mode):
     tokens = sum(len(row[mode]["tokens"]) - 1 for row in rows)
     seconds = sum(row[mode]["seconds"] for row in rows)
     return tokens / max(1e-9, seconds)
-
-
-def share(flags):
-    """The fraction of true flags. None if there are no flags, or if one of them is unknown. What
-    could not be graded does not count."""
-    flags = [flag for flag in flags if flag != NOT_GRADED]
-    if not flags or None in flags:
-        return None
-    return sum(flags) / len(flags)
-
-
-def verdicts_of(rows, tokenizer, mode):
-    """Whether each answer is right, for the prompts whose answer is known, see is_correct()."""
-    verdicts = []
-    for row in rows:
-        if row["answer"] is not None:
-            text = tokenizer.decode(row[mode]["tokens"], skip_special_tokens=True)
-            verdicts.append(is_correct(text, row["answer"]))
-    return verdicts
 
 
 def round_figures(of_prompts, block_size):
@@ -267,37 +243,26 @@ def round_figures(of_prompts, block_size):
 def summarize(rows, tokenizer, block_size):
     """The figures of a report, from the rows of decode_in_turns()."""
     figures = round_figures([row["speculative"]["rounds"] for row in rows], block_size)
+    graded = [row for row in rows if row["answer"] is not None]
     speed = {}
-    identical = {}  # to the speculative tokens
-    verdicts = {mode: verdicts_of(rows, tokenizer, mode) for mode in ("target", "speculative")}
+    identical = {}  # fraction of answers that equal the speculative one
+    accuracy = {}
     for mode in ("target", "target_same_shape", "speculative"):
         speed[mode] = tokens_per_second(rows, mode)
-        identical[mode] = share(row["speculative"]["tokens"] == row[mode]["tokens"] for row in rows)
+        equal = [row["speculative"]["tokens"] == row[mode]["tokens"] for row in rows]
+        identical[mode] = sum(equal) / len(rows)
+        texts = [tokenizer.decode(row[mode]["tokens"], skip_special_tokens=True) for row in graded]
+        accuracy[mode] = fraction_correct(texts, [row["answer"] for row in graded])
     return {"prompts": len(rows)} | figures | {
         "identical": identical["target_same_shape"], "identical_to_steps": identical["target"],
-        "accuracy": {mode: share(verdicts[mode]) for mode in verdicts},
-        "not_graded": sum(verdicts[mode].count(NOT_GRADED) for mode in verdicts),
+        "accuracy": {mode: accuracy[mode] for mode in ("target", "speculative")},
         "tokens_per_s": speed, "speedup": speed["speculative"] / max(1e-9, speed["target"])}
 
 
-def print_row(name, value):
-    """A line of a report."""
-    print(f"{name:20} {printable(value)}")
-
-
 def print_figures(report):
-    """The lines that acceptance and speedup share."""
-    print_row("tau", f"{report['tau_micro']:.3f} micro, {report['tau_macro']:.3f} macro: "
-              f"{report['tokens']} tokens in {report['rounds']} rounds, "
-              f"{report['prompts']} prompts")
-    print_row("identical outputs", f"{report['identical']:.1%} to the target alone with forwards "
-              f"of the same shape, {report['identical_to_steps']:.1%} with 1-token forwards")
-    accuracy_text = "no known answers, or pip install math-verify"
-    if None not in report["accuracy"].values():
-        accuracy_text = ", ".join(f"{x:.1%} {mode}" for mode, x in report["accuracy"].items())
-    if report["not_graded"]:
-        accuracy_text += f", the grader failed on {report['not_graded']} answers"
-    print_row("accuracy", accuracy_text)
-    speeds = [f"{speed:,.0f} {mode}" for mode, speed in report["tokens_per_s"].items()]
-    print_row("tokens/s", f"{', '.join(speeds)}; sequences at once: {report['slots']}")
-    print_row("speedup", f"{report['speedup']:.2f}x over the target alone with 1-token forwards")
+    """The figures of a report, without its long lists."""
+    for name, value in report.items():
+        if name not in ("transcript", "rounds_of_length"):
+            print(f"{name:20} {text_of(value)}")
+    if report["accuracy"]["target"] is None:
+        print("no accuracy: the answers are not known, or pip install math-verify")

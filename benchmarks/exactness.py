@@ -1,7 +1,7 @@
 """
 Compares the output with a drafter, token by token, with three others:
 
-    same shape     the target alone, with forwards of the same K tokens: must be bitwise identical
+    same shape     the target alone, also with K-token forwards: must be bitwise identical
     1-token        the target alone, with 1-token forwards: equal up to rounding
     transformers   its own greedy generate: equal up to rounding
 
@@ -9,15 +9,17 @@ for good and bad drafters at several temperatures, in the dtype of the key `dtyp
 differ, the verdict follows from the margin between the target's scores of the first two tokens that
 differ. Rounding only flips near-ties. docs/bugs.md has the margins of states that are wrong.
 """
+import itertools
 import math
 from types import SimpleNamespace
 
 import torch
 
-from benchmarks.common import (decode_in_turns, load, mean_round_length, mode_of, print_table,
-                               sampling_of, setup_of, slots_of, write_rows)
+from benchmarks.common import (groups_of, load, mean_round_length, mode_of, pairs_of, print_table,
+                               sampling_of, slots_of, write_rows)
 from benchmarks.drafters import Oracle, random_drafter
-from benchmarks.reference import reference_answer, transformers_reference
+from benchmarks.reference import transformers_reference
+from benchmarks.timing import progress
 from draft_decode import Generation, first_difference
 from sampling import gumbel_noise, perturbed_scores
 
@@ -41,87 +43,82 @@ def run(config):
     details = []
     for temperature in config.temperatures:
         here = SimpleNamespace(**vars(config) | {"temperature": temperature})
-        modes = modes_of(here, workload)
-        decoded = decode_in_turns(modes, workload.prompts, slots_of(here))
-        for drafter in DRAFTERS:
-            for against in REFERENCES:
-                if drafter in modes and against in modes:
-                    names = {"temperature": temperature, "drafter": drafter, "against": against}
-                    differences = [compare(here, workload, row, drafter, against)
-                                   for row in decoded]
-                    rows.append(names | summarize(differences, config.dtype))
-                    details += [names | difference for difference in differences]
+        outputs = outputs_of(here, workload._replace(decoders={}))
+        for drafter, against in itertools.product(DRAFTERS, REFERENCES):
+            if drafter in outputs and against in outputs:
+                names = {"temperature": temperature, "drafter": drafter, "against": against}
+                differences = []
+                for number, pair in enumerate(zip(outputs[drafter], outputs[against])):
+                    differences.append(compare(here, workload, number, *pair))
+                rows.append(names | summarize(differences, config.dtype))
+                details += [names | difference for difference in differences]
     write_rows(config, "exactness", details)
     print_table(rows, COLUMNS)
     identical = min(row["identical"] for row in rows if row["against"] == "same shape")
-    report = {"command": "exactness", "slots": slots_of(config), "identical": identical,
-              "rows": rows}
-    return report, setup_of(config, workload.prompts, workload.stops)
+    return {"slots": slots_of(config), "identical": identical, "rows": rows}
 
 
-# ------------------------------------------------------------------------------------------------
-# modes
-
-
-def modes_of(config, workload):
-    """{name: mode}: the target alone in two shapes; at temperature 0 transformers; and four
-    drafters. These are an untrained one, the trained one if there is one, and the ORACLES, which
-    know the target's answer."""
+def outputs_of(config, workload):
+    """{mode: the Generation of each prompt}: the target alone in two shapes; at temperature 0
+    transformers; and four drafters. These are an untrained one, the trained one if there is one,
+    and the ORACLES, which know the target's answer."""
     target = workload.target
     block_size = workload.drafter.block_size
-    decoders = {}
-    same_shape = mode_of(config, workload, None, block_size, decoders)
-    modes = {"same shape": same_shape, "1-token": mode_of(config, workload, None, 1, decoders)}
+    modes = {"same shape": mode_of(config, workload, None, block_size),
+             "1-token": mode_of(config, workload, None, 1)}
     if config.temperature == 0:
         modes["transformers"] = transformers_mode(config, workload)
-    untrained = random_drafter(target, block_size)
-    modes["random"] = mode_of(config, workload, untrained, block_size, decoders)
+    modes["random"] = mode_of(config, workload, random_drafter(target, block_size), block_size)
     if config.drafter != "random":
-        modes["trained"] = mode_of(config, workload, workload.drafter, block_size, decoders)
-    for name, probability in ORACLES.items():
-        oracle = Oracle(target, block_size=block_size, prompts=len(workload.prompts))
-        mode = mode_of(config, workload, oracle, block_size, decoders)
-        modes[name] = oracle_mode(oracle, probability, mode, same_shape)
-    return modes
+        modes["trained"] = mode_of(config, workload, workload.drafter, block_size)
+    oracles = {}
+    for name in ORACLES:
+        oracles[name] = Oracle(target, block_size=block_size, prompts=len(workload.prompts))
+        modes[name] = mode_of(config, workload, oracles[name], block_size)
 
-
-def oracle_mode(oracle, probability, mode, same_shape):
-    """A mode whose oracle first learns what the target alone answers."""
-    def decode(prompts):
-        for place, answer in enumerate(same_shape(prompts)):
-            oracle.learn(prompts[place], answer.tokens, probability, place)
-        return mode(prompts)
-    return decode
+    outputs = {name: [] for name in modes}
+    for group in progress(groups_of(workload.prompts, slots_of(config))):
+        prompts = [prompt.ids for prompt in group]
+        answers = modes["same shape"](prompts)
+        outputs["same shape"] += answers
+        for name, oracle in oracles.items():
+            for place, answer in enumerate(answers):
+                oracle.learn(prompts[place], answer.tokens, ORACLES[name], place)
+        for name, decode in modes.items():
+            if name != "same shape":
+                outputs[name] += decode(prompts)
+    return outputs
 
 
 def transformers_mode(config, workload):
-    """transformers' greedy generate, one prompt at a time."""
+    """transformers' greedy generate, one prompt at a time. Its answers end like our own: at a stop,
+    at the limit, or when the target's context has no room for another block."""
     reference = transformers_reference(workload.target)
+    room = reference.config.max_position_embeddings - workload.drafter.block_size
 
+    @torch.inference_mode()
     def decode(prompts):
         generations = []
         for prompt_ids in prompts:
-            tokens = reference_answer(reference, prompt_ids, config.max_new_tokens, workload.stops,
-                                      workload.drafter.block_size)
+            prompt = torch.tensor([prompt_ids], device=reference.device)
+            output = reference.generate(
+                prompt, attention_mask=torch.ones_like(prompt), do_sample=False, pad_token_id=0,
+                max_new_tokens=min(config.max_new_tokens, room - len(prompt_ids)),
+                eos_token_id=sorted(workload.stops) or None)
+            tokens = output[0, len(prompt_ids):].tolist()
             generations.append(Generation(tokens, [], 0.0))
         return generations
     return decode
 
 
-# ------------------------------------------------------------------------------------------------
-# differences
-
-
-def compare(config, workload, row, drafter, against):
-    """How the output of a drafter differs from that of another mode, for a row of
-    decode_in_turns(). position: of the first token that differs; None: the outputs are equal."""
-    prompt_ids = workload.prompts[row["prompt"]].ids
-    tokens = row[drafter]["tokens"]
-    other = row[against]["tokens"]
-    return {
-        "prompt": row["prompt"], "position": first_difference(tokens, other),
-        "margin": margin_of(workload.target, sampling_of(config), prompt_ids, tokens, other),
-        "rounds": row[drafter]["rounds"]}
+def compare(config, workload, number, ours, other):
+    """How our output for a prompt differs from another mode's, both Generations. position: of the
+    first token that differs; None: the outputs are equal."""
+    prompt_ids = workload.prompts[number].ids
+    margin = margin_of(
+        workload.target, sampling_of(config), prompt_ids, ours.tokens, other.tokens)
+    return {"prompt": number, "position": first_difference(ours.tokens, other.tokens),
+            "margin": margin, "rounds": pairs_of(ours.rounds)}
 
 
 @torch.inference_mode()

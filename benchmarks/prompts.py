@@ -9,6 +9,8 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
+import numpy as np
+
 from data.nano.problems import boxed, problems
 from data.nano.refusals import REFUSAL, REFUSED_EXAMPLES
 from data.questions import SUFFIX
@@ -16,9 +18,9 @@ from data.rows import (
     Dropped, UnusableRow, UnwantedRow, prompt_ids, read_conversations, read_rows)
 from formats.files import one_line, where
 
-
 BLOCK_ROOM = 16  # tokens of the context that decoding keeps for a block
 NOT_GRADED = "not graded"
+NUMBER = re.compile("[+-]?[0-9]+(/0*[1-9][0-9]*)?")  # "-7" or "16/3"
 
 
 @dataclass
@@ -32,7 +34,7 @@ class Prompt:
 def load_prompts(config, count, target, tokenizer):
     """Prompts of config.prompts as token ids. A target with random weights has no tokenizer, so it
     needs random ids."""
-    if config.prompts.startswith("random:") and count > 0:
+    if config.prompts.startswith("random:"):
         return random_prompts(config.prompts, count, target.config.vocab_size)
     questions = load_questions(config.prompts, count)
     if tokenizer is None:
@@ -70,18 +72,10 @@ def random_prompts(name, count, vocab_size):
         raise ValueError(f"prompts = {name!r}: write random:SHORTEST:LONGEST, "
                          "both in tokens") from None
     generator = random.Random(0)
-    prompts = []
-    for i in range(count):
-        progress = i / max(1, count - 1)  # from 0 to 1
-        length = round(shortest * (longest / shortest) ** progress)
-        prompts.append(Prompt([generator.randrange(vocab_size) for _ in range(length)]))
-    return prompts
+    lengths = np.geomspace(shortest, longest, count).round().astype(int)
+    return [Prompt(generator.choices(range(vocab_size), k=length)) for length in lengths]
 
 
-# ------------------------------------------------------------------------------------------------
-# questions by name
-
-NANO = {"nano": "words", "plain": "plain"}  # name of the prompts: task of data/nano
 PUBLIC = {  # name of the prompts: (hub id, configuration)
     "math500": ("HuggingFaceH4/MATH-500", None),
     "gsm8k": ("openai/gsm8k", "main"),
@@ -97,10 +91,8 @@ def load_questions(name, count):
     nano must refuse. math500, gsm8k and humaneval come from the hub, or with ":PATH" from a copy of
     their files. Any other name is a file of conversations that data/rows.py can read.
     """
-    if count < 1:
-        raise ValueError(f"limit = {count}: measure at least one prompt")
-    if name in NANO:
-        rows = problems("test", count, task=NANO[name])
+    if name in ("nano", "plain"):
+        rows = problems("test", count, task="words" if name == "nano" else "plain")
         return [(question, answer) for question, _, answer in rows]
     if name == "refusals":
         return [(text, REFUSAL) for text in REFUSED_EXAMPLES[:count]]
@@ -119,9 +111,8 @@ def load_questions(name, count):
         try:
             questions.append(question_of(data_set, row))
         except (LookupError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{where(source)}, row {place} does not look like {data_set}: "
-                f"{one_line(repr(error))}") from None
+            raise ValueError(f"{where(source)}, row {place} does not look like {data_set}: "
+                             f"{one_line(repr(error))}") from None
     if not questions:
         raise ValueError(f"{source} contains no prompts")
     return questions
@@ -155,8 +146,14 @@ def question_of(data_set, row):
     return question, None
 
 
-# ------------------------------------------------------------------------------------------------
-# answers
+def fraction_correct(texts, answers):
+    """The fraction of texts with the known answer. None if no answer is known, or if math-verify is
+    needed and not installed. If the grader fails, a text counts as wrong."""
+    pairs = [pair for pair in zip(texts, answers, strict=True) if pair[1] is not None]
+    verdicts = [is_correct(text, answer) for text, answer in pairs]
+    if not verdicts or None in verdicts:
+        return None
+    return verdicts.count(True) / len(verdicts)
 
 
 def is_correct(text, answer):
@@ -186,15 +183,10 @@ def grade(text, answer):
         return True
     if "remainder" in answer:
         return False  # two numbers and a word, which were compared as text
-    if is_number(result) and is_number(answer):
+    if NUMBER.fullmatch(result) and NUMBER.fullmatch(answer):
         return Fraction(result) == Fraction(answer)
     try:  # imported here, because it takes a second that most runs do not need
         from math_verify import parse, verify
     except ImportError:
         return None
     return bool(verify(parse(f"${answer}$"), parse(f"${result}$")))
-
-
-def is_number(text):
-    """Whether a text is a whole number or a fraction of two, such as "-7" or "16/3"."""
-    return re.fullmatch(r"[+-]?[0-9]+(/0*[1-9][0-9]*)?", text) is not None

@@ -11,12 +11,11 @@ like the target alone, and 1 + ACCEPTED: the fraction of tokens with bitwise equ
 the same most likely next token.
 """
 from functools import partial
-from statistics import median
 
 import torch
 
-from benchmarks.common import load, print_table, setup_of
-from benchmarks.timing import seconds_of, time_interleaved
+from benchmarks.common import load, print_table
+from benchmarks.timing import median_seconds, seconds_of
 from decode_state import DecodeState, LinearLayerState
 from delta_rule import delta_step, gated_delta_rule
 from fast.cuda_graph import Graphs
@@ -42,11 +41,11 @@ def run(config):
                 "equal_logits": (logits == alone).all(-1).double().mean().item(),
                 "equal_choices": (logits.argmax(-1) == alone.argmax(-1)).double().mean().item()})
             timed[slots, way] = partial(seconds_of, rounds.run, 16)
-    seconds = time_interleaved(timed)
+    seconds = median_seconds(timed)
     for row in rows:
-        row["ms_per_round"] = 1000 * median(seconds[row["sequences"], row["way"]])
+        row["ms_per_round"] = 1000 * seconds[row["sequences"], row["way"]]
     print_table(rows, rows[0])
-    return {"command": "rollback", "accepted": ACCEPTED, "rows": rows}, setup_of(config)
+    return {"accepted": ACCEPTED, "rows": rows}
 
 
 class Rounds:

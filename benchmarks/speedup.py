@@ -5,24 +5,17 @@ the median of three repeats. Every round is timed, including the first draft. Th
 """
 from statistics import geometric_mean, median
 
-from benchmarks.common import (decode_in_turns, decoding_modes, load, print_figures, print_row,
-                               setup_of, slots_of, summarize, tokens_per_second, write_rows)
+from benchmarks.common import measure_decoding, print_figures, tokens_per_second, write_rows
 
 REPEATS = 3  # per prompt
 
 
 def run(config):
-    workload = load(config, default_count=24)
-    modes = decoding_modes(config, workload)
-    rows = decode_in_turns(modes, workload.prompts, slots_of(config), REPEATS)
-    report = {"command": "speedup", "slots": slots_of(config)} | gains_of(rows)
-    report |= summarize(rows, workload.tokenizer, workload.drafter.block_size)
+    _, rows, report = measure_decoding(config, default_count=24, repeats=REPEATS)
+    report |= gains_of(rows)
     write_rows(config, "speedup", rows)
     print_figures(report)
-    print_row("speedup per prompt", f"{report['geomean']:.2f}x geometric mean; "
-              f"{report['min']:.2f}x to {report['max']:.2f}x, median {report['median']:.2f}x")
-    print_row("faster", f"{report['faster']} of {report['timed']} prompts with at least one round")
-    return report, setup_of(config, workload.prompts, workload.stops)
+    return report
 
 
 def gains_of(rows):

@@ -11,34 +11,27 @@ Both are timed with all slots busy, after 256 tokens, in a buffer of 1,024. The 
 not depend on tau, so tau is a key: set --assumed_tau to the tau that acceptance measures.
 """
 import os
-from statistics import median
 
 import torch
 
-from benchmarks import pictures
-from benchmarks.common import load, print_table, setup_of
+from benchmarks import figures
+from benchmarks.common import load
 from benchmarks.speed import timed_rounds
-from benchmarks.timing import device_name, time_interleaved
+from benchmarks.timing import device_name, median_seconds
 
 SLOTS = (1, 2, 4, 8, 16, 32)
-COLUMNS = ("sequences", "ms per step", "tokens/s alone", "ms per round", "tokens/s with drafter",
-           "break-even tau")
 
 
 def run(config):
     workload = load(config, default_count=1)
-    print(f"{config.dtype} on {device_name(config.device)}, rounds at tau "
-          f"{config.assumed_tau:.2f}\n")
+    print(f"{config.dtype} on {device_name(config.device)}, rounds at tau {config.assumed_tau:.2f}")
     rows = []
     for slots in config.slots or SLOTS:
         row = measure(config, workload, slots)
         rows.append(row)
-        print_table([cells(row)], COLUMNS, header=len(rows) == 1)
-    print()
-    for row in rows:
-        print(conclusion(row))
-    pictures.throughput(os.path.join(config.out_dir, "throughput.png"), {config.target: rows})
-    return {"command": "throughput", "rows": rows}, setup_of(config)
+        print(in_words(row), flush=True)
+    figures.throughput(os.path.join(config.out_dir, "throughput.png"), {config.target: rows})
+    return {"rows": rows}
 
 
 @torch.inference_mode()
@@ -47,11 +40,9 @@ def measure(config, workload, slots):
     all sequences; the speedup, and the tau at which it is 1."""
     target = workload.target
     drafter = workload.drafter
-    calls = 32 if config.device.startswith("cuda") else 8
-    repeats = time_interleaved({
-        "speculative": timed_rounds(target, drafter, drafter.block_size, calls, slots),
-        "target": timed_rounds(target, None, 1, calls, slots)})
-    seconds = {mode: median(repeats[mode]) for mode in repeats}
+    seconds = median_seconds({
+        "speculative": timed_rounds(target, drafter, drafter.block_size, slots),
+        "target": timed_rounds(target, None, 1, slots)})
     tau = config.assumed_tau
     break_even_tau = seconds["speculative"] / seconds["target"]
     return {
@@ -61,19 +52,16 @@ def measure(config, workload, slots):
         "speedup": tau / break_even_tau, "break_even_tau": break_even_tau}
 
 
-def cells(row):
-    numbers = [row["slots"]]
-    for mode in ("target", "speculative"):
-        numbers += [1000 * row["seconds"][mode], row["tokens_per_s"][mode]]
-    return dict(zip(COLUMNS, [*numbers, row["break_even_tau"]]))
-
-
-def conclusion(row):
-    """Which mode to use for this number of sequences."""
+def in_words(row):
+    """The figures of a row, and which mode to use for this number of sequences."""
+    numbers = []
+    for mode, name in (("target", "step"), ("speculative", "round")):
+        milliseconds = 1000 * row["seconds"][mode]
+        numbers.append(f"{name} {milliseconds:.2f} ms, {row['tokens_per_s'][mode]:,.0f} tokens/s")
     better = "with the drafter"
     factor = row["speedup"]
     if factor < 1:
         better = "the target alone"
         factor = 1 / factor
-    return (f"sequences: {row['slots']}, better: {better}, {factor:.2f}x (tau {row['tau']:.2f}, "
-            f"break-even {row['break_even_tau']:.2f})")
+    return (f"sequences: {row['slots']} | {' | '.join(numbers)} | break-even tau "
+            f"{row['break_even_tau']:.2f} | better: {better}, {factor:.2f}x")

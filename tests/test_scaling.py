@@ -9,14 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 
-import bench
 import checkpoint
 import train
 from benchmarks import scaling
 from configurator import configure
 from data.samples import Samples
 from data.synthetic import prepare
-from tests.common import ROOT, read_jsonl, small_config, write_config
+from tests.common import ROOT, small_config, write_config
 
 
 @pytest.fixture
@@ -26,65 +25,62 @@ def tiny_target(monkeypatch):
     return "random:tiny"
 
 
-def test_scaling_compares_modes_with_the_same_samples(run_bench, monkeypatch, tmp_path):
-    """Failure 15: two processes see other samples than one, a speed is compared with the wrong run,
-    or losses are compared with other steps."""
-    results = {"ddp1": (10, [2.0, 4.0]), "ddp2": (19, [2.0, 5.0]), "fsdp2": (16, [1.0, 4.0]),
-               "ddp4": (40, [2.0, 4.0]), "fsdp4": (20, [2.0, 4.0])}
+def test_scaling_compares_modes_with_the_same_samples(run_bench, monkeypatch):
+    """Failure 15: two processes see other samples than one, the warm-up counts, a speed is compared
+    with the wrong run, losses are compared with other steps, or a failed run with others."""
+    # of each mode: seconds of the two steps after the warm-up, and losses
+    results = {"ddp1": (4.0, [2.0, 4.0]), "ddp2": (2.5, [2.0, 5.0]), "fsdp2": (4.0, [1.0, 4.0]),
+               "ddp4": (1.0, [2.0, 4.0]), "fsdp4": (2.0, [2.0, 4.0])}
     samples = []
 
     def run(command, stdout, **options):
-        """Instead of training: write the result by hand."""
-        path, steps, *flags = command[command.index("benchmarks.scaling") + 1:]
-        config = configure(vars(train), flags)
-        name = os.path.basename(path).removesuffix(".json")
-        processes = int(name[-1])
-        assert name == f"{config.parallel}{processes}"
-        assert steps == "3"
-        assert (f"--nproc_per_node={processes}" in command) == (processes > 1)
-        samples.append(processes * config.batch_size * config.grad_accum_steps)
-        speed, losses = results[name]
-        row = {"processes": processes, "samples_per_s": speed, "mfu": None, "peak_gb": None,
-               "steps": [{"loss": loss, "grad_norm": 1.0} for loss in losses]}
-        with open(path, "w") as f:
-            json.dump(row, f)
+        """Instead of training: write a log by hand. The two steps of the warm-up took 100 s."""
+        config = configure(vars(train), command[command.index(train.__file__) + 1:])
+        processes = os.path.basename(stdout.name).split(".")[0][-1]
+        assert (f"--nproc_per_node={processes}" in command) == (processes != "1")
+        samples.append(int(processes) * config.batch_size * config.grad_accum_steps)
+        if failing:
+            return SimpleNamespace(returncode=1)
+        seconds, losses = results[config.parallel + processes]
+        with open(os.path.join(config.out_dir, "log.jsonl"), "w") as f:
+            for step, elapsed in enumerate((50, 100, 100 + seconds / 4, 100 + seconds, 999), 1):
+                entry = {"step": step, "loss": losses[step % 2], "grad_norm": 1.0, "peak_gb": None,
+                         "tokens_per_s": 640 * step / elapsed, "mfu": 3 * step / elapsed,
+                         "minutes_left": (5 - step) * elapsed / step / 60}
+                f.write(json.dumps(entry) + "\n")
+        return SimpleNamespace(returncode=0)
+
+    failing = False
+    monkeypatch.setattr(scaling, "subprocess", SimpleNamespace(run=run))
+    rows = run_bench("scaling", "--processes=1,2,4", "--steps=4")["rows"]
+    assert samples == [4 * 8] * 5  # config/nano.py has 8 samples per step
+    assert [row["samples_per_s"] for row in rows] == pytest.approx([16, 25.6, 16, 64, 32])
+    assert [row["tokens_per_s"] for row in rows] == pytest.approx([320, 512, 320, 1280, 640])
+    assert [row["mfu"] for row in rows] == pytest.approx([1.5, 2.4, 1.5, 6, 3])
+    assert [row["scaling"] for row in rows] == pytest.approx([1, 0.8, 0.5, 1, 0.5])
+    assert [row["loss_difference"] for row in rows] == [0, 0.25, 0.5, 0, 0]
+    failing = True
+    for processes, message in (("1,", "training with 1 processes failed: see .*ddp1.log"),
+                               ("3,4", "must divide the largest")):
+        with pytest.raises(SystemExit, match=message):
+            run_bench("scaling", f"--processes={processes}")
+
+
+def test_scaling_reads_the_log_of_train_py(run_bench, monkeypatch, small_run, tmp_path):
+    """train.py refuses a flag, takes another number of steps, or logs a figure under another
+    name."""
+    settings, _ = small_run
+    recipe = write_config(tmp_path / "recipe.py", settings, ("target", "data", "out_dir"))
+
+    def run(command, **options):
+        train.main(command[command.index(train.__file__) + 1:])
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(scaling, "subprocess", SimpleNamespace(run=run))
-    report = run_bench("scaling", "--processes=1,2,4", "--steps=3")
-    assert samples == [4 * 8] * 5  # config/nano.py has 8 samples per step
-    assert [row["scaling"] for row in report["rows"]] == [1, 0.95, 0.8, 1, 0.5]
-    assert [row["loss_difference"] for row in report["rows"]] == [0, 0.25, 0.5, 0, 0]
-    with pytest.raises(SystemExit, match="must divide the largest"):
-        run_bench("scaling", "--processes=3,4")
-
-
-def test_scaling_names_the_log_of_a_failed_process(tmp_path):
-    """A failed run whose empty result is compared with the others; a link under the name of the log
-    directs it to a file of the user."""
-    (tmp_path / "notes").write_text("mine")
-    (tmp_path / "ddp1.log").symlink_to(tmp_path / "notes")
-    config = configure(vars(bench), [f"--out_dir={tmp_path}", "--device=cpu", "--processes=1,"])
-    with pytest.raises(ValueError, match="training with 1 processes failed: see .*ddp1.log"):
-        scaling.launch(config, 1, "ddp", 1)  # without samples
-    assert "no meta.json" in (tmp_path / "ddp1.log").read_text()
-    assert (tmp_path / "notes").read_text() == "mine"
-
-
-def test_scaling_measures_the_run_of_train_py(small_run, tmp_path):
-    """Failure 15: timed steps that differ from those of train.py; a warm-up that counts."""
-    settings, _ = small_run
-    run, held_out, _ = train.setup(settings)
-    train.loop(run, held_out)
-    log = read_jsonl(tmp_path / "run-dflash" / "log.jsonl")
-    expected = [entry["loss"] for entry in log if entry["kind"] == "train"]
-
-    settings.out_dir = f"{tmp_path}/other-dflash"
-    _, result = scaling.measure_steps(settings, run.total_steps)
-    assert [step["loss"] for step in result["steps"]] == expected
-    seconds = sum(step["seconds"] for step in result["steps"][2:])
-    assert result["samples_per_s"] == pytest.approx(4 * (run.total_steps - 2) / seconds)
-    assert os.listdir(settings.out_dir) == []
+    row, = run_bench("scaling", f"--recipe={recipe}", "--processes=1,", "--steps=3", "--mixed",
+                     "--device=cpu", "--dtype=float32")["rows"]
+    assert [entry["step"] for entry in row["log"]] == [1, 2, 3, 4]
+    assert row["samples_per_s"] > 0 and row["tokens_per_s"] > 0
 
 
 LOST = """

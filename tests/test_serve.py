@@ -1,10 +1,6 @@
 """bench.py serve: a server's failures that end up in figures, of this server or of the other."""
-import contextlib
-import http.server
 import json
-import threading
-import time
-import urllib.request
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +10,6 @@ import bench
 from benchmarks import common, serve
 from checkpoint import load_target
 from configurator import configure
-from data import regenerate
 from data.nano import nested
 from data.nano.problems import boxed, problems
 from draft_decode import collect, generate
@@ -22,96 +17,39 @@ from tests.common import NANO_TARGET, nano, read_jsonl, shipped, write_jsonl
 from tokenizer import chat_prompt, stop_ids, tokenizer_fingerprint
 
 
-def reply_of(text="4", tokens=1, reason="stop"):
-    choice = {"message": {"content": text}, "finish_reason": reason}
-    return {"choices": [choice], "usage": {"completion_tokens": tokens}}
+def reply_of(message, tokens=1, reason="stop"):
+    return json.dumps({"choices": [{"message": message, "finish_reason": reason}],
+                       "usage": {"completion_tokens": tokens}})
 
 
-BROKEN_REPLIES = {
-    "garbage": "{nonsense",
-    "deep": "[" * 100_000,
-    "number": "7",
-    "cut": json.dumps(reply_of(reason=None)),
-    "empty": json.dumps(reply_of(text="")),
-    "countless": json.dumps(reply_of() | {"usage": None}),
-    "too long": json.dumps(reply_of(tokens=73)),
-    "no tokens": json.dumps(reply_of(tokens=0)),
+FAULTS = {
+    "busy": (503, ""),
+    "garbage": (200, "{nonsense"),
+    "deep": (200, "[" * 100_000),
+    "number": (200, "7"),
+    "cut": (200, reply_of({"content": "4"}, reason=None)),
+    "empty": (200, reply_of({"content": ""})),
+    "not text": (200, reply_of({"content": 4})),
+    "too long": (200, reply_of({"content": "4"}, tokens=73)),
+    "no tokens": (200, reply_of({"content": "4"}, tokens=0)),
+    "dead": (200, None),
 }
-FAULTS = ["busy", "dead", *BROKEN_REPLIES]
-
-
-class BrokenServer(http.server.BaseHTTPRequestHandler):
-    """Passes requests on to `upstream`, but a prompt that names a fault gets that fault."""
-    upstream = ""
-
-    def do_GET(self):
-        if self.path == "/v1/models":
-            self.pass_on()
-        else:
-            self.reply("[]")
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        question = json.loads(body)["messages"][0]["content"]
-        if question in BROKEN_REPLIES:
-            self.reply(BROKEN_REPLIES[question])
-        elif question == "busy":
-            self.send_error(503)
-        elif question == "dead":
-            self.close_connection = True
-        elif question == "drip":  # never longer than 0.1 s without a byte
-            self.reply("")
-            for _ in range(20):
-                self.wfile.write(b" ")
-                time.sleep(0.1)
-        else:
-            self.pass_on(body)
-
-    def reply(self, text):
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(text.encode())
-
-    def pass_on(self, body=None):
-        url = self.upstream + self.path.removeprefix("/v1")
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(url, body, headers)
-        with urllib.request.urlopen(request) as answer:
-            self.reply(answer.read().decode())
-
-    def log_message(self, *args):
-        pass
-
-
-@contextlib.contextmanager
-def broken_server():
-    """Yields the address of a BrokenServer."""
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), BrokenServer) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/v1"
-        server.shutdown()
-
-
-@pytest.mark.parametrize("question, error", (
-    ("drip", "no whole answer in 0.5 s"), ("cut", "more than 50 bytes")))
-def test_bench_serve_bounds_a_request(monkeypatch, question, error):
-    """A server that sends a byte now and then is never given up, or one that never stops sending
-    fills the memory."""
-    monkeypatch.setattr(serve, "TIMEOUT", 0.5)
-    monkeypatch.setattr(regenerate, "LONGEST_REPLY", 50)
-    with broken_server() as url:
-        assert error in serve.ask(url, {"max_tokens": 1}, question)["error"]
 
 
 def test_bench_serve_reads_and_prints_text(monkeypatch, capsys):
     """Reasoning that a server keeps apart is an empty answer, or is not compared; a server's escape
-    sequence reaches the terminal."""
-    message = {"reasoning": "2 + 2", "reasoning_content": "2 + 2", "content": None}
-    assert serve.text_of_message(message) == "2 + 2"
-    assert serve.text_of_message(message | {"content": "= 4"}) == "2 + 2= 4"
-    monkeypatch.setattr(serve, "send", lambda request, seconds: (200, json.dumps(
-        reply_of(reason="\x1b[2J")).encode()))
-    error = serve.ask("http://x", {"max_tokens": 9}, "q")["error"]
+    sequence reaches the terminal; a server that never ends its answer is never given up."""
+    def ask(message, reason="stop"):
+        def send(request, seconds):
+            assert seconds == serve.TIMEOUT
+            return 200, reply_of(message, reason=reason).encode()
+        monkeypatch.setattr(serve, "send", send)
+        return serve.ask("http://x", {"max_tokens": 9}, "q")
+
+    thought = {"reasoning": "2 + 2", "reasoning_content": "2 + 2", "content": None}
+    assert ask(thought)["text"] == "2 + 2"
+    assert ask(thought | {"content": "= 4"})["text"] == "2 + 2= 4"
+    error = ask({"content": "4"}, "\x1b[2J")["error"]
     common.print_table([{"errors": {error: 1, "\x1b]0;": 2}}], ["errors"])
     printed = capsys.readouterr().out
     assert "x1b[2J" in error and "x1b]0;" in printed and "\x1b" not in error + printed
@@ -119,8 +57,15 @@ def test_bench_serve_reads_and_prints_text(monkeypatch, capsys):
 
 def test_bench_serve(run_bench, monkeypatch, served, tmp_path):
     """A server's failures averaged into its speed or accuracy, or counted for the other server; a
-    text that is not the target's. Both are one real server, one of them behind a server that fails
-    in many ways."""
+    text that is not the target's. Both are one real server; the first one fails in many ways."""
+    def send(request, seconds):
+        if request.data and request.full_url.startswith(url):
+            question = json.loads(request.data)["messages"][0]["content"]
+            if question in FAULTS:
+                status, text = FAULTS[question]
+                return status, text.encode()
+        return real_send(request, seconds)
+
     by_length = sorted(problems("test", 30, task="words"), key=lambda problem: len(problem[1]))
     good = by_length[:2]
     rows = [{"question": question, "answer": answer} for question, _, answer in good]
@@ -128,39 +73,31 @@ def test_bench_serve(run_bench, monkeypatch, served, tmp_path):
     prompts = write_jsonl(tmp_path / "prompts.jsonl", rows)
     args = ["serve", f"--prompts={prompts}", "--limit=99", "--max_new_tokens=72",
             f"--baseline_url={served}", "--concurrency=2"]
-    monkeypatch.setattr(BrokenServer, "upstream", served)
-    with broken_server() as url:
-        report = run_bench(*args, f"--base_url={url}/")
+    real_send = serve.send
+    monkeypatch.setattr(serve, "send", send)
+    url = served.replace("127.0.0.1", "localhost")
+    report = run_bench(*args, f"--base_url={url}/")
 
     # each failure is counted with its reason, for the server that failed
-    ours = report["speculative"]
-    baseline = report["baseline"]
-    assert ours["answered"] == 2
+    errors = report["speculative"]["errors"]
     assert report["groups"] == 1
-    assert ours["failed"] == sum(ours["errors"].values()) == len(FAULTS)
-    assert len(ours["errors"]) == len(FAULTS)
-    for reason in ("status 503", "nested too deeply"):
-        assert any(reason in error for error in ours["errors"]), reason
-    assert baseline["failed"] == 0
-    assert baseline["answered"] == len(rows)
+    assert sum(errors.values()) == len(errors) == len(FAULTS)
+    assert any("status 503" in error for error in errors)
+    assert report["baseline"]["errors"] == {}
 
     # the figures are those of the two good prompts
-    results, = read_jsonl(tmp_path / "serve.jsonl")
+    results, *_ = read_jsonl(tmp_path / "serve.jsonl")
     right = 0
     target, tokenizer = nano()
-    for number, (question, _, known) in enumerate(good):
-        text = results["speculative"]["groups"][0]["answers"][number]["text"]
-        ids = chat_prompt(tokenizer, question)
-        answer = generate(
-            target, shipped(), ids, max_new_tokens=72, stop_token_ids=stop_ids(tokenizer))
-        tokens = collect(answer).tokens
-        assert text.lstrip() == tokenizer.decode(tokens, skip_special_tokens=True)
-        right += boxed(text) == known
-    assert ours["accuracy"] == right / 2 >= 0.5
+    for (question, _, known), answer in zip(good, results["speculative"]["answers"]):
+        outputs = generate(target, shipped(), chat_prompt(tokenizer, question), max_new_tokens=72,
+                           stop_token_ids=stop_ids(tokenizer))
+        tokens = collect(outputs).tokens
+        assert answer["text"].lstrip() == tokenizer.decode(tokens, skip_special_tokens=True)
+        right += boxed(answer["text"]) == known
+    assert report["speculative"]["accuracy"] == right / 2 >= 0.5
     assert report["same_text"] == 1
     assert report["speedup"] > 0
-    assert ours["throughput"] > 0
-    assert ours["tau"] is None
 
     for url, hint in (("http://127.0.0.1:9/v1", "http://127.0.0.1:9/v1 lists no model"),
                       ("", "give --base_url")):
@@ -170,7 +107,7 @@ def test_bench_serve(run_bench, monkeypatch, served, tmp_path):
 
 def test_bench_serve_requests_have_its_keys(monkeypatch):
     """A key for sampling, thinking or the limit that does not arrive at the server."""
-    monkeypatch.setattr(serve, "get", lambda url: '{"data": [{"id": "m"}]}')
+    monkeypatch.setattr(serve, "fetch", lambda url: '{"data": [{"id": "m"}]}')
     plain = serve.request_body(configure(vars(bench), []), "url")
     assert "top_k" not in plain  # 0 means all, which servers write in other ways
     assert plain["chat_template_kwargs"] == {"enable_thinking": False}
@@ -182,81 +119,77 @@ def test_bench_serve_requests_have_its_keys(monkeypatch):
 
 
 def test_bench_serve_groups_take_turns(monkeypatch):
-    """A server that is always asked first; more requests at once than the concurrency; a group with
-    a failed request in the throughput; a prompt that is asked twice or never; a tau of the
-    warm-up."""
+    """A server that is always asked first; more requests at once than the concurrency; a prompt
+    that is asked twice or never; a tau of the warm-up."""
     asked = []
 
     def ask(url, body, question):
         asked.append((url, question))
-        if question == "q4" and url == "a":
-            return {"error": "dead"}
         return {"text": question, "tokens": 4}
 
     now = iter(range(0, 1000, 2))  # each group takes 2 s
     monkeypatch.setattr(serve, "ask", ask)
-    monkeypatch.setattr(serve, "get", lambda url: '{"data": [{"id": "m"}]}')
-    monkeypatch.setattr(serve, "acceptance_so_far", lambda url: len(asked))
+    monkeypatch.setattr(serve, "request_body", lambda config, url: {})
+    monkeypatch.setattr(serve, "vllm_counts", lambda url: len(asked))
+    monkeypatch.setattr(serve, "tau_of", lambda url, before: (before, len(asked)))
     monkeypatch.setattr(serve.time, "perf_counter", lambda: next(now))
-    config = configure(vars(bench), ["--concurrency=2"])
-    questions = [f"q{number}" for number in range(5)]
-    results = serve.ask_in_turns(config, {"speculative": "a", "baseline": "b"}, questions)
+    questions = [(f"q{number}", f"{number}") for number in range(5)]
+    rows, taus = serve.ask_in_turns(
+        SimpleNamespace(concurrency=2), {"speculative": "a", "baseline": "b"}, questions)
     groups = [(asked[first][0], {question for _, question in asked[first:first + 2]})
               for first in (2, 4, 6)]
     assert groups == [("b", {"q0", "q1"}), ("a", {"q0", "q1"}), ("a", {"q2", "q3"})]
     assert [url for url, _ in asked[10:]] == ["b", "a"]
-    for mode, before, tokens in (("speculative", 1, [8, 8, None]), ("baseline", 2, [8, 8, 4])):
-        assert (results[mode]["before"], results[mode]["after"]) == (before, 12)
-        groups = results[mode]["groups"]
-        assert [group["tokens"] for group in groups] == tokens
-        assert [group["seconds"] for group in groups] == [2, 2, 2]
-    answers = sum([group["answers"] for group in results["baseline"]["groups"]], [])
-    assert [answer["text"] for answer in answers] == questions
+    assert taus == {"speculative": (1, 12), "baseline": (2, 12)}
+    for mode in serve.MODES:
+        assert [row[mode]["seconds"] for row in rows] == [2, 2, 2]
+        answers = sum([row[mode]["answers"] for row in rows], [])
+        assert [answer["text"] for answer in answers] == [question for question, _ in questions]
+    assert sum([row["known"] for row in rows], []) == ["0", "1", "2", "3", "4"]
 
 
 def test_bench_serve_report_by_hand():
     """The inverse of a speedup, a mean of ratios, groups with a failure; figures swapped."""
     def group(seconds, *answers):
         answers = [{"text": text, "tokens": tokens} for text, tokens in answers]
-        tokens = sum(answer["tokens"] for answer in answers)
-        return {"answers": answers, "seconds": seconds, "tokens": tokens}
+        return {"answers": answers, "seconds": seconds}
 
-    def result(*groups):
-        return {"groups": list(groups), "before": {}, "after": {"mean": 5.25}}
-
-    dead = {"answers": [{"error": "dead"}], "seconds": 1.0, "tokens": None}
-    results = {
-        "speculative": result(group(3.0, ("a", 9), ("\\boxed{7}", 6)), group(5.0, ("d", 9)),
-                              group(6.0, ("e", 5))),
-        "baseline": result(group(9.0, ("a", 9), ("c", 8)), group(4.0, ("d", 9)), dead)}
-    report = serve.report_of(results, [None, "7", None, None])
-    assert (report["prompts"], report["groups"], report["faster"]) == (4, 2, 1)
-    assert report["speedup"] == pytest.approx((24 / 8) / (26 / 13))
-    assert report["same_text"] == pytest.approx(2 / 3)
-    assert report["speculative"] == {
-        "answered": 4, "failed": 0, "errors": {}, "tau": 5.25, "accuracy": 1, "throughput": 3.0}
-    assert report["baseline"] == {
-        "answered": 3, "failed": 1, "errors": {"dead": 1}, "tau": 5.25, "accuracy": 0,
-        "throughput": 2.0}
-    assert serve.report_of({mode: result(dead) for mode in serve.MODES}, ["7"])["speedup"] is None
+    dead = {"answers": [{"error": "dead"}], "seconds": 1.0}
+    rows = [{"known": [None, "7"], "speculative": group(3.0, ("a", 9), ("\\boxed{7}", 6)),
+             "baseline": group(9.0, ("a", 9), ("c", 8))},
+            {"known": [None], "speculative": group(5.0, ("d", 9)),
+             "baseline": group(4.0, ("d", 9))},
+            {"known": ["7"], "speculative": group(6.0, ("e", 5)), "baseline": dead}]
+    assert serve.report_of(rows, {"speculative": 5.25, "baseline": None}) == {
+        "groups": 2, "faster": 1, "speedup": pytest.approx((24 / 8) / (26 / 13)),
+        "same_text": pytest.approx(2 / 3),
+        "speculative": {"errors": {}, "tau": 5.25, "accuracy": 1, "throughput": 3.0,
+                        "seconds_per_group": 4.0},
+        "baseline": {"errors": {"dead": 1}, "tau": None, "accuracy": 0, "throughput": 2.0,
+                     "seconds_per_group": 6.5}}
+    with pytest.raises(ValueError, match="in each group of prompts a request failed.*dead"):
+        serve.report_of(rows[2:], {})
 
 
 def test_bench_serve_tau(monkeypatch):
     """A tau without the target's own token, or of earlier requests."""
-    pages = {"/metrics": "vllm:spec_decode_num_drafts_created 1.7e9\n"}
-    monkeypatch.setattr(serve, "get", lambda url: pages.get(url.removeprefix("http://x"), ""))
-    assert serve.acceptance_so_far("http://x/v1") == {}
-    states = [{"avg_spec_accept_length": 5.0}, {"avg_spec_accept_length": 5.5}]
-    pages["/get_server_info"] = json.dumps({"internal_states": states})  # SGLang
-    assert serve.acceptance_so_far("http://x/v1") == {"mean": 5.25}
+    def fetch(url):
+        return pages[url.removeprefix("http://x/")]
 
-    pages["/metrics"] = (  # vLLM
-        'vllm:spec_decode_num_drafts_total{model_name="a b",engine="0"} 1.2e+02\n'
-        'vllm:spec_decode_num_accepted_tokens_total{model_name="a b",engine="0"} 480.0\n')
-    after = serve.acceptance_so_far("http://x/v1")
-    assert after == {"drafts": 120, "accepted_tokens": 480}
-    before = {"drafts": 20, "accepted_tokens": 80}
-    assert serve.tau_of({"before": before, "after": after}) == 5.0
+    pages = {"metrics": "vllm:spec_decode_num_drafts_created 1.7e9\n"}
+    monkeypatch.setattr(serve, "fetch", fetch)
+    before = serve.vllm_counts("http://x/v1")
+    assert serve.tau_of("http://x/v1", before) is None
+    states = [{"avg_spec_accept_length": 5.0}, {"avg_spec_accept_length": 5.5}]
+    pages["get_server_info"] = json.dumps({"internal_states": states})  # SGLang
+    assert serve.tau_of("http://x/v1", before) == 5.25
+
+    page = ('vllm:spec_decode_num_drafts_total{{model_name="a b",engine="0"}} {}\n'
+            'vllm:spec_decode_num_accepted_tokens_total{{model_name="a b",engine="0"}} {}\n')
+    pages["metrics"] = page.format("20.0", "80.0")  # vLLM
+    before = serve.vllm_counts("http://x/v1")
+    pages["metrics"] = page.format("1.2e+02", "480.0")
+    assert serve.tau_of("http://x/v1", before) == 5.0
 
 
 def test_nested_target_is_the_same_target(main, tmp_path):
@@ -272,14 +205,13 @@ def test_nested_target_is_the_same_target(main, tmp_path):
     assert tokenizer_fingerprint(folder) == tokenizer_fingerprint(NANO_TARGET)
 
     config = AutoConfig.from_pretrained(folder)
+    text = config.text_config
     assert config.architectures == ["Qwen3_5ForConditionalGeneration"]
-    assert config.eos_token_id == 504
-    assert config.tie_word_embeddings
-    assert config.vision_config.depth == 1
-    assert config.vision_config.out_hidden_size == config.text_config.hidden_size
-    interval = config.text_config.full_attention_interval
-    for i, kind in enumerate(config.text_config.layer_types):
-        assert (kind == "full_attention") == ((i + 1) % interval == 0)
+    assert (config.eos_token_id, config.tie_word_embeddings) == (504, True)
+    vision = config.vision_config
+    assert (vision.depth, vision.out_hidden_size) == (1, text.hidden_size)
+    for i, kind in enumerate(text.layer_types, 1):
+        assert (kind == "full_attention") == (i % text.full_attention_interval == 0)
 
     # other people's loaders
     ids = torch.tensor([AutoTokenizer.from_pretrained(folder)("How many pens?").input_ids])
