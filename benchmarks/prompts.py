@@ -148,12 +148,15 @@ def question_of(data_set, row):
 
 def fraction_correct(texts, answers):
     """The fraction of texts with the known answer. None if no answer is known, or if math-verify is
-    needed and not installed. If the grader fails, a text counts as wrong."""
+    needed and not installed. Texts on which the grader fails are left out and counted."""
     pairs = [pair for pair in zip(texts, answers, strict=True) if pair[1] is not None]
     verdicts = [is_correct(text, answer) for text, answer in pairs]
-    if not verdicts or None in verdicts:
+    failures = verdicts.count(NOT_GRADED)
+    if failures:
+        print(f"{failures} of {len(verdicts)} answers are not graded: the grader failed")
+    if len(verdicts) == failures or None in verdicts:
         return None
-    return verdicts.count(True) / len(verdicts)
+    return verdicts.count(True) / (len(verdicts) - failures)
 
 
 def is_correct(text, answer):

@@ -288,7 +288,7 @@ def test_bench_limit_of_a_file(tmp_path):
         questions = load_questions(str(path), limit)
         assert [question for question, _ in questions] == ["0", "1", "2", "3"][:limit]
     write_jsonl(path, [{"text": "1"}, {"text": "2"}, rows[0]])
-    with pytest.raises(ValueError, match="x.jsonl, line 1: no conversation. 2 of 3 rows"):
+    with pytest.raises(ValueError, match="x.jsonl, line 1: no conversation; keys: .*. 2 of 3 rows"):
         load_questions(str(path), 9)
 
 
@@ -309,14 +309,15 @@ def test_bench_answers_without_math_verify(monkeypatch, text, answer, verdict):
     assert is_correct(text, answer) is verdict
 
 
-def test_bench_fraction_of_right_answers(monkeypatch):
-    """The verdict of math-verify is not used, an answer that nobody can grade counts as right, or
-    one that is not known counts at all."""
+def test_bench_fraction_of_right_answers(monkeypatch, capsys):
+    """The verdict of math-verify is not used, an answer that nobody can grade counts as right or
+    wrong, or one that is not known counts at all."""
     half = "\\frac{1}{2}"
     monkeypatch.setitem(sys.modules, "math_verify", SimpleNamespace(
         parse=lambda text: text, verify=lambda answer, text: {"$0.5$": True, "$0.4$": False}[text]))
     texts = ["\\boxed{0.5}", "\\boxed{0.4}", "\\boxed{broken}", "\\boxed{7}", "text"]
-    assert fraction_correct(texts, [half, half, half, "7", None]) == 2 / 4
+    assert fraction_correct(texts, [half, half, half, "7", None]) == 2 / 3
+    assert capsys.readouterr().out.startswith("1 of 4 answers are not graded")
     assert fraction_correct(["text"], [None]) is None
     monkeypatch.setitem(sys.modules, "math_verify", None)
     assert fraction_correct(texts, [half, half, half, "7", None]) is None
