@@ -10,6 +10,7 @@ Measures a drafter: python bench.py COMMAND [config.py] [--key=value]. The comma
     serve       a running server with a drafter against the same server without one
     bugs        what each silent bug costs
     figures     draws the pictures of the docs again, from their logs
+    page        records the rounds of one answer for docs/round.html
 --prompts takes:
     nano, plain, refusals       held-out texts of the nano task
     math500, gsm8k, humaneval   public data sets from the Hub; math500:PATH reads a local copy
@@ -33,7 +34,7 @@ import tempfile
 
 import torch
 
-from benchmarks import (acceptance, bugs, exactness, figures, rollback, scaling, serve, speed,
+from benchmarks import (acceptance, bugs, exactness, figures, page, rollback, scaling, serve, speed,
                         speedup, throughput)
 from configurator import check_ranges, configure, survive_closed_output
 from formats.files import one_line, short, write_whole
@@ -89,6 +90,7 @@ COMMANDS = {
     "serve": serve.run,
     "bugs": bugs.run,
     "figures": figures.run,
+    "page": page.run,
 }
 
 
