@@ -10,6 +10,7 @@ Measures a drafter: python bench.py COMMAND [config.py] [--key=value]. The comma
     serve       a running server with a drafter against the same server without one
     bugs        what each silent bug costs
     figures     draws the pictures of the docs again, from their logs
+    page        records the rounds of one answer for docs/round.html
 --prompts takes:
     nano, plain, refusals       held-out texts of the nano task
     math500, gsm8k, humaneval   public data sets from the Hub; math500:PATH reads a local copy
@@ -78,7 +79,7 @@ RANGES = SAMPLING_RANGES | {
 
 # the files in benchmarks/ with a function run(config), which returns the report
 COMMANDS = ("acceptance", "speedup", "exactness", "throughput", "rollback", "speed", "scaling",
-            "serve", "bugs", "figures")
+            "serve", "bugs", "figures", "page")
 
 
 def main(argv=None):

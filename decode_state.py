@@ -75,6 +75,7 @@ class DecodeState:
 
     So rejected guesses do no harm. The next block overwrites those that it covers before anything
     reads them. Those after the next block cannot affect it, because the delta rule is causal.
+    docs/round.html shows the window and the commit in each round of a real run.
 
     tokens_per_forward, K, plays three roles: tokens per forward, tokens per chunk, and block size.
     K = 1 is the exception, and the fastest mode of the target alone. There are no guesses, so
