@@ -20,7 +20,7 @@ from configurator import configure
 from data.synthetic import prepare
 from formats.files import read_json, whole_file, write_whole
 from training.flops import mfu
-from training.parallel import (gather_numbers, join_processes, leave_processes, rank, wait_for_all,
+from training.parallel import (join_processes, leave_processes, peak_memory, rank, wait_for_all,
                                world_size)
 
 COLUMNS = ("parallel", "processes", "samples_per_s", "tokens_per_s", "mfu", "scaling", "peak_gb",
@@ -138,15 +138,12 @@ def measure_steps(config, count):
     seconds = sum(step["seconds"] for step in timed)
     operations = sum(step["operations"] for step in timed)
     samples_per_step = config.batch_size * config.grad_accum_steps * world_size()
-    peak_gb = None
-    if config.device == "cuda":
-        peak_gb = gather_numbers(torch.cuda.max_memory_allocated() / 1e9, config.device)
     return training_run, {
         "parallel": config.parallel, "processes": world_size(),
         "seconds": seconds / len(timed), "samples_per_s": len(timed) * samples_per_step / seconds,
         "tokens_per_s": sum(step["tokens"] for step in timed) / seconds,
         "mfu": mfu(operations / seconds, config.device, config.dtype),
-        "peak_gb": peak_gb, "steps": steps}
+        "peak_gb": peak_memory(config.device), "steps": steps}
 
 
 if __name__ == "__main__":

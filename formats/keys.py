@@ -8,7 +8,7 @@ stderr. null always means the default. A key is looked for in all sections of th
 import functools
 import sys
 
-from formats.files import one_line, short
+from formats.files import LINE, one_line, short
 
 COUNTS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -112,7 +112,7 @@ def check_keys(config, supported, what):
 
 @functools.cache    # print each line once
 def list_unknown(line):
-    print(one_line(f"note: {line}", 199), file=sys.stderr)
+    print(one_line(f"note: {line}", LINE), file=sys.stderr)
 
 
 def check_neutral(key, value, neutral):

@@ -36,18 +36,14 @@ def add_sums(a, b):
     return BlockSums(*[x + y for x, y in zip(a, b)])
 
 
-def mean_loss(sums):
-    """The weighted mean of the guesses' losses; 0 if no guess has a weight."""
-    return (sums.loss / sums.weight.clamp(min=1e-9)).item()
-
-
-def acceptance(sums):
-    """The estimated tau, and the fraction of blocks that are right up to each position, (K-1,).
+def figures(sums):
+    """The numbers of the log: mean loss, estimated tau, and the fraction of blocks that are right
+    up to each of the K-1 positions.
 
     tau is 1 (the target's own token) plus the mean number of right guesses before the first wrong
     one. A fraction counts only blocks whose response reaches the position; all reach the first.
     """
     blocks = sums.reached[0].clamp(min=1)
-    tau = 1 + (sums.right_up_to.sum() / blocks).item()
-    accepted_up_to_slot = sums.right_up_to / sums.reached.clamp(min=1)
-    return tau, accepted_up_to_slot.tolist()
+    return {"loss": (sums.loss / sums.weight.clamp(min=1e-9)).item(),  # 0 without any weight
+            "tau": 1 + (sums.right_up_to.sum() / blocks).item(),
+            "accepted_up_to_slot": (sums.right_up_to / sums.reached.clamp(min=1)).tolist()}
