@@ -36,7 +36,8 @@ from training.checkpoints import load_moments, load_training_state, save_checkpo
 from training.flops import training_operations
 from training.guard import GradientGuard, why_stopped
 from training.interruption import any_rank_received, how_to_resume, stop_signals
-from training.log import TrainingLog, how_to_use, start_wandb
+from training.log import (
+    BlockSums, TrainingLog, add_up, block_sums, figures, how_to_use, start_wandb)
 from training.optimizer import new_optimizer
 from training.parallel import (
     distribute, gather_full, gradient_exchange, is_lost_process, join_processes, leave_processes,
@@ -44,7 +45,6 @@ from training.parallel import (
 from training.setup import (
     check_config, checkpoint_to_resume, deterministic_kernels, load_samples, new_drafter,
     prepare_data)
-from training.sums import BlockSums, add_sums, block_sums, figures
 
 # what
 target = "Qwen/Qwen3.5-0.8B"                # folder or hub id of the frozen target, or random:0.8b
@@ -270,7 +270,7 @@ def add_up_gradients(run):
     Each micro-batch of the run has a number, and the processes take the numbers in turn.
     """
     config = run.config
-    sums = None
+    parts = []
     for micro in range(config.grad_accum_steps):
         number = (run.step * config.grad_accum_steps + micro) * world_size() + rank()
         mixed = np.random.SeedSequence((config.seed, number)).generate_state(1)[0]
@@ -281,8 +281,8 @@ def add_up_gradients(run):
             loss, micro_sums = micro_batch_loss(
                 run, tokens, supervised, generator, run.wrapped_drafter)
             loss.backward()
-        sums = add_sums(sums, micro_sums)
-    return BlockSums(*[sum_over_ranks(x) for x in sums])
+        parts.append(micro_sums)
+    return BlockSums(*[sum_over_ranks(x) for x in add_up(parts)])
 
 
 def learning_rate(step, total_steps, config):
@@ -305,14 +305,14 @@ def evaluate(run, samples):
     """
     batch_size = run.config.batch_size
     count = min(EVAL_SAMPLES, len(samples))
-    sums = None
+    parts = []
     for first in range(0, max(1, count - batch_size + 1), batch_size):
         end = min(first + batch_size, count)
         tokens, supervised = pad([samples[i] for i in range(first, end)], run.config)
         generator = torch.Generator().manual_seed(first)
         _, batch_sums = micro_batch_loss(run, tokens, supervised, generator, run.drafter)
-        sums = add_sums(sums, batch_sums)
-    return figures(sums)
+        parts.append(batch_sums)
+    return figures(add_up(parts))
 
 # --------------------------------------------------------------------------------------------------
 # the loop

@@ -40,7 +40,7 @@ from tests.conftest import new_small_run
 from training import checkpoints, flops, guard, interruption, parallel
 from training import log as training_log
 from training import setup as training_setup
-from training.sums import figures
+from training.log import figures
 
 # ------------------------------------------------------------------------------------------------
 # whole runs: small ones, on the nano target
@@ -96,7 +96,7 @@ FORKS.set_forkserver_preload(["tests.test_train"])
 
 def start(function, *args):
     """Call a function of this file in a new process."""
-    process = FORKS.Process(target=function, args=args)
+    process = FORKS.Process(target=function, args=args, daemon=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", ROOT)
         process.start()
@@ -594,8 +594,7 @@ def test_broken_gradients_are_skipped_and_counted(
         small_run, factors, tmp_path, warmup, broken, skipped):
     """Failure 12: a NaN or a spike ruins the weights; a large gradient is skipped during warm-up,
     or not right after it; a good step does not end a row of skips; a resumed run differs."""
-    config, _ = small_run
-    config.warmup = warmup
+    config = changed(small_run[0], warmup=warmup, num_anchors=16)
     factors.update(broken)
     whole = tmp_path / "whole-dflash"
     expected = train_into(whole, config)
@@ -695,7 +694,7 @@ def test_a_process_that_hangs_ends_with_one_line(tmp_path, what, status, line):
     """A process waits in NCCL for a dead one until torchrun kills it silently, or it is killed
     although its step ended in time."""
     process = start(hang, what, tmp_path / "errors")
-    process.join()
+    process.join(200)
     assert process.exitcode == status
     assert re.fullmatch(line, (tmp_path / "errors").read_text())
 
@@ -761,7 +760,7 @@ def test_ranks_are_the_same_run(small_run, tmp_path):
         port = s.getsockname()[1]
     processes = [start(train_as_rank, number, port, of_two, tmp_path) for number in (0, 1)]
     for process in processes:
-        process.join()
+        process.join(200)
         assert process.exitcode == 0
 
     one = train_into(tmp_path / "one-dflash", config)

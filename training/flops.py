@@ -23,10 +23,12 @@ def training_operations(drafter, target, B, T, A):
     K = drafter.block_size
     block_tokens = A * K
 
+    context_weights = 0  # k_proj and v_proj process the context in addition to the blocks
+    for layer in drafter.layers:
+        context_weights += parameter_count(layer.self_attn.k_proj)
+        context_weights += parameter_count(layer.self_attn.v_proj)
     layers = 6 * parameter_count(drafter.layers) * block_tokens
-    for layer in drafter.layers:  # these two process the context too
-        layers += 6 * parameter_count(layer.self_attn.k_proj) * T
-        layers += 6 * parameter_count(layer.self_attn.v_proj) * T
+    layers += 6 * context_weights * T
     layers += 4 * parameter_count(drafter.fc) * T  # the features need no gradient
 
     # two products forward and four backward; on average a block attends to half of the context
@@ -57,7 +59,10 @@ def target_operations(target, T, chunk, used_layers):
         the delta rule              a linear layer, in chunks of this many tokens
     """
     c = target.config
-    weights = sum(p.numel() for p in target.layers[:used_layers].parameters() if p.dim() == 2)
+    weights = 0
+    for p in target.layers[:used_layers].parameters():
+        if p.dim() == 2:
+            weights += p.numel()
     attention = 2 * c.num_attention_heads * c.head_dim * T * (T + 1)
     delta_rule = delta_rule_operations(
         T, c.linear_num_value_heads, c.linear_key_head_dim, c.linear_value_head_dim, chunk)
