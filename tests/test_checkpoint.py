@@ -425,6 +425,7 @@ TARGETS = (  # a change of text_config, and the reason or None if it is harmless
     ({"rope_scaling": {"type": "yarn", "factor": 4}}, "type = 'yarn'"),
     ({"rope_parameters": {FULL: {}}}, "full_attention"),
     ({"model_type": "llama"}, "model_type"),
+    ({"rope_theta": NAN}, "rope_theta = nan"),
     ({"rope_parameters": {"partial_rotary_factor": 0.03}}, "0 channels rotate"),
     ({"eos_token_id": [1, "2"]}, "eos_token_id = '2'"),
     ({"eos_token_id": [5, 6], "pad_token_id": None}, None),

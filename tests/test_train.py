@@ -99,6 +99,7 @@ def start(function, *args):
     process = FORKS.Process(target=function, args=args, daemon=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", ROOT)
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # a process that has seen a GPU must not fork
         process.start()
     return process
 
