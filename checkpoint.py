@@ -7,23 +7,29 @@ Folders in and out: the weights of target and drafter, and the rules of their co
 
 Every error that a user can cause is a ValueError of one line.
 """
+import contextlib
+import functools
 import glob
 import json
 import os
 import re
 import secrets
 import shutil
+import socket
+import threading
 from dataclasses import fields, replace
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from safetensors.torch import save
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
 import model
 from formats.files import one_line, read_json, short, where, whole_file, write_whole
 from formats.keys import drafter_keys, target_keys
-from formats.weights import check_layers, load_weights, stored_tensors
+from formats.weights import load_weights, stored_tensors
 from model import DFlashDraftModel
 from target import Target, TargetConfig
 
@@ -53,8 +59,7 @@ def load_target(name, device="cpu", dtype="float32"):
             return None  # a tied head is the embedding, even if the file repeats it
         return our
 
-    stored = stored_tensors(folder, our_name)
-    check_layers(stored, config.num_hidden_layers)
+    stored = stored_tensors(folder, our_name, config.num_hidden_layers)
     with torch.device("meta"):  # without memory
         target = Target(config)
     return load_weights(target, folder, stored, device, dtype, FP32_WEIGHTS)
@@ -74,9 +79,9 @@ def parse_dtype(device, dtype):
 
 def read_target_config(name):
     """(TargetConfig, folder) of a folder or hub id. For random:SIZE[:LAYERS] the folder is None."""
-    if name.startswith("random:"):
-        return random_target_config(name), None
     folder = checkpoint_folder(name)
+    if folder.startswith("random:"):
+        return random_target_config(folder), None
     path = os.path.join(folder, "config.json")
     if not os.path.isfile(path):
         raise ValueError(f"no config.json in {where(folder)!r}: give the folder of a Qwen3.5 "
@@ -165,17 +170,21 @@ def random_target(config, device, dtype):
 def load_drafter(name, target_config, device="cpu", dtype="float32"):
     """A frozen drafter from a hub id, a checkpoint folder, or the newest one of a training run."""
     folder = newest_checkpoint(checkpoint_folder(name))
-    if not os.path.isfile(os.path.join(folder, "config.json")):
+    path = os.path.join(folder, "config.json")
+    if not os.path.isfile(path):
         raise ValueError(f"no drafter in {where(folder)!r}: give a folder with config.json, or "
                          "train one: python train.py config/nano.py")
     try:
-        config = read_drafter_config(folder, target_config)
+        keys = drafter_keys(read_json(path))
+        # some published files lack these
+        keys.setdefault("num_target_layers", target_config.num_hidden_layers)
+        keys.setdefault("vocab_size", target_config.vocab_size)
+        config = Qwen3Config(**keys)
         check_pair(config, target_config)
     except Exception as error:  # not JSON, keys missing or wrong, transformers' own checks
         raise ValueError(f"{where(folder, 30)}/config.json is not that of a drafter for this "
                          f"target: {one_line(error, 110)}") from None
-    stored = stored_tensors(folder, drafter_name)
-    check_layers(stored, config.num_hidden_layers)
+    stored = stored_tensors(folder, drafter_name, config.num_hidden_layers)
     with torch.device("meta"):
         drafter = DFlashDraftModel(config)
     return load_weights(drafter, folder, stored, device, getattr(torch, dtype))
@@ -185,15 +194,6 @@ def drafter_name(file_name):
     """The name of a weight in model.py. In the class of transformers, two have different names."""
     name = file_name.replace("encoder.output_norm_enc.", "hidden_norm.")
     return name.replace("encoder.fc.", "fc.")
-
-
-def read_drafter_config(folder, target_config):
-    """The Qwen3Config of a published drafter, whose config.json may differ from ours."""
-    keys = drafter_keys(read_json(os.path.join(folder, "config.json")))
-    # some published files lack these
-    keys.setdefault("num_target_layers", target_config.num_hidden_layers)
-    keys.setdefault("vocab_size", target_config.vocab_size)
-    return Qwen3Config(**keys)
 
 
 def check_pair(config, target_config):
@@ -260,7 +260,8 @@ def save_drafter(drafter, folder, card, extra=None):
     """
     # Everything is written into a new folder of a different name, which is renamed at the end. So
     # the folder appears complete or not at all, and an older one is kept until then.
-    part = f"{folder.rstrip('/')}.{secrets.token_hex(8)}.part"
+    folder = os.path.normpath(folder)
+    part = f"{folder}.{secrets.token_hex(8)}.part"
     tensors = {}
     for name, tensor in drafter.state_dict().items():
         tensors[name] = tensor.detach().to("cpu", torch.bfloat16).contiguous()
@@ -325,15 +326,36 @@ def public_drafter_config(c):
 
 def checkpoint_folder(name):
     """The folder of a checkpoint: `name` itself, or the copy of a hub id, downloaded once."""
+    name = os.fspath(name)
     is_hub_id = name.count("/") == 1 and name[0] not in "./~"  # owner/name, not a path
     if os.path.exists(name) or not is_hub_id:
         return name
     wanted = ("*.json", "*.safetensors", "*.jinja", "*.txt")  # no pickles
-    try:
-        return snapshot_download(name, allow_patterns=wanted)
+    try:  # without a network, the hub's client would try again for seconds
+        return snapshot_download(name, allow_patterns=wanted, local_files_only=not hub_answers())
     except Exception as error:  # offline, unknown, gated: a dozen types of three libraries
         raise ValueError(f"no folder {where(name)!r}, and the hub does not give it "
                          f"({type(error).__name__}): copy it here and give its folder") from None
+
+
+@functools.cache
+def hub_answers(seconds=1.0):
+    """Whether the hub, or the proxy in front of it, takes a connection."""
+    if constants.HF_HUB_OFFLINE:
+        return False
+    address = urlsplit(getproxies().get("https") or constants.ENDPOINT)
+    port = address.port or (80 if address.scheme == "http" else 443)
+    connected = threading.Event()
+
+    def connect():
+        with contextlib.suppress(OSError):
+            socket.create_connection((address.hostname, port), seconds).close()
+            connected.set()
+
+    thread = threading.Thread(target=connect, daemon=True)  # looking up a name has no time limit
+    thread.start()
+    thread.join(1.5 * seconds)
+    return connected.is_set()
 
 
 def newest_checkpoint(folder):

@@ -16,7 +16,7 @@ import traceback
 from difflib import get_close_matches
 from types import SimpleNamespace
 
-from formats.files import one_line, where
+from formats.files import LINE, one_line, where
 
 TYPES = {"int": int, "float": float, "bool": bool, "str": str, "tuple": tuple}
 BOOLEANS = {"True": True, "true": True, "1": True, "False": False, "false": False, "0": False}
@@ -98,7 +98,7 @@ def read_config_file(path, types):
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == path]
         line = lines[-1] if lines else getattr(error, "lineno", "?")  # a SyntaxError has no frame
-        sys.exit(one_line(f"{where(path)}, line {line}: {type(error).__name__}: {error}", 199))
+        sys.exit(one_line(f"{where(path)}, line {line}: {type(error).__name__}: {error}", LINE))
     for name, value in variables.items():
         is_plain = isinstance(value, (*TYPES.values(), list))  # not a module or a function
         if name in types or (is_plain and not name.startswith("_")):

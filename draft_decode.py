@@ -38,7 +38,7 @@ from configurator import check_ranges, configure, survive_closed_output
 from decode_state import DecodeState
 from fast.cuda_graph import Graphs
 from fast.prefill import Prefill
-from formats.files import one_line, printable
+from formats.files import LINE, one_line, printable
 from sampling import SAMPLING_RANGES, Sampling, choose, gumbel_noise
 from tokenizer import chat_prompt, load_tokenizer, stop_ids
 
@@ -599,7 +599,7 @@ def main(argv=None):
     try:
         line = decode(config)
     except ValueError as error:
-        sys.exit(one_line(f"error: {error}", 300))
+        sys.exit(one_line(f"error: {error}", LINE))
     print(line)
 
 

@@ -25,27 +25,26 @@ import torch
 
 from checkpoint import load_drafter, load_target, newest_checkpoint, read_target_config
 from configurator import configure, survive_closed_output
-from data.samples import Samples
 from draft_decode import generate_many
 from fast.decoding import prepare_for_decoding
 from fast.training import prepare_for_training, warm_up
-from formats.files import one_line, printable
+from formats.files import LINE, one_line, printable
 from loss import Targets, block_labels, block_loss, chunk_loss, sample_anchors
 from model import DFlashDraftModel, masked_attend
-from tokenizer import load_tokenizer, stop_ids, tokenizer_fingerprint
+from tokenizer import load_tokenizer, stop_ids
 from training.checkpoints import load_moments, load_training_state, save_checkpoint
 from training.flops import training_operations
 from training.guard import GradientGuard, why_stopped
 from training.interruption import any_rank_received, how_to_resume, stop_signals
-from training.log import TrainingLog, how_to_use, start_wandb
+from training.log import (
+    BlockSums, TrainingLog, add_up, block_sums, figures, how_to_use, start_wandb)
 from training.optimizer import new_optimizer
 from training.parallel import (
     distribute, gather_full, gradient_exchange, is_lost_process, join_processes, leave_processes,
     rank, sum_over_ranks, world_size)
 from training.setup import (
-    check_anchors, check_config, check_out_dir, checkpoint_to_resume, deterministic_kernels,
-    new_drafter, prepare_data)
-from training.sums import BlockSums, acceptance, add_sums, block_sums, mean_loss
+    check_config, checkpoint_to_resume, deterministic_kernels, load_samples, new_drafter,
+    prepare_data)
 
 # what
 target = "Qwen/Qwen3.5-0.8B"                # folder or hub id of the frozen target, or random:0.8b
@@ -113,24 +112,17 @@ class MicroBatches:
         self.samples = samples
         self.config = config
         self.lengths = np.array([len(tokens) for tokens, _ in samples])
-        self.epoch = None       # the epoch of self.order
-        self.order = None
-
-    def per_epoch(self):
-        """Micro-batches per epoch. The few samples left over differ from epoch to epoch."""
-        return len(self.samples) // self.config.batch_size
+        # the few samples left over differ from epoch to epoch
+        self.per_epoch = len(samples) // config.batch_size
+        self.order = functools.lru_cache(1)(self.shuffled)  # computed once per epoch
 
     def __getitem__(self, n):
-        samples = [self.samples[i] for i in self.sample_numbers(n)]
-        return pad(samples, self.config)
+        return pad([self.samples[i] for i in self.sample_numbers(n)], self.config)
 
     def sample_numbers(self, n):
         """Indices of the samples in micro-batch n."""
-        epoch, number_in_epoch = divmod(n, self.per_epoch())
-        if self.epoch != epoch:
-            self.epoch = epoch
-            self.order = self.shuffled(epoch)
-        return self.order[number_in_epoch]
+        epoch, number_in_epoch = divmod(n, self.per_epoch)
+        return self.order(epoch)[number_in_epoch]
 
     def shuffled(self, epoch):
         """Indices of the samples in all micro-batches of an epoch, (micro-batches, batch_size).
@@ -140,7 +132,7 @@ class MicroBatches:
         """
         random = np.random.default_rng((self.config.seed, epoch))
         batch_size = self.config.batch_size
-        numbers = random.permutation(len(self.samples))[:self.per_epoch() * batch_size]
+        numbers = random.permutation(len(self.samples))[:self.per_epoch * batch_size]
         window = self.config.bucket_size * batch_size
         for first in range(0, len(numbers), window):
             part = numbers[first:first + window]
@@ -196,15 +188,13 @@ class Run:
         return features
 
 
-def micro_batch_loss(run, tokens, supervised, generator, trained_module=None):
+def micro_batch_loss(run, tokens, supervised, generator, module):
     """The loss of a micro-batch, summed over its blocks, and its BlockSums.
 
-    trained_module: the wrapped drafter, whose backward exchanges gradients; None: the drafter.
+    module: the drafter, or the wrapped drafter, whose backward exchanges gradients.
     """
     config = run.config
     drafter = run.drafter
-    if trained_module is None:
-        trained_module = drafter
 
     # blocks at random positions of the responses, the tokens that they should guess, and the
     # weight of each guess
@@ -220,7 +210,7 @@ def micro_batch_loss(run, tokens, supervised, generator, trained_module=None):
     anchor_tokens = tokens.gather(1, anchors)
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
         embedded = drafter.embed_block(anchor_tokens, run.target.embed_tokens.weight)
-        hidden = trained_module(features, embedded, anchors, run.new_attend)
+        hidden = module(features, embedded, anchors, run.new_attend)
 
     # the target's head and the loss, in one pass that also computes the gradient of `hidden`
     chunk_loss_function = run.chunk_loss
@@ -231,7 +221,7 @@ def micro_batch_loss(run, tokens, supervised, generator, trained_module=None):
         chunk_loss_function=chunk_loss_function)
 
     # for the log
-    operations = training_operations(drafter, *tokens.shape, anchors.shape[1], run.target)
+    operations = training_operations(drafter, run.target, *tokens.shape, anchors.shape[1])
     sums = block_sums(
         loss, used_weights, correct, in_response, tokens=tokens.numel(), operations=operations)
     return loss, sums
@@ -270,9 +260,7 @@ def train_step(run):
         raise ValueError(why_stopped(run, grad_norm))
     run.step += 1
 
-    tau, accepted_up_to_slot = acceptance(sums)
-    entry = {"lr": lr, "loss": mean_loss(sums), "grad_norm": grad_norm, "tau": tau,
-             "accepted_up_to_slot": accepted_up_to_slot, "skipped": run.guard.skipped}
+    entry = {"lr": lr, **figures(sums), "grad_norm": grad_norm, "skipped": run.guard.skipped}
     return entry, sums
 
 
@@ -282,24 +270,19 @@ def add_up_gradients(run):
     Each micro-batch of the run has a number, and the processes take the numbers in turn.
     """
     config = run.config
-    sums = None
+    parts = []
     for micro in range(config.grad_accum_steps):
         number = (run.step * config.grad_accum_steps + micro) * world_size() + rank()
-        generator = anchor_generator(config.seed, number)
+        mixed = np.random.SeedSequence((config.seed, number)).generate_state(1)[0]
+        generator = torch.Generator().manual_seed(int(mixed))  # draws the anchors
         tokens, supervised = run.micro_batches[number]
         is_last = micro == config.grad_accum_steps - 1
         with gradient_exchange(run.wrapped_drafter, is_last):
             loss, micro_sums = micro_batch_loss(
                 run, tokens, supervised, generator, run.wrapped_drafter)
             loss.backward()
-        sums = add_sums(sums, micro_sums)
-    return BlockSums(*[sum_over_ranks(x) for x in sums])
-
-
-def anchor_generator(seed, number):
-    """The generator that draws the anchors of micro-batch `number`."""
-    mixed = np.random.SeedSequence((seed, number)).generate_state(1)[0]
-    return torch.Generator().manual_seed(int(mixed))
+        parts.append(micro_sums)
+    return BlockSums(*[sum_over_ranks(x) for x in add_up(parts)])
 
 
 def learning_rate(step, total_steps, config):
@@ -322,15 +305,14 @@ def evaluate(run, samples):
     """
     batch_size = run.config.batch_size
     count = min(EVAL_SAMPLES, len(samples))
-    sums = None
+    parts = []
     for first in range(0, max(1, count - batch_size + 1), batch_size):
         end = min(first + batch_size, count)
         tokens, supervised = pad([samples[i] for i in range(first, end)], run.config)
         generator = torch.Generator().manual_seed(first)
-        _, batch_sums = micro_batch_loss(run, tokens, supervised, generator)
-        sums = add_sums(sums, batch_sums)
-    tau, accepted_up_to_slot = acceptance(sums)
-    return {"loss": mean_loss(sums), "tau": tau, "accepted_up_to_slot": accepted_up_to_slot}
+        _, batch_sums = micro_batch_loss(run, tokens, supervised, generator, run.drafter)
+        parts.append(batch_sums)
+    return figures(add_up(parts))
 
 # --------------------------------------------------------------------------------------------------
 # the loop
@@ -375,7 +357,6 @@ def setup(config):
     """(run, held-out samples, stop ids), new or from a checkpoint."""
     check_config(config)  # all checks come before anything large is loaded
     checkpoint = checkpoint_to_resume(config)
-    check_out_dir(config.out_dir)
     deterministic_kernels()
     tokenizer = None  # random:... targets measure speed and have none
     stops = set()
@@ -385,14 +366,9 @@ def setup(config):
     target_config, _ = read_target_config(config.target)
     drafter = new_drafter(config, target_config, tokenizer)
     start_wandb(config)
-
-    # samples made with the tokenizer and the template of the target
     prepare_data(config)
-    fingerprint = tokenizer_fingerprint(config.target)
-    samples = Samples(config.data, "train", target_config.vocab_size, fingerprint)
-    held_out = Samples(config.data, "val", target_config.vocab_size, fingerprint)
-    check_anchors(samples, "train", config)
-    check_anchors(held_out, "val", config)
+    samples = load_samples(config, "train", target_config.vocab_size)
+    held_out = load_samples(config, "val", target_config.vocab_size)
 
     # A saved drafter's weights are loaded before sharding, its moments after.
     saved = None
@@ -411,7 +387,7 @@ def new_run(config, target, drafter, samples):
     """A Run at step 0 from loaded models and samples."""
     micro_batches = MicroBatches(samples, config)
     micro_batches_per_step = config.grad_accum_steps * world_size()
-    total_steps = int(config.epochs * micro_batches.per_epoch()) // micro_batches_per_step
+    total_steps = int(config.epochs * micro_batches.per_epoch) // micro_batches_per_step
     if total_steps < 1:
         raise ValueError(
             f"{len(samples)} samples make no step of {config.batch_size} x "
@@ -436,19 +412,18 @@ def decode_held_out(config, folder, samples, stops):
     prompts = []
     for i in range(min(config.decode_prompts, len(samples))):
         tokens, mask = samples[i]
-        response_start = int(mask.argmax())
-        if 0 < response_start <= longest:
-            prompts.append(tokens[:response_start].tolist())
+        length = int(mask.argmax())  # up to the first response
+        if 0 < length <= longest:
+            prompts.append(tokens[:length].tolist())
         else:
-            print(f"held-out prompt {i} has {response_start} tokens, not 1 to {longest}: skipped")
+            print(f"held-out prompt {i} has {length} tokens, not 1 to {longest}: skipped")
     outputs = generate_many(
         target, drafter, prompts, max_new_tokens=DECODE_TOKENS, slots=DECODE_SLOTS,
         stop_token_ids=stops)
     lengths = [len(output.tokens) for _, output in outputs]
     # the first output of each answer is the one token of its prefill, which is no round
-    round_count = len(lengths) - len(prompts)
-    token_count = sum(lengths) - len(prompts)
-    tau = token_count / round_count if round_count else math.nan
+    rounds = len(lengths) - len(prompts)
+    tau = (sum(lengths) - len(prompts)) / rounds if rounds else math.nan
     return tau, len(prompts)
 
 
@@ -466,9 +441,9 @@ def train(config):
     folder = loop(run, held_out)
 
     # process 0 decodes with the result
-    is_writer = rank() == 0
+    is_first = rank() == 0
     leave_processes()
-    if not is_writer:
+    if not is_first:
         return
     del run  # frees its memory
     tau, prompts = decode_held_out(config, folder, held_out, stops)
@@ -485,7 +460,7 @@ def main(argv=None):
     try:
         train(config)
     except (ValueError, OSError) as error:  # OSError: out_dir cannot be written
-        sys.exit(one_line(f"error: {error}", 300))
+        sys.exit(one_line(f"error: {error}", LINE))
     except RuntimeError as error:
         if not is_lost_process(error):
             raise

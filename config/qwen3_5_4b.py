@@ -1,12 +1,6 @@
 # A drafter for Qwen3.5-4B: 32 layers, hidden 2560, MLP 9216, tied head. It has the layers, heads,
 # and target layers of the published drafter (z-lab/Qwen3.5-4B-DFlash), whose first five layers have
-# a sliding window of 4096. Here all layers see everything.
-#
-# Its data is this target's own answers. With a server of this target running:
-#   python data/regenerate.py --prompts=Moonlight556/qwen3.5-0.8b-target-matched-math-240k \
-#       --out=data/math4b/rows.jsonl --server=http://localhost:30000/v1 --model=Qwen/Qwen3.5-4B
-#   python data/conversations.py --source=data/math4b/rows.jsonl --target=Qwen/Qwen3.5-4B \
-#       --out_dir=data/math4b
+# a sliding window of 4096. Here all layers see everything. Its data is made like the 2B's.
 #
 # Parameters: 6 layers of 96,998,656 (attention 26,214,400, MLP 70,778,880, norms 5,376),
 # fc 8 x 2560 x 2560, two norms of 2,560: 634,425,856.

@@ -36,7 +36,7 @@ from data.rows import (
     Conversation, Dropped, UnusableRow, UnwantedRow, progress, read_conversations,
     refuse_special_tokens, render)
 from data.samples import split_writers
-from formats.files import one_line, where
+from formats.files import LINE, one_line, where
 
 source = ""             # hub id, file or folder of JSON lines or parquet
 target = ""             # whose tokenizer and chat template to use: folder or hub id
@@ -55,7 +55,7 @@ def main(argv=None):
     try:
         meta = prepare(config)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {one_line(error, 300)}")
+        sys.exit(one_line(f"error: {error}", LINE))
     except KeyboardInterrupt:
         sys.exit("interrupted: nothing was kept, the same command starts again")
     splits = meta["splits"]

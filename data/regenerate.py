@@ -46,7 +46,7 @@ from configurator import configure
 from data.rows import (
     Dropped, parse_json, progress, prompt_ids, read_conversations, read_message)
 from draft_decode import Request, generate_many
-from formats.files import one_line, whole_file
+from formats.files import LINE, one_line, whole_file
 from sampling import Sampling
 
 prompts = ""                    # hub id, file or folder: questions or conversations
@@ -74,7 +74,7 @@ def main(argv=None):
     try:
         counts = regenerate(config)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {one_line(error, 300)}")
+        sys.exit(one_line(f"error: {error}", LINE))
     except KeyboardInterrupt:
         sys.exit(f"interrupted: the same command resumes from {config.out}.part")
     listed = ", ".join(f"{count:,} {result}" for result, count in counts.items())

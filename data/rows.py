@@ -12,16 +12,13 @@ under a reason that names the problem; Dropped counts the reasons.
 import glob
 import json
 import os
-import socket
 import sys
-import threading
 from typing import NamedTuple
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 from huggingface_hub import constants
 from tqdm import tqdm
 
+from checkpoint import hub_answers
 from formats.files import one_line, where
 from tokenizer import chat_text, check_special_tokens, max_characters, texts_in
 
@@ -429,27 +426,6 @@ def read_hub(name, split, part):
         raise ValueError(f"no file {where(name)!r}, and the hub does not give such a data set "
                          f"({type(error).__name__}): copy its files here and give the path of "
                          "their folder instead") from None
-
-
-def hub_answers(seconds=1.0):
-    """Whether the hub, or the proxy in front of it, takes a connection."""
-    if constants.HF_HUB_OFFLINE:
-        return False
-    address = urlsplit(getproxies().get("https") or constants.ENDPOINT)
-    port = address.port or (80 if address.scheme == "http" else 443)
-    connected = threading.Event()
-
-    def connect():
-        try:
-            socket.create_connection((address.hostname, port), seconds).close()
-            connected.set()
-        except OSError:
-            pass
-
-    thread = threading.Thread(target=connect, daemon=True)  # looking up a name has no time limit
-    thread.start()
-    thread.join(1.5 * seconds)
-    return connected.is_set()
 
 
 def has_copy(name):

@@ -7,6 +7,8 @@ import os
 import re
 import secrets
 
+LINE = 199  # characters of an error message at most
+
 # Characters that a terminal obeys instead of showing them: control characters, line separators, and
 # marks that reverse the direction of text. Also halves of characters, which cannot be printed.
 UNPRINTABLE = re.compile(
@@ -15,11 +17,7 @@ UNPRINTABLE = re.compile(
 
 def printable(text):
     """Text from a file or a server for the terminal: an escape sequence shows as \\x1b[..."""
-    return UNPRINTABLE.sub(escape, str(text))
-
-
-def escape(match):
-    return match.group().encode("unicode_escape").decode()
+    return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
 
 
 def one_line(text, limit=150):

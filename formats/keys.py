@@ -8,7 +8,7 @@ stderr. null always means the default. A key is looked for in all sections of th
 import functools
 import sys
 
-from formats.files import one_line, short
+from formats.files import LINE, one_line, short
 
 COUNTS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -44,7 +44,8 @@ ONE = (
     "factor", "attention_factor", "input_embedding_scale", "embedding_multiplier", "logit_scale",
     "output_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
 NEUTRAL = {
-    **dict.fromkeys(NULL, ()), **dict.fromkeys(FALSE, (False,)), **dict.fromkeys(TRUE, (True,)),
+    **dict.fromkeys(FLAGS, (True, False)), **dict.fromkeys(NULL, ()),
+    **dict.fromkeys(FALSE, (False,)), **dict.fromkeys(TRUE, (True,)),
     **dict.fromkeys(ONE, (1,)), "hidden_act": ("silu",), "attention_mode": ("gqa",),
     "rope_type": ("default",), "type": ("default",), "num_experts": (0,)}
 DRAFTER = NEUTRAL | {
@@ -101,8 +102,6 @@ def check_keys(config, supported, what):
                 check_list(key, value)
             elif key in NUMBERS:
                 check_number(key, value, NUMBERS[key])
-            elif key in FLAGS:
-                check_neutral(key, value, (True, False))
             elif key not in HARMLESS:
                 unknown.add(short(key, 40))
     if unknown:
@@ -112,7 +111,7 @@ def check_keys(config, supported, what):
 
 @functools.cache    # print each line once
 def list_unknown(line):
-    print(one_line(f"note: {line}", 199), file=sys.stderr)
+    print(one_line(f"note: {line}", LINE), file=sys.stderr)
 
 
 def check_neutral(key, value, neutral):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from safetensors import safe_open
 
-from formats.files import one_line, read_json, short, where
+from formats.files import LINE, one_line, read_json, short, where
 
 DTYPES = ("BF16", "F16", "F32")
 
@@ -19,12 +19,13 @@ class StoredTensor(NamedTuple):
     shape: list
 
 
-def stored_tensors(folder, our_name=str):
+def stored_tensors(folder, our_name, num_hidden_layers):
     """{name in the module: StoredTensor} of all tensors in a checkpoint, read from the headers.
 
     our_name(name in the file) is the name in the module, or None for a tensor to skip.
-    ValueError for a file that is broken or outside the folder, a tensor that is there twice, and
-    dtypes that would be rounded or mean something else, such as integers.
+    ValueError for a file that is broken or outside the folder, a tensor that is there twice, dtypes
+    that would be rounded or mean something else, such as integers, and if config.json has more
+    layers than the files: they would be built for nothing.
     """
     path = os.path.join(folder, "model.safetensors.index.json")
     found = {}
@@ -49,6 +50,10 @@ def stored_tensors(folder, our_name=str):
                     found[name] = StoredTensor(path, key, tensor.get_shape())
     except Exception as error:  # a broken file has errors of a dozen types
         raise ValueError(f"cannot load {where(path, 70)}: {one_line(error, 110)}") from None
+    last = f"layers.{num_hidden_layers - 1}"
+    if not any(name.startswith(f"{last}.") for name in found):
+        raise ValueError(f"config.json has {num_hidden_layers} layers, but in the weights {last} "
+                         "is missing")
     return found
 
 
@@ -64,14 +69,6 @@ def check_location(folder, path):
     is_in_cache = os.path.basename(snapshots) == "snapshots" and real == blobs
     if real != folder and not is_in_cache:
         raise ValueError("it is outside of the checkpoint's folder: copy the file into it")
-
-
-def check_layers(stored, num_hidden_layers):
-    """ValueError if config.json has more layers than the file: they would be built for nothing."""
-    last = f"layers.{num_hidden_layers - 1}"
-    if not any(name.startswith(f"{last}.") for name in stored):
-        raise ValueError(f"config.json has {num_hidden_layers} layers, but in the weights {last} "
-                         "is missing")
 
 
 def load_weights(module, folder, stored, device, dtype, fp32=()):
@@ -109,4 +106,4 @@ def refuse(wrong, reason):
     """ValueError that shows three of the tensors that are wrong, and how many there are."""
     if wrong:
         examples = "; ".join(wrong[:3])
-        raise ValueError(one_line(f"{len(wrong)} tensors {reason}: {examples}", 199))
+        raise ValueError(one_line(f"{len(wrong)} tensors {reason}: {examples}", LINE))

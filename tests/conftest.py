@@ -89,6 +89,10 @@ def run_bench(monkeypatch, capsys, tmp_path):
 
 @pytest.fixture
 def small_run(tmp_path):
+    return new_small_run(tmp_path)
+
+
+def new_small_run(tmp_path):
     """(config, rows): train.py's configuration for a run of seconds on the nano target, and its
     rows (tokens, supervised), which are of unequal lengths and also lie in config.data."""
     r = np.random.default_rng(0)

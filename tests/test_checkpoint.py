@@ -32,8 +32,8 @@ from model import DFlashDraftModel
 from training import checkpoints
 from training.checkpoints import prune_checkpoints, read_state_file, save_checkpoint
 from training.guard import GradientGuard
-from tests.common import (DRAFTERS, FULL, HIDDEN, K, LAYER_IDS, MASK, NANO_DRAFTER, ROOT, SLIDING,
-                          V, apart, edit_json, hub_copy, perturb, publish,
+from tests.common import (FULL, HIDDEN, K, LAYER_IDS, MASK, NANO_DRAFTER, ROOT, SLIDING,
+                          apart, edit_json, hub_copy, perturb, publish,
                           random_normal, small_config, small_drafter, small_target)
 
 
@@ -45,12 +45,6 @@ def save(drafter, folder):
 
 def load(folder):
     return load_drafter(str(folder), small_config())
-
-
-def load_by_auto_model(folder):
-    model = AutoModel.from_pretrained(
-        str(folder), trust_remote_code=True, dtype=torch.float32)
-    return model.eval()
 
 
 def hidden_of(drafter):
@@ -83,14 +77,22 @@ CONTRACT = {  # config.json of Phase 1.2, spelled out: every key is read by some
     "dtype": "bfloat16", "torch_dtype": "bfloat16"}
 
 
-def test_failure_10_config_json_is_what_engines_read():
+@pytest.mark.parametrize("pad_token_id, public", ((248044, 248044), (0, 0), (None, 248044)))
+def test_failure_10_config_json_is_what_engines_read(pad_token_id, public):
     """Failure 10: rope_theta or block_size in one place only, the target's partial rotary
-    inherited, or a key that some engine reads missing."""
+    inherited, a key that some engine reads missing, or an eps, a theta, a context length, or a
+    padding token that is not the target's."""
     target, _ = read_target_config("random:0.8b")
-    config = drafter_config(
-        target, num_hidden_layers=5, target_layer_ids=(3, 7, 11, 15, 19), mask_token_id=248077,
-        num_attention_heads=8, num_key_value_heads=2, head_dim=256, intermediate_size=3584)
-    assert public_drafter_config(config) == CONTRACT
+    own = {"rms_norm_eps": 1e-3, "rope_theta": 5e5, "max_position_embeddings": 777}
+    shape = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 256}
+    ids = {"target_layer_ids": (3, 7, 11, 15, 19), "mask_token_id": 248077}
+    for change in ({}, own):
+        config = drafter_config(
+            dataclasses.replace(target, pad_token_id=pad_token_id, **change),
+            num_hidden_layers=5, intermediate_size=3584, **shape, **ids)
+        expected = CONTRACT | {"pad_token_id": public} | change
+        theta = {"rope_type": "default", "rope_theta": expected["rope_theta"]}
+        assert public_drafter_config(config) == expected | {"rope_parameters": theta}
 
 
 LAYER_WEIGHTS = (
@@ -99,27 +101,20 @@ LAYER_WEIGHTS = (
     "input_layernorm", "post_attention_layernorm")
 
 
-def weight_names(layers):
-    """The names of a drafter's weights in the order of published checkpoints."""
-    names = []
-    for i in range(layers):
-        names += [f"layers.{i}.{part}.weight" for part in LAYER_WEIGHTS]
-    return names + ["norm.weight", "fc.weight", "hidden_norm.weight"]
-
-
 def test_failure_10_files_and_tensors_are_the_published_ones(tmp_path):
     """Failures 10 and 12: a tensor is renamed, not bf16, in a different place, or has gains near 0
     like the target's norms; a file is missing or left over; dflash.py is not model.py."""
     folder = tmp_path / "a-dflash"
     drafter = small_drafter((FULL,) * 5)
+    names = [f"layers.{i}.{part}.weight" for i in range(5) for part in LAYER_WEIGHTS]
+    names += ["norm.weight", "fc.weight", "hidden_norm.weight"]
     # in this order, because SpecForge saves an optimizer's moments by index
-    assert [name for name, _ in drafter.named_parameters()] == weight_names(5)
+    assert [name for name, _ in drafter.named_parameters()] == names
     assert save(drafter, folder) == public_drafter_config(drafter.config)
     with safe_open(folder / "model.safetensors", "pt") as f:
         assert f.metadata() == {"format": "pt"}
     weights = load_file(folder / "model.safetensors")
-    assert sorted(weights) == sorted(weight_names(5))
-    assert len(weights) == 3 + 11 * 5
+    assert sorted(weights) == sorted(names)
     assert weights["fc.weight"].shape == (HIDDEN, 3 * HIDDEN)
     for name, weight in weights.items():
         assert weight.dtype == torch.bfloat16, name
@@ -128,47 +123,13 @@ def test_failure_10_files_and_tensors_are_the_published_ones(tmp_path):
     files = {"config.json", "model.safetensors", "dflash.py", "README.md", "training_state.pt"}
     assert set(os.listdir(folder)) == files
     assert os.listdir(tmp_path) == ["a-dflash"]
-    with open(os.path.join(ROOT, "model.py")) as f:
-        assert (folder / "dflash.py").read_text() == f.read()
-
-
-def test_shipped_drafter_carries_model_py():
-    """The shipped dflash.py is out of date: after an edit of model.py,
-    cp model.py data/nano/drafter-dflash/dflash.py"""
-    with open(os.path.join(ROOT, "model.py")) as f:
-        source = f.read()
-    with open(os.path.join(NANO_DRAFTER, "dflash.py")) as f:
-        assert f.read() == source
-
-
-@pytest.mark.parametrize("layer_types, window", DRAFTERS)
-@torch.no_grad()
-def test_checkpoint_loads_here_and_by_auto_model(layer_types, window, tmp_path):
-    """Failure 10: dflash.py needs the project around it; a window, theta or mask is lost; or a
-    checkpoint changes when it is loaded and written again."""
-    drafter = small_drafter(layer_types, window)
-    save(drafter, tmp_path / "one-dflash")
-    ours = load(tmp_path / "one-dflash")
-    theirs = load_by_auto_model(tmp_path / "one-dflash")
-    assert type(theirs).__name__ == "DFlashDraftModel"
-    assert type(theirs) is not DFlashDraftModel
-    rounded = drafter.bfloat16().float()
-    for loaded in (ours, theirs):
-        assert loaded.target_layer_ids == LAYER_IDS
-        assert loaded.block_size == K
-        assert loaded.mask_token_id == MASK
-        assert torch.equal(hidden_of(loaded), hidden_of(rounded))
-
-    save(ours, tmp_path / "two-dflash")
-    for name in os.listdir(tmp_path / "one-dflash"):
-        one = (tmp_path / "one-dflash" / name).read_bytes()
-        assert (tmp_path / "two-dflash" / name).read_bytes() == one, name
+    for copy in (folder / "dflash.py", Path(NANO_DRAFTER, "dflash.py")):
+        assert copy.read_text() == Path(ROOT, "model.py").read_text(), "cp model.py here"
 
 
 def test_newest_checkpoint_is_the_last_complete_step(tmp_path):
     """A half-written folder, a planted name, or the last one as text is taken for the newest."""
-    # as text, 1000000 comes before 999999
-    steps = ["step-000009", "step-000010", "step-999999", "step-1000000"]
+    steps = ["step-000009", "step-999999", "step-1000000"]  # as text, 1000000 is before 999999
     for name in (*steps, "step-9999999.part", "step-9999999x", "step-", "notes"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
@@ -182,16 +143,13 @@ def test_newest_checkpoint_is_the_last_complete_step(tmp_path):
     assert newest_checkpoint("nowhere") == "nowhere"
 
 
-@pytest.mark.parametrize("umask, mode", ((0o022, 0o644), (0o077, 0o600), (0o002, 0o664)))
+@pytest.mark.parametrize("umask, mode", ((0o022, 0o644), (0o077, 0o600)))
 def test_weights_are_readable_as_the_umask_says(tmp_path, umask, mode):
     """Weights have mode 0600, and an engine that runs as a different user cannot read them."""
-    path = str(tmp_path / "model.safetensors")
     before = os.umask(umask)
-    try:
-        save_weights({"a": torch.ones(2)}, path)
-    finally:
-        os.umask(before)
-    assert os.stat(path).st_mode & 0o777 == mode
+    save_weights({"a": torch.ones(2)}, str(tmp_path / "a"))
+    os.umask(before)
+    assert os.stat(tmp_path / "a").st_mode & 0o777 == mode
 
 # ------------------------------------------------------------------------------------------------
 # published drafters, whose config.json differs from ours
@@ -199,6 +157,8 @@ def test_weights_are_readable_as_the_umask_says(tmp_path, umask, mode):
 PUBLISHED_IDS = (0, 2, 3, 6)
 ROPE = {"rope_type": "default", "rope_theta": 1e7}
 PUBLISHED = (  # heads, key-value heads, head width; layer types; keys that are missing or changed
+    ((4, 2, 32), (FULL, FULL), (), {}),
+    ((4, 2, 16), (SLIDING, SLIDING), (), {}),
     # rope_theta and block_size inside only, as in the 4B's
     ((4, 2, 32), (SLIDING,) * 5 + (FULL,),
      ("rope_theta", "block_size", "torch_dtype", "max_window_layers"),
@@ -222,25 +182,26 @@ PUBLISHED = (  # heads, key-value heads, head width; layer types; keys that are 
 @torch.no_grad()
 def test_published_drafters_load_by_their_config(shape, layer_types, missing, changed, tmp_path):
     """Failure 10: as many layers as features, one head layout, one mask, or one place of a key is
-    taken for granted."""
+    taken for granted; dflash.py needs the project around it; a checkpoint changes when it is loaded
+    and written again."""
     heads, kv_heads, head_dim = shape
     config = drafter_config(
         small_config(), num_hidden_layers=len(layer_types), target_layer_ids=PUBLISHED_IDS,
         mask_token_id=270, num_attention_heads=heads, num_key_value_heads=kv_heads,
         head_dim=head_dim, intermediate_size=48, block_size=8)
     config.layer_types = list(layer_types)
+    config.attention_bias = head_dim == 64
     config.use_sliding_window = SLIDING in layer_types
-    config.sliding_window = 12 if config.use_sliding_window else None
+    window = 5 if head_dim == 16 else 12  # shorter or longer than a block
+    config.sliding_window = window if config.use_sliding_window else None
     drafter = perturb(DFlashDraftModel(config), scale=5.0).bfloat16().float()
     folder = tmp_path / "e-dflash"
     public = save(drafter, folder)
     edit_json(folder / "config.json", missing, **changed)
     (folder / "dflash.py").unlink()  # not every published checkpoint has one
     loaded = load(folder)
-    assert loaded.target_layer_ids == PUBLISHED_IDS
-    assert loaded.block_size == 8
-    assert loaded.mask_token_id == 270
-    assert len(loaded.layers) == len(layer_types)
+    assert (loaded.target_layer_ids, loaded.block_size, loaded.mask_token_id) == (
+        PUBLISHED_IDS, 8, 270)
 
     # here, and by AutoModel from a new copy
     assert apart(hidden_of(loaded), hidden_of(drafter)) < 1e-5
@@ -249,33 +210,14 @@ def test_published_drafters_load_by_their_config(shape, layer_types, missing, ch
         public["is_causal"] = changed["is_causal"]
         public["dflash_config"]["causal"] = changed["is_causal"]
     assert save(loaded, tmp_path / "f-dflash") == public
-    theirs = load_by_auto_model(tmp_path / "f-dflash")
+    theirs = AutoModel.from_pretrained(
+        str(tmp_path / "f-dflash"), trust_remote_code=True, dtype=torch.float32).eval()
+    assert type(theirs).__name__ == "DFlashDraftModel"
+    assert type(theirs) is not DFlashDraftModel
     assert torch.equal(hidden_of(theirs), hidden_of(loaded))
+    for name in ("model.safetensors", "README.md"):
+        assert (folder / name).read_bytes() == (tmp_path / "f-dflash" / name).read_bytes()
 
-
-@pytest.mark.parametrize("pad_token_id, expected", ((8, 8), (0, 0), (None, 7)))
-def test_drafter_follows_its_target_in_all_that_they_share(tmp_path, pad_token_id, expected):
-    """Failure 10: an eps, a theta, a context length or a padding token is not the target's, or is
-    lost on the way to config.json and back."""
-    target = dataclasses.replace(
-        small_config(), rms_norm_eps=1e-3, rope_theta=5e5, max_position_embeddings=777,
-        eos_token_id=7, pad_token_id=pad_token_id)
-    config = drafter_config(
-        target, num_hidden_layers=1, target_layer_ids=LAYER_IDS, mask_token_id=MASK,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, intermediate_size=96,
-        block_size=8, initializer_range=0.5)
-    config.attention_bias = True
-    public = save(perturb(DFlashDraftModel(config), scale=5.0), tmp_path / "a-dflash")
-    shared = {
-        "rms_norm_eps": 1e-3, "rope_theta": 5e5, "max_position_embeddings": 777,
-        "eos_token_id": 7, "pad_token_id": expected, "hidden_size": HIDDEN, "vocab_size": V,
-        "num_target_layers": 8, "attention_bias": True, "initializer_range": 0.5,
-        "block_size": 8}
-    assert shared.items() <= public.items()
-    loaded = load_drafter(str(tmp_path / "a-dflash"), target)
-    assert loaded.norm.eps == loaded.layers[0].self_attn.q_norm.eps == 1e-3
-    assert loaded.layers[0].self_attn.q_proj.bias is not None
-    assert save(loaded, tmp_path / "b-dflash") == public
 
 # ------------------------------------------------------------------------------------------------
 # what is refused
@@ -308,7 +250,6 @@ NAN = math.nan
 REFUSED = (  # keys that are missing, keys that are changed, the reason
     # the features or the head of a different target
     ((), {"hidden_size": 128}, "hidden_size is 128, the target's 64"),
-    ((), {"vocab_size": 512}, "vocab_size is 512, the target's 300"),
     ((), {"num_target_layers": 24}, "num_target_layers is 24, the target's 8"),
     ((), dflash(num_target_layers=24), "num_target_layers is 8 in one place and 24 in another"),
     ((), dflash(mask_token_id=300), "mask_token_id = 300 is not one of the target's 300 ids"),
@@ -319,10 +260,7 @@ REFUSED = (  # keys that are missing, keys that are changed, the reason
     ((), {"num_hidden_layers": 1, "layer_types": [FULL]}, "11 tensors of"),
     # missing and contradicting keys
     (("dflash_config",), {}, "it has no mask_token_id"),
-    ((), dflash(mask_token_id=None), "it has no mask_token_id"),
     ((), {"block_size": 8}, "block_size is 8 in one place and 16 in another"),
-    (("block_size",), dflash(block_size=None), "it has no block_size"),
-    ((), {"rope_theta": 10000}, "rope_theta is 10000 in one place and 10000000.0 in another"),
     (("rope_theta", "rope_parameters"), {}, "it has no rope_theta"),
     ((), {"layer_types": [SLIDING, FULL]}, "no sliding_window"),
     ((), {"is_causal": True} | dflash(causal=False), "causal is True in one place and False"),
@@ -335,7 +273,6 @@ REFUSED = (  # keys that are missing, keys that are changed, the reason
     ((), {"layer_types": [FULL] * 3}, "layer_types has 3 entries for 2 layers"),
     ((), dflash(target_layer_ids=list(range(10**5))), "target_layer_ids = (0, 1, 2"),
     ((), {"dflash_config": [1]}, "dflash_config = [1] has no keys"),
-    ((), {"rope_scaling": "yarn"}, "rope_scaling = 'yarn' has no keys"),
     ((), {"hidden_act": "\x1b[2J" + 300 * "x"}, r"hidden_act = '\x1b[2Jxxx"),
 )
 
@@ -483,15 +420,12 @@ def test_drafters_of_the_class_in_transformers_load(tmp_path):
 TARGETS = (  # a change of text_config, and the reason or None if it is harmless
     ({"attn_output_gate": False}, "attn_output_gate = False"),
     ({"output_gate_type": "sigmoid"}, "output_gate_type = 'sigmoid'"),
-    ({"output_gate_type": "swish"}, None),
     ({"use_sliding_window": True}, "use_sliding_window = True"),
     ({"use_sliding_window": False, "sliding_window": None, "is_causal": True}, None),
-    ({"attention_bias": True}, "attention_bias"),
     ({"rope_scaling": {"type": "yarn", "factor": 4}}, "type = 'yarn'"),
     ({"rope_parameters": {FULL: {}}}, "full_attention"),
     ({"model_type": "llama"}, "model_type"),
     ({"rope_theta": NAN}, "rope_theta = nan"),
-    ({"partial_rotary_factor": 2}, "partial_rotary_factor = 2"),
     ({"rope_parameters": {"partial_rotary_factor": 0.03}}, "0 channels rotate"),
     ({"eos_token_id": [1, "2"]}, "eos_token_id = '2'"),
     ({"eos_token_id": [5, 6], "pad_token_id": None}, None),
@@ -564,8 +498,6 @@ def as_fifo(folder):
 MANY = {f"\x1b[2J{i}.{300 * 'x'}": torch.ones(1) for i in range(1000)}
 WEIGHTS = (  # how the folder is broken, the reason
     (norm(torch.int8), "'norm.weight' is I8; weights must be"),
-    (norm(torch.bool), "'norm.weight' is BOOL"),
-    (norm(torch.float64), "'norm.weight' is F64"),
     (norm(torch.float8_e4m3fn), "'norm.weight' is F8_E4M3"),
     (with_tensors(**MANY), "1000 tensors of"),
     (with_tensors("layers.0."), "11 tensors of"),
@@ -641,19 +573,14 @@ def test_terminals_do_not_obey_text_from_outside():
 
 def test_every_from_pretrained_refuses_code():
     """transformers asks whether to run a folder's code, or runs it."""
-    calls = 0
-    for folder, subfolders, files in os.walk(ROOT):
-        subfolders[:] = [s for s in subfolders if not s.startswith(".")]  # .venv is not ours
-        for name in files:
-            is_ours = name.endswith(".py") and name not in ("model.py", "dflash.py")
-            if not is_ours or "tests" in folder:
-                continue
-            with open(os.path.join(folder, name)) as f:
-                for line in f:
-                    if ".from_pretrained(" in line:
-                        assert "trust_remote_code=False" in line, (name, line)
-                        calls += 1
-    assert calls >= 2
+    calls = []
+    for folder in ("", "benchmarks", "data", "fast", "formats", "training"):
+        for path in Path(ROOT, folder).glob("*.py"):
+            lines = path.read_text().splitlines()
+            calls += [line for line in lines if ".from_pretrained(" in line]
+    assert len(calls) >= 2
+    own = [line for line in calls if "trust_remote_code=False" not in line]
+    assert all("AutoModel" in line or "`" in line for line in own), own
 
 # ------------------------------------------------------------------------------------------------
 # checkpoints of a run
@@ -731,38 +658,26 @@ class Killed(BaseException):
     """Nothing catches it, like kill -9."""
 
 
-def ends_at(call, function, half_done, error):
+def ends_at(call, owner, name, error):
     """A function whose n-th call does half of its work and raises the error."""
+    function = getattr(owner, name)
     calls = itertools.count(1)
 
     def ending(*args, **kwargs):
-        if next(calls) == call:
-            half_done(*args)
-            raise error
-        return function(*args, **kwargs)
+        if next(calls) != call:
+            return function(*args, **kwargs)
+        if name == "save":
+            args[1].write(b"half of a file")
+        if name == "rmtree":  # only the state that a run resumes from is gone
+            Path(args[0], "training_state.pt").unlink(missing_ok=True)
+        raise error
     return ending
 
 
-def half_saved(content, file):
-    file.write(b"half of a file")
-
-
-def half_deleted(folder):
-    """Only the state that a run resumes from is gone."""
-    Path(folder, "training_state.pt").unlink(missing_ok=True)
-
-
-def nothing_done(*args):
-    """Renaming is atomic."""
-
-
-@pytest.mark.parametrize("owner, name, half_done, error", (
-    (torch, "save", half_saved, Killed),
-    (torch, "save", nothing_done, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
-    (os, "replace", nothing_done, Killed),
-    (shutil, "rmtree", half_deleted, Killed)))
-def test_resume_after_a_save_that_was_not_finished(
-        monkeypatch, tmp_path, owner, name, half_done, error):
+@pytest.mark.parametrize("owner, name, error", (
+    (torch, "save", Killed), (torch, "save", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
+    (os, "replace", Killed), (shutil, "rmtree", Killed)))
+def test_resume_after_a_save_that_was_not_finished(monkeypatch, tmp_path, owner, name, error):
     """A half-written folder loads, or an old one is deleted before the new one is complete. Here
     each call that writes, renames, or deletes is killed once, or the disk is full."""
     monkeypatch.setattr(checkpoints, "KEEP_CHECKPOINTS", 1)
@@ -771,7 +686,7 @@ def test_resume_after_a_save_that_was_not_finished(
         run = run_to_save(out_dir)
         saved = 0
         with monkeypatch.context() as patch, contextlib.suppress(Killed):
-            patch.setattr(owner, name, ends_at(call, getattr(owner, name), half_done, error))
+            patch.setattr(owner, name, ends_at(call, owner, name, error))
             try:
                 for run.step in (1, 2):
                     save_checkpoint(run)

@@ -4,6 +4,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -55,33 +56,22 @@ def script(tmp_path, monkeypatch):
 
 
 def check_values(values, expected):
-    """Equal and of the same type, because 1 == 1.0 == True."""
+    """The keys of the script, in its order. 1 == 1.0 == True, so types are compared too."""
+    assert list(values) == KEYS
     for name, value in expected.items():
-        assert values[name] == value
-        assert type(values[name]) is type(value)
-
-
-def test_config_keys_are_in_source_order(script, capsys):
-    """A pair, a constant, or a private name becomes a key; the order is lost; noise is printed."""
-    assert list(script()) == KEYS
-    assert capsys.readouterr().out == ""
+        assert (values[name], type(values[name])) == (value, type(value))
 
 
 @pytest.mark.parametrize("command_line, expected", (
     ("--compile --lr 2", {"compile": True, "lr": 2.0}),
     ("--compile=false --steps -1 --lr -.5", {"compile": False, "steps": -1, "lr": -0.5}),
     ("--steps=1 --steps=2 --prompt x.py", {"steps": 2, "prompt": "x.py"}),
-    ("--lr=1e-4 --prompt=-a=b=", {"lr": 1e-4, "prompt": "-a=b="}),
+    ("--lr=1e-4 --prompt=-a=b= --revision=7", {"lr": 1e-4, "prompt": "-a=b=", "revision": "7"}),
     ("--prompt=None --revision=None", {"prompt": "None", "revision": None}),
-    ("--prompt= --revision=7", {"prompt": "", "revision": "7"}),
-    ("--ids=1", {"ids": (1,)}),
-    ("--ids=[1,2]", {"ids": (1, 2)}),
-    ("'--ids=(-1, 2,)'", {"ids": (-1, 2)}),
-    ("'--ids=()'", {"ids": ()}),
-    ("--betas=1,0.5", {"betas": (1.0, 0.5)}),
-    ("--names=a,b", {"names": ("a", "b")}),
-    ("--wide=1 --wide=None", {"wide": None}),
-    ("--limit=3 --limit none", {"limit": None}),
+    ("--ids=1 --prompt=", {"ids": (1,), "prompt": ""}),
+    ("'--ids=(-1, 2,)' --wide=[1,2]", {"ids": (-1, 2), "wide": (1, 2)}),
+    ("'--ids=()' --betas=1,0.5", {"ids": (), "betas": (1.0, 0.5)}),
+    ("--names=a,b --limit=3 --limit none", {"names": ("a", "b"), "limit": None}),
 ))
 def test_config_values_of_flags(script, command_line, expected):
     """A flag takes the next flag for its value, a text is read as Python, '--ids=1' is an int."""
@@ -114,32 +104,23 @@ lr = sqrt(4)
 
 @pytest.mark.parametrize("command_line, file, hint", (
     ("--step=5", "", "command line: unknown key 'step', did you mean 'steps'? See --help"),
-    ("--step 5", "", "unknown key 'step'"),
-    ("--_hidden=1", "", "unknown key"),
     ("--learning_rate=1", "", "command line: unknown key 'learning_rate'. See --help"),
     ("--compile yes", "", "stray 'yes'"),
-    ("-x.py", "", "stray '-x.py'"),
-    ("--lr", "", "command line: --lr needs a value"),
-    ("--lr --compile", "", "--lr needs a value"),
+    ("--lr --compile", "", "command line: --lr needs a value"),
     ("--lr=fast", "", "command line: lr = 'fast', expected float"),
     ("--lr=None", "", "lr = 'None', expected float"),
     ("--steps=1e3", "", "expected int"),
     ("--compile=2", "", "expected bool"),
-    ("--limit=1.5", "", "expected int | None"),
     ("--ids=1,2.5", "", "expected tuple[int]"),
     ("--betas=1,None", "", "expected tuple[float]"),
-    ("none.py", "", "none.py: no such config file; config/ has those that ship"),
-    ("\x1b.py", "", r"\x1b.py: no such config file"),
+    ("\x1b.py", "", r"\x1b.py: no such config file; config/ has those that ship"),
     ("bad.py", "raise ValueError('\x1b[2J')", r"bad.py, line 1: ValueError: \x1b[2J"),
     ("bad.py", "lrr = 1e-3", "bad.py: unknown key 'lrr', did you mean 'lr'? See --help"),
     ("bad.py", "steps = 1.5", "bad.py: steps = 1.5, expected int"),
-    ("bad.py", "compile = 1", "expected bool"),
     ("bad.py", "steps = True", "expected int"),
     ("bad.py", "prompt = None", "expected str"),
-    ("bad.py", "ids = 3", "expected tuple[int]"),
     ("bad.py", "ids = (1, True)", "expected tuple[int]"),
     ("bad.py", "import os as lr", "expected float"),
-    ("bad.py", "lr = 1\nsteps = = 2\n", "bad.py, line 2: SyntaxError"),
     ("bad.py", "exit()", "bad.py, line 1: SystemExit"),
     ("bad.py", "import json\nlr = json.loads('{')\n", "bad.py, line 2: JSONDecodeError"),
     ("bad.py", "def f():\n    raise ValueError('a\\nb')\nf()\n", "bad.py, line 2: ValueError: a b"),
@@ -166,68 +147,58 @@ def test_config_help_lists_all_keys(script, capsys, flag):
     assert "they run: use only files you have read" in out  # config files
     rows = [line for line in out.splitlines() if line.startswith("  --")]
     assert [row.split()[0] for row in rows] == [f"--{name}" for name in KEYS]
-    # one column of values and one of comments
-    assert len({row.index(" = ") for row in rows}) == 1
-    assert len({row.index("  # ") for row in rows if "  # " in row}) == 1
     for text in ("'a # b'", "# text; 'c' # d", "0.0003   ", "# maximum number of prompts"):
         assert text in out
-
-# ------------------------------------------------------------------------------------------------
-# in a process
 
 
 RUN = """
 from configurator import configure, survive_closed_output
 lines = 20000
-flush = False
 config = configure(globals())
 survive_closed_output()
 for i in range(config.lines):
-    print(i, flush=config.flush)
+    print(i, flush=i % 2 == 0)
 open("report", "w").write(f"{lines} by default")
 """
 
 
-@pytest.fixture
-def process(tmp_path):
-    """process(*flags) starts RUN as a process, in tmp_path."""
-    def call(*flags):
-        (tmp_path / "run.py").write_text(RUN)
-        return subprocess.Popen(
-            [sys.executable, "run.py", *flags], cwd=tmp_path, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": ROOT})
-    return call
-
-
-def test_config_from_a_shell(process):
-    """sys.argv is not read; an error goes to stdout or ends with status 0."""
-    assert process("--lines", "2").communicate() == ("command line: lines = 2\n0\n1\n", "")
-    bad = process("--y=2")
+def test_config_from_a_shell(tmp_path):
+    """sys.argv is not read; an error goes to stdout or ends with status 0; `| head` ends a
+    measurement of an hour in a traceback and without its report."""
+    (tmp_path / "run.py").write_text(RUN)
+    processes = []
+    for flag in ("--lines=2", "--y=2", "--lines=20000"):
+        processes.append(subprocess.Popen(
+            [sys.executable, "run.py", flag], cwd=tmp_path, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": ROOT}))
+    good, bad, head = processes
+    assert good.communicate() == ("command line: lines = 2\n0\n1\n", "")
     out, errors = bad.communicate()
     assert (bad.returncode, out) == (1, "")
-    assert errors.startswith("command line: unknown key 'y'")
-    assert errors.count("\n") == 1
-
-
-@pytest.mark.parametrize("flush", (True, False))
-def test_closed_pipe_does_not_end_a_run(process, tmp_path, flush):
-    """`| head` ends a measurement of an hour in a traceback and without its report."""
-    run = process(f"--flush={flush}")
-    assert run.stdout.readline() == f"command line: flush = {flush}\n"
-    run.stdout.close()
-    assert run.stderr.read() == ""
-    assert run.wait() == 0
+    assert errors == "command line: unknown key 'y'. See --help\n"
+    (tmp_path / "report").unlink()
+    assert head.stdout.readline() == "command line: lines = 20000\n"
+    head.stdout.close()
+    assert (head.stderr.read(), head.wait()) == ("", 0)
     assert (tmp_path / "report").read_text() == "20000 by default"
 
 
+RECIPE = {  # of Phase 1.2
+    "lr": 3e-4, "batch_size": 2, "grad_accum_steps": 2, "max_length": 3072, "block_size": 16,
+    "num_anchors": 512, "weighting": "decay", "gamma": 7.0, "optimizer": "adamw",
+    "betas": (0.9, 0.999), "weight_decay": 0.0, "warmup": 0.04, "grad_clip": 1.0, "epochs": 1.0,
+    "num_layers": 5, "num_heads": 8, "num_kv_heads": 2, "head_dim": 256, "intermediate_size": 3584,
+    "target_layer_ids": (3, 7, 11, 15, 19), "mask_token_id": None, "target": "Qwen/Qwen3.5-0.8B"}
+
+
 def test_shipped_config_files_fit_train_py():
-    """A shipped config file has a key or a type that train.py does not know."""
+    """A shipped config file has a key or a type that train.py does not know; Phase 1.2 is changed
+    by a new default."""
     import train
 
-    folder = os.path.join(ROOT, "config")
-    paths = [os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".py")]
+    paths = sorted(Path(ROOT, "config").glob("*.py"))
     assert len(paths) >= 4
     for path in paths:
-        config = configure(vars(train), [path])
-        # how vLLM knows the method
-        assert os.path.basename(config.out_dir).endswith("dflash"), path
+        config = vars(configure(vars(train), [str(path)]))
+        assert config["out_dir"].endswith("dflash"), path  # how vLLM knows the method
+        assert path.name != "phase1_2.py" or RECIPE.items() <= config.items()

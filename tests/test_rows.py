@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+import checkpoint
 from benchmarks import prompts as bench_prompts
 from benchmarks.prompts import NOT_GRADED, is_correct, load_prompts
 from data import conversations, regenerate, rows
@@ -612,7 +613,7 @@ def test_a_hub_that_is_away_is_noticed_quickly(monkeypatch, tmp_path):
     monkeypatch.setattr(rows.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(rows.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
-    monkeypatch.setattr(rows, "getproxies", dict)
+    monkeypatch.setattr(checkpoint, "getproxies", dict)
     began = time.monotonic()
     for answer in (OSError("no network"), None):
         def lookup(*args, error=answer):
@@ -620,6 +621,7 @@ def test_a_hub_that_is_away_is_noticed_quickly(monkeypatch, tmp_path):
                 raise error
             threading.Event().wait()  # a name server that does not answer
         monkeypatch.setattr(socket, "getaddrinfo", lookup)
+        checkpoint.hub_answers.cache_clear()
         with pytest.raises(ValueError, match="the hub does not give such .*.ConnectionError."):
             bench_prompts.load_questions("math500", 3)
     assert time.monotonic() - began < 4

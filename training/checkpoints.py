@@ -16,7 +16,7 @@ import torch
 from torch.utils._pytree import tree_map, tree_map_only
 
 from checkpoint import load_drafter, public_drafter_config, save_drafter, step_folders
-from formats.files import one_line, short, where
+from formats.files import LINE, one_line, short, where
 from formats.keys import check_number
 from model import DFlashDraftModel
 from training.guard import GradientGuard
@@ -38,23 +38,22 @@ def save_checkpoint(run):
     config = run.config
     name = f"step-{run.step:06d}"
     folder = os.path.join(config.out_dir, name)
-    weights = tree_map_only(torch.Tensor, to_whole_cpu, run.drafter.state_dict())
-    moments = tree_map_only(torch.Tensor, to_whole_cpu, run.optimizer.state_dict())
-    already_there = name in step_folders(config.out_dir)  # then it is whole, and of this step
-    if rank() == 0 and not already_there:
+    whole = {"drafter": run.drafter.state_dict(), "optimizer": run.optimizer.state_dict()}
+    whole = tree_map_only(torch.Tensor, lambda tensor: gather_full(tensor).cpu(), whole)
+    if rank() == 0:
         state = {
             "epoch": 0,
             "global_step": run.step,
             "args": argparse.Namespace(**vars(config), ranks=world_size()),
-            "optimizer_state_dict": moments,
+            "optimizer_state_dict": whole["optimizer"],
             "scheduler_state_dict": {"last_epoch": run.step},
-            "master_weights": weights,
+            "master_weights": whole["drafter"],
             "gradient_guard": vars(run.guard),
         }
         # a drafter of plain tensors, because the run's can be sharded
         with torch.device("meta"):
             drafter = DFlashDraftModel(run.drafter.config)
-        drafter.load_state_dict(weights, assign=True)
+        drafter.load_state_dict(whole["drafter"], assign=True)
         if os.path.lexists(folder):  # something else has this name
             os.replace(folder, f"{folder}.{secrets.token_hex(8)}.old")
         save_drafter(drafter, folder, model_card(run), {"training_state.pt": state})
@@ -63,20 +62,16 @@ def save_checkpoint(run):
     return folder
 
 
-def to_whole_cpu(tensor):
-    """A tensor gathered from its shards and copied to the CPU."""
-    return gather_full(tensor).cpu()
-
-
 def model_card(run):
     config = run.config
     target_name = os.path.basename(os.path.normpath(config.target))
     data_name = os.path.basename(os.path.normpath(config.data))
-    return (f"# DFlash drafter for {target_name}\n\n"
-            f"Block-diffusion speculative decoding (arXiv 2602.06036): {config.num_layers} layers, "
-            f"blocks of {config.block_size}, features of target layers "
-            f"{list(config.target_layer_ids)}.\n"
-            f"Step {run.step} of {run.total_steps}; data: {data_name}.\n")
+    return f"""# DFlash drafter for {target_name}
+
+Block-diffusion speculative decoding (arXiv 2602.06036): {config.num_layers} layers, blocks of \
+{config.block_size}, features of target layers {list(config.target_layer_ids)}.
+Step {run.step} of {run.total_steps}; data: {data_name}.
+"""
 
 
 def prune_checkpoints(out_dir, newest):
@@ -128,8 +123,7 @@ def load_training_state(folder, drafter, target_config, config):
         weights = state["master_weights"]
         step = state["global_step"]
     else:
-        # SpecForge saves no float32 weights, so we take the folder's bfloat16 ones. Its global_step
-        # counts micro-batches. AdamW itself counts steps.
+        # SpecForge saves no float32 weights, so we take the folder's bfloat16 ones.
         published = load_drafter(folder, target_config)
         theirs = public_drafter_config(published.config)
         ours = public_drafter_config(drafter.config)
@@ -147,6 +141,7 @@ def load_training_state(folder, drafter, target_config, config):
                 if name != "step" and moment.shape != parameter.shape:
                     raise ValueError(f"moment {i} is {moment.shape}, not {parameter.shape}")
         if not is_ours:
+            # SpecForge's global_step counts micro-batches, but AdamW itself counts steps
             step = int(moments[0]["step"])
     except (RuntimeError, ValueError, KeyError) as error:
         raise ValueError(f"{where(folder)} does not fit this drafter: "
@@ -202,7 +197,7 @@ def check_same_run(folder, before, config):
         differences.append(f"grad_accum_steps x processes was {old_batches}, now {batches}")
     if differences:
         raise ValueError(one_line(f"cannot resume {where(folder)}: {len(differences)} settings "
-                                  f"changed: {'; '.join(differences[:3])}", 199))
+                                  f"changed: {'; '.join(differences[:3])}", LINE))
 
 
 def load_moments(optimizer, moments):

@@ -12,12 +12,12 @@ PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L4
         "RTX 4090": 165e12, "B200": 2250e12}
 
 
-def training_operations(drafter, B, T, A, target=None):
+def training_operations(drafter, target, B, T, A):
     """Operations of a training step on B samples of T tokens with A anchors each.
 
     A weight matrix costs two operations per entry and token in the forward and four in the
-    backward, but only two in the backward if its input needs no gradient. With `target`, its
-    forward up to the last feature layer counts too. The target is frozen, so it has no backward.
+    backward, but only two in the backward if its input needs no gradient. The target runs up to
+    the last feature layer. It is frozen, so it has no backward.
     """
     c = drafter.config
     K = drafter.block_size
@@ -38,12 +38,9 @@ def training_operations(drafter, B, T, A, target=None):
     # the logits, and the gradient with respect to their input
     head = 4 * c.vocab_size * c.hidden_size * A * (K - 1)
 
-    features = 0
-    if target is not None:
-        used_layers = max(drafter.target_layer_ids) + 1
-        device = target.embed_tokens.weight.device
-        v = torch.empty(0, target.config.linear_value_head_dim, device=device)
-        features = target_operations(target, T, chunk_length(v), used_layers)
+    v = torch.empty(0, target.config.linear_value_head_dim, device=target.head_weight.device)
+    used_layers = max(drafter.target_layer_ids) + 1
+    features = target_operations(target, T, chunk_length(v), used_layers)
     return int(B * (layers + attention + head + features))
 
 
@@ -100,8 +97,7 @@ def mfu(operations_per_second, device, dtype):
     """Model FLOPs utilization: the fraction of all GPUs' peak. None if the peak is unknown."""
     if device != "cuda" or dtype != "bfloat16":
         return None
-    gpu = torch.cuda.get_device_name()
     for name, peak in PEAK.items():
-        if name in gpu:
+        if name in torch.cuda.get_device_name():
             return operations_per_second / (peak * world_size())
     return None

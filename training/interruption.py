@@ -8,6 +8,7 @@ import contextlib
 import os
 import shlex
 import signal
+import socket
 import sys
 import threading
 
@@ -22,7 +23,11 @@ PATIENCE_S = 20.0
 
 @contextlib.contextmanager
 def stop_signals():
-    """Yields a list that collects SIGTERM and Ctrl-C. They do not end the process."""
+    """Yields a list that collects SIGTERM and Ctrl-C. They do not end the process.
+
+    Python runs no signal handler while the main thread waits in NCCL. But Python writes the number
+    of each signal into a socket immediately. Under torchrun a second thread reads the socket.
+    """
     received = []
 
     def receive(number, frame):
@@ -31,50 +36,32 @@ def stop_signals():
     previous = {}
     for number in (signal.SIGTERM, signal.SIGINT):
         previous[number] = signal.signal(number, receive)
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    signal.set_wakeup_fd(writer.fileno())
+    has_ended = threading.Event()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=end_if_stuck, args=(reader, has_ended), daemon=True).start()
     try:
-        with end_if_stuck():
-            yield received
+        yield received
     finally:
+        has_ended.set()
+        signal.set_wakeup_fd(-1)
+        writer.close()  # the thread reads the end of the stream and returns
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-@contextlib.contextmanager
-def end_if_stuck():
-    """Under torchrun: end this process with one line if it is still here long after SIGTERM.
-
-    Python runs no signal handler while the main thread waits in NCCL. But Python writes the number
-    of each signal into a pipe immediately, and a second thread reads the pipe.
-    """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        yield
-        return
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    previous_writer = signal.set_wakeup_fd(writer)
-    has_ended = threading.Event()
-    threading.Thread(target=watch, args=(reader, has_ended), daemon=True).start()
-    try:
-        yield
-    finally:
-        has_ended.set()
-        signal.set_wakeup_fd(previous_writer)
-        os.close(writer)  # the thread reads the end of the pipe and returns
-
-
-def watch(reader, has_ended):
-    """Wait for SIGTERM in the pipe, then end the process unless it ends in PATIENCE_S seconds."""
-    with open(reader, "rb", buffering=0) as pipe:
-        number = pipe.read(1)
-        while number not in (b"", bytes([signal.SIGTERM])):
-            number = pipe.read(1)
-        if has_ended.wait(PATIENCE_S):
-            return
-    sys.stderr.write(
-        f"error: process {os.environ['RANK']} got SIGTERM, but its step did not finish in "
-        f"{PATIENCE_S:.0f} s, probably because another process died. Continue with --resume\n")
-    sys.stderr.flush()
-    os._exit(1)
+def end_if_stuck(reader, has_ended):
+    """Wait for SIGTERM, then end the process unless the step ends in PATIENCE_S seconds."""
+    number = reader.recv(1)
+    while number not in (b"", bytes([signal.SIGTERM])):
+        number = reader.recv(1)
+    if not has_ended.wait(PATIENCE_S):
+        print(f"error: process {os.environ['RANK']} got SIGTERM, but its step did not finish in "
+              f"{PATIENCE_S:.0f} s, probably because another process died. Continue with --resume",
+              file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 def any_rank_received(received, device):

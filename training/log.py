@@ -1,6 +1,6 @@
 """
-The log of a training run: lines on the screen, log.jsonl, training.png, and on request Weights &
-Biases. Only process 0 writes.
+The numbers of a training run and their log: lines on the screen, log.jsonl, training.png, and on
+request Weights & Biases. Only process 0 writes.
 """
 import contextlib
 import io
@@ -8,15 +8,63 @@ import json
 import os
 import shlex
 import time
+from typing import NamedTuple
 
 import torch
 
 from data.samples import read_meta
 from formats.files import printable, write_whole
 from training.flops import mfu
-from training.parallel import gather_numbers, rank
+from training.parallel import peak_memory, rank
 
 SHOWN_POSITIONS = (1, 2, 4, 8, 15)  # of the K - 1, on the screen and in the plot
+
+# --------------------------------------------------------------------------------------------------
+# the numbers of a step: sums over blocks, which add up over micro-batches and processes
+
+
+class BlockSums(NamedTuple):
+    """Sums over the blocks of a micro-batch, in float64."""
+    loss: torch.Tensor
+    weight: torch.Tensor
+    right_up_to: torch.Tensor       # (K-1,) blocks whose guesses are right up to this position
+    reached: torch.Tensor           # (K-1,) blocks whose response is long enough for this position
+    tokens: torch.Tensor            # including padding
+    operations: torch.Tensor
+
+
+def block_sums(loss, weights, correct, in_response, *, tokens, operations):
+    """BlockSums of a micro-batch; weights, correct, and in_response are (B, A, K-1)."""
+    right_up_to = (correct & in_response).long().cumprod(-1)
+    # torch.full lets the GPU write the number. Copying it to the GPU would make the CPU wait.
+    return BlockSums(
+        loss=loss.detach().double(),
+        weight=weights.sum().double(),
+        right_up_to=right_up_to.sum((0, 1)).double(),
+        reached=in_response.sum((0, 1)).double(),
+        tokens=torch.full((), tokens, dtype=torch.float64, device=loss.device),
+        operations=torch.full((), operations, dtype=torch.float64, device=loss.device))
+
+
+def add_up(parts):
+    """The BlockSums of several micro-batches together."""
+    return BlockSums(*[sum(values) for values in zip(*parts)])
+
+
+def figures(sums):
+    """The numbers of the log: mean loss, estimated tau, and the fraction of blocks that are right
+    up to each of the K-1 positions.
+
+    tau is 1 (the target's own token) plus the mean number of right guesses before the first wrong
+    one. A fraction counts only blocks whose response reaches the position; all reach the first.
+    """
+    blocks = sums.reached[0].clamp(min=1)
+    return {"loss": (sums.loss / sums.weight.clamp(min=1e-9)).item(),  # 0 without any weight
+            "tau": 1 + (sums.right_up_to.sum() / blocks).item(),
+            "accepted_up_to_slot": (sums.right_up_to / sums.reached.clamp(min=1)).tolist()}
+
+# --------------------------------------------------------------------------------------------------
+# the log
 
 
 class TrainingLog:
@@ -47,41 +95,37 @@ class TrainingLog:
         """Write the entry of a step, with speed and time left."""
         config = self.config
         seconds = time.time() - self.began
-        steps_done = run.step - self.first_step
         steps_left = run.total_steps - run.step
-        entry = {
-            **entry,
-            "tokens_per_s": self.tokens / seconds,
-            "mfu": mfu(self.operations / seconds, config.device, config.dtype),
-            "peak_gb": peak_memory(config.device),
-            "minutes_left": steps_left * seconds / steps_done / 60,
-        }
-        line = (f"loss {entry['loss']:.4f} | tau {entry['tau']:.2f} | "
-                f"norm {entry['grad_norm']:.2f} | lr {entry['lr']:.1e} | "
-                f"{entry['tokens_per_s']:,.0f} tokens/s | ")
-        if entry["mfu"]:
-            line += f"{entry['mfu']:.1%} MFU | "
-        if entry["peak_gb"]:
-            line += f"{max(entry['peak_gb']):.1f} GB | "
+        speed = self.tokens / seconds
+        flops = mfu(self.operations / seconds, config.device, config.dtype)
+        memory = peak_memory(config.device)
+        minutes = steps_left * seconds / (run.step - self.first_step) / 60
+        entry |= {"tokens_per_s": speed, "mfu": flops, "peak_gb": memory, "minutes_left": minutes}
+        line = f"norm {entry['grad_norm']:.2f} | lr {entry['lr']:.1e} | {speed:,.0f} tokens/s | "
+        if flops:
+            line += f"{flops:.1%} MFU | "
+        if memory:
+            line += f"{max(memory):.1f} GB | "
         if entry["skipped"]:
             line += f"{entry['skipped']} skipped | "
-        self.write(run, "train", entry, f"{line}{entry['minutes_left']:.1f} min left")
+        self.write(run, "train", entry, f"{line}{minutes:.1f} min left")
 
     def held_out(self, run, entry):
         """Write the entry of an evaluation."""
         fractions = entry["accepted_up_to_slot"]
         shown = " ".join(f"{k}:{fractions[k - 1]:.2f}" for k in self.shown)
-        self.write(run, "val", entry, f"held out: loss {entry['loss']:.4f} | "
-                   f"tau {entry['tau']:.2f} | accepted up to position {shown}")
+        self.write(run, "val", entry, f"accepted up to position {shown}")
 
     def write(self, run, kind, entry, line):
         self.file.write(json.dumps({"kind": kind, "step": run.step, **entry}) + "\n")
-        print(f"step {run.step}/{run.total_steps} | {line}", flush=True)
+        source = "held out: " if kind == "val" else ""
+        print(f"step {run.step}/{run.total_steps} | {source}loss {entry['loss']:.4f} | "
+              f"tau {entry['tau']:.2f} | {line}", flush=True)
         if self.config.wandb_project and rank() == 0:
             import wandb
             # lists per position or process have no curve
-            numbers = {key: value for key, value in entry.items() if not isinstance(value, list)}
-            wandb.log({f"{kind}/{key}": value for key, value in numbers.items()}, step=run.step)
+            numbers = {f"{kind}/{key}": x for key, x in entry.items() if not isinstance(x, list)}
+            wandb.log(numbers, step=run.step)
 
     def close(self):
         """Close log.jsonl and plot all of it, including the steps before a resume."""
@@ -104,13 +148,6 @@ def start_wandb(config):
     wandb.init(project=config.wandb_project, name=name, config=vars(config))
 
 
-def peak_memory(device):
-    """Peak gigabytes of tensors since the loop began, per process; None on CPUs."""
-    if device != "cuda":
-        return None
-    return gather_numbers(torch.cuda.max_memory_allocated() / 1e9, device)
-
-
 def open_log(config, step):
     """out_dir/log.jsonl for appending, without what an interrupted run wrote after `step`.
 
@@ -127,23 +164,20 @@ def open_log(config, step):
 def read_log(config):
     """The entries of out_dir/log.jsonl, without damaged lines and lines that are not ours."""
     path = os.path.join(config.out_dir, "log.jsonl")
+    if not os.path.isfile(path):
+        return []
     entries = []
-    if os.path.isfile(path):
-        with open(path, errors="replace") as f:
-            for line in f:
-                with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
-                    entry = json.loads(line)
-                    if is_ours(entry, config.block_size):
-                        entries.append(entry)
+    with open(path, errors="replace") as f:
+        for line in f:
+            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+                entry = json.loads(line)
+                numbers = [entry["loss"], entry["tau"], *entry["accepted_up_to_slot"]]
+                has_step = type(entry["step"]) is int and entry["step"] >= 0
+                has_numbers = all(type(x) is float for x in numbers)
+                has_all = len(numbers) == 2 + config.block_size - 1
+                if entry["kind"] in ("train", "val") and has_step and has_numbers and has_all:
+                    entries.append(entry)
     return entries
-
-
-def is_ours(entry, K):
-    """Whether a run with blocks of K tokens can have written this entry. KeyError, TypeError."""
-    numbers = [entry["loss"], entry["tau"], *entry["accepted_up_to_slot"]]
-    has_step = type(entry["step"]) is int and entry["step"] >= 0
-    has_numbers = len(numbers) == 2 + K - 1 and all(type(x) is float for x in numbers)
-    return entry["kind"] in ("train", "val") and has_step and has_numbers
 
 
 def plot_training(path, log, positions):

@@ -33,8 +33,7 @@ def is_lost_process(error):
     """Whether NCCL or gloo raised this error because another process has ended."""
     if isinstance(error, dist.DistBackendError):
         return True
-    text = str(error)
-    return "Connection closed by peer" in text or "Connection reset by peer" in text
+    return "closed by peer" in str(error) or "reset by peer" in str(error)
 
 
 def rank():
@@ -59,11 +58,13 @@ def sum_over_ranks(x):
     return x
 
 
-def gather_numbers(number, device):
-    """The numbers of all processes in a list, by rank."""
-    numbers = torch.zeros(world_size(), dtype=torch.float64, device=device)
-    numbers[rank()] = number
-    return sum_over_ranks(numbers).tolist()
+def peak_memory(device):
+    """Peak gigabytes of tensors in each process; None on CPUs."""
+    if device != "cuda":
+        return None
+    gigabytes = torch.zeros(world_size(), dtype=torch.float64, device=device)
+    gigabytes[rank()] = torch.cuda.max_memory_allocated() / 1e9
+    return sum_over_ranks(gigabytes).tolist()
 
 
 def gather_full(x):

@@ -10,10 +10,12 @@ import tempfile
 import torch
 import torch._inductor.config
 
-from checkpoint import drafter_config, newest_checkpoint, parse_dtype
+from checkpoint import drafter_config, parse_dtype, step_folders
 from configurator import check_ranges
+from data.samples import Samples
 from formats.files import printable, where
 from model import DFlashDraftModel
+from tokenizer import tokenizer_fingerprint
 from training.optimizer import KINDS
 from training.parallel import rank, wait_for_all
 
@@ -24,10 +26,7 @@ OUR_DATA = [os.path.join(ROOT, "data", name) for name in ("math240k", "nano", "s
 # checks, before anything large is loaded
 
 CHOICES = {
-    "weighting": ("decay", "dpace"),
-    "optimizer": KINDS,
-    "parallel": ("ddp", "fsdp"),
-}
+    "weighting": ("decay", "dpace"), "optimizer": KINDS, "parallel": ("ddp", "fsdp")}
 
 # the lowest and the highest value of every number
 RANGES = {
@@ -61,36 +60,20 @@ def check_config(config):
         raise ValueError(f"max_length = {config.max_length} is shorter than a block: use "
                          f"block_size = {config.block_size} or more")
     parse_dtype(config.device, config.dtype)
-
-
-def check_out_dir(folder):
-    """Make the folder. ValueError if no file can be written there."""
     try:
-        os.makedirs(folder, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        os.makedirs(config.out_dir, exist_ok=True)
+        tempfile.TemporaryFile(dir=config.out_dir).close()
     except OSError as error:
-        raise ValueError(f"cannot write to out_dir = {folder!r:.100}: {error.strerror}; give "
-                         "another --out_dir") from None
-
-
-def check_anchors(samples, split, config):
-    """ValueError if no sample has an anchor (sample_anchors in loss.py): all losses would be 0."""
-    for _, mask in samples:
-        supervised = mask[:config.max_length] > 0
-        if (supervised[:-1] & supervised[1:]).any():
-            return
-    raise ValueError(f"no {split} sample in {config.data!r:.60} has two tokens of an answer within "
-                     f"max_length = {config.max_length} tokens, so there is nothing to train on")
+        raise ValueError(f"cannot write to out_dir = {config.out_dir!r:.100}: {error.strerror}; "
+                         "give another --out_dir") from None
 
 # --------------------------------------------------------------------------------------------------
 # what a run begins with
 
 
 def deterministic_kernels():
-    """Deterministic kernel choice (no autotuning by time) and summation order.
-
-    A resumed run has to choose the same kernels. torch warns if it has no deterministic one.
-    """
+    """Choose kernels by rule instead of by time, and sum in a fixed order, so that a resumed run
+    computes the same. torch warns if it has no deterministic kernel."""
     torch._inductor.config.deterministic = True
     torch.use_deterministic_algorithms(True, warn_only=True)
     # filling new memory costs 5 % and changes no result here
@@ -99,16 +82,16 @@ def deterministic_kernels():
 
 def checkpoint_to_resume(config):
     """The checkpoint folder that this run resumes from; None for a new run."""
-    newest = newest_checkpoint(config.out_dir)  # out_dir itself if it has none
-    name = os.path.basename(newest)
-    has_checkpoint = name.startswith("step-")
-    if has_checkpoint and not config.resume:
-        raise ValueError(f"{where(config.out_dir)} already contains a run ({name}): use --resume "
-                         "to continue it or --out_dir for a new one")
-    if config.resume and not has_checkpoint:
-        raise ValueError(f"nothing to resume: {where(config.out_dir)} contains no step-* "
-                         "checkpoint")
-    return newest if config.resume else config.resume_from
+    out_dir = config.out_dir
+    steps = step_folders(out_dir)
+    if config.resume and not steps:
+        raise ValueError(f"nothing to resume: {where(out_dir)} contains no step-* checkpoint")
+    if config.resume:
+        return os.path.join(out_dir, steps[-1])
+    if steps:
+        raise ValueError(f"{where(out_dir)} already contains a run ({steps[-1]}): use --resume to "
+                         "continue it or --out_dir for a new one")
+    return config.resume_from
 
 
 def prepare_data(config):
@@ -129,6 +112,18 @@ def prepare_data(config):
     wait_for_all()
 
 
+def load_samples(config, split, vocab_size):
+    """The Samples of a split, made with the target's tokenizer and template. ValueError if none of
+    them has an anchor (sample_anchors in loss.py), because all losses would be 0."""
+    samples = Samples(config.data, split, vocab_size, tokenizer_fingerprint(config.target))
+    for _, mask in samples:
+        supervised = mask[:config.max_length] > 0
+        if (supervised[:-1] & supervised[1:]).any():
+            return samples
+    raise ValueError(f"no {split} sample in {config.data!r:.60} has two tokens of an answer within "
+                     f"max_length = {config.max_length} tokens, so there is nothing to train on")
+
+
 def new_drafter(config, target_config, tokenizer):
     """An untrained drafter, always the same for a seed.
 
@@ -136,10 +131,8 @@ def new_drafter(config, target_config, tokenizer):
     rows, or without a tokenizer the last row.
     """
     mask_token_id = config.mask_token_id
-    if mask_token_id is None and tokenizer is None:
-        mask_token_id = target_config.vocab_size - 1
-    elif mask_token_id is None:
-        mask_token_id = len(tokenizer)
+    if mask_token_id is None:
+        mask_token_id = target_config.vocab_size - 1 if tokenizer is None else len(tokenizer)
     shape = drafter_config(
         target_config,
         num_hidden_layers=config.num_layers,
