@@ -60,12 +60,17 @@ def check_config(config):
         raise ValueError(f"max_length = {config.max_length} is shorter than a block: use "
                          f"block_size = {config.block_size} or more")
     parse_dtype(config.device, config.dtype)
+    check_out_dir(config.out_dir)
+
+
+def check_out_dir(folder):
+    """Make the folder. ValueError if no file can be written there."""
     try:
-        os.makedirs(config.out_dir, exist_ok=True)
-        tempfile.TemporaryFile(dir=config.out_dir).close()
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise ValueError(f"cannot write to out_dir = {config.out_dir!r:.100}: {error.strerror}; "
-                         "give another --out_dir") from None
+        raise ValueError(f"cannot write to out_dir = {folder!r:.100}: {error.strerror}; give "
+                         "another --out_dir") from None
 
 # --------------------------------------------------------------------------------------------------
 # what a run begins with
