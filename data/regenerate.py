@@ -46,7 +46,7 @@ from configurator import configure
 from data.rows import (
     Dropped, parse_json, progress, prompt_ids, read_conversations, read_message)
 from draft_decode import Request, generate_many
-from formats.files import LINE, one_line, whole_file
+from formats.files import LINE, one_line, where, whole_file
 from sampling import Sampling
 
 prompts = ""                    # hub id, file or folder: questions or conversations
@@ -89,14 +89,14 @@ def regenerate(config):
         raise ValueError("give --prompts and --out, --server with --model or neither, and "
                          "in_flight and slots of at least 1")
     if os.path.lexists(config.out):
-        raise ValueError(f"{config.out} is there already: remove it, or give another --out")
+        raise ValueError(f"{where(config.out, 100)} is there already: remove it, or give another --out")
     prompts = read_prompts(config.prompts)
     os.makedirs(os.path.dirname(os.path.abspath(config.out)), exist_ok=True)
     part_path = config.out + ".part"
     with open(part_path, "a+b", opener=open_no_link) as f:
         part = PartFile(f, prompts)
         if not part.resume(part_header(config)):
-            raise ValueError(f"{part_path} was made from other prompts or in another way: remove "
+            raise ValueError(f"{where(part_path, 80)} was made from other prompts or in another way: remove "
                              "it, or give another --out")
         answer_all(config, part)
         if part.counts["answered"]:
@@ -106,7 +106,7 @@ def regenerate(config):
     os.remove(part_path)
     if not part.counts["answered"]:
         listed = ", ".join(f"{count:,} {result}" for result, count in part.counts.items())
-        raise ValueError(f"no answer ended, so there is no {config.out}: {listed}; the last one: "
+        raise ValueError(f"no answer ended, so there is no {where(config.out)}: {listed}; the last: "
                          f"{part.last_result}")
     for reason, count in part.refusals.most_common(5):
         print(one_line(f"{count:,} {reason}"))
