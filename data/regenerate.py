@@ -89,15 +89,16 @@ def regenerate(config):
         raise ValueError("give --prompts and --out, --server with --model or neither, and "
                          "in_flight and slots of at least 1")
     if os.path.lexists(config.out):
-        raise ValueError(f"{where(config.out, 100)} is there already: remove it, or give another --out")
+        raise ValueError(f"{where(config.out, 100)} is there already: remove it, or give another "
+                         "--out")
     prompts = read_prompts(config.prompts)
     os.makedirs(os.path.dirname(os.path.abspath(config.out)), exist_ok=True)
     part_path = config.out + ".part"
     with open(part_path, "a+b", opener=open_no_link) as f:
         part = PartFile(f, prompts)
         if not part.resume(part_header(config)):
-            raise ValueError(f"{where(part_path, 80)} was made from other prompts or in another way: remove "
-                             "it, or give another --out")
+            raise ValueError(f"{where(part_path, 80)} was made from other prompts or in another "
+                             "way: remove it, or give another --out")
         answer_all(config, part)
         if part.counts["answered"]:
             with whole_file(config.out) as conversations:
@@ -106,8 +107,8 @@ def regenerate(config):
     os.remove(part_path)
     if not part.counts["answered"]:
         listed = ", ".join(f"{count:,} {result}" for result, count in part.counts.items())
-        raise ValueError(f"no answer ended, so there is no {where(config.out)}: {listed}; the last: "
-                         f"{part.last_result}")
+        raise ValueError(f"no answer ended, so there is no {where(config.out)}: {listed}; "
+                         f"the last: {part.last_result}")
     for reason, count in part.refusals.most_common(5):
         print(one_line(f"{count:,} {reason}"))
     return part.counts
