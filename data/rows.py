@@ -19,7 +19,7 @@ from huggingface_hub import constants
 from tqdm import tqdm
 
 from checkpoint import hub_answers
-from formats.files import one_line, where
+from formats.files import one_line, open_regular, where
 from tokenizer import chat_text, check_special_tokens, max_characters, texts_in
 
 MESSAGES = ("conversations", "messages", "conversation")
@@ -361,7 +361,7 @@ def read_file(path):
     """(number, row or UnusableRow) of a file's rows."""
     if path.endswith(".parquet"):
         return enumerate(map(without_nulls, read_parquet(path)), 1)
-    with open(path, "rb") as f:
+    with open_regular(path) as f:
         is_array = path.endswith(".json") and f.read(100).lstrip().startswith(b"[")
         if not is_array:
             return read_json_lines(path)
@@ -374,7 +374,7 @@ def read_file(path):
 
 
 def read_json_lines(path):
-    with open(path, "rb") as f:
+    with open_regular(path) as f:
         for number, line in enumerate(f, 1):
             if line.strip():
                 yield number, row_of_line(line)
@@ -395,7 +395,7 @@ def read_parquet(path):
     import pyarrow.parquet
 
     try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024):
+        for batch in pyarrow.parquet.ParquetFile(open_regular(path)).iter_batches(1024):
             yield from batch.to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
         raise ValueError(f"cannot read {where(path)}: {one_line(error)}") from None

@@ -19,7 +19,8 @@ import shlex
 
 import numpy as np
 
-from formats.files import one_line, read_json, short, where, whole_file, write_whole
+from formats.files import (
+    one_line, open_regular, read_json, short, where, whole_file, write_whole)
 
 FORMAT = 1  # of the folder, in meta.json
 
@@ -49,15 +50,17 @@ class Samples:
         # The files are mapped into memory, so only the samples that are used come from disk.
         path = os.path.join(folder, split)
         try:
-            self.tokens = np.memmap(f"{path}.tokens.bin", np.uint32, "r")
-            self.mask = np.memmap(f"{path}.mask.bin", np.uint8, "r")
-            self.offsets = np.memmap(f"{path}.offsets.bin", np.uint64, "r")
+            self.tokens = np.memmap(open_regular(f"{path}.tokens.bin"), np.uint32, "r")
+            self.mask = np.memmap(open_regular(f"{path}.mask.bin"), np.uint8, "r")
+            self.offsets = np.memmap(open_regular(f"{path}.offsets.bin"), np.uint64, "r")
         except (OSError, ValueError) as error:  # missing, empty, or cut inside a number
             reason = one_line(error, 50)
             raise ValueError(f"cannot read the {split} rows ({reason}): {hint}") from None
         if not len(self.tokens) == len(self.mask) == self.offsets[-1] == counts["tokens"]:
             raise ValueError(f"{split}.*.bin hold {len(self.tokens)} tokens, meta.json says "
                              f"{counts['tokens']}: {hint}")
+        if not (self.offsets[1:] > self.offsets[:-1]).all():
+            raise ValueError(f"{split}.offsets.bin is broken, offsets must ascend: {hint}")
 
     def __len__(self):
         return len(self.offsets) - 1

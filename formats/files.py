@@ -37,9 +37,16 @@ def where(path, limit=50):
     return path if len(path) <= limit else "..." + path[3 - limit:]
 
 
+def open_regular(path):
+    """open(path, "rb"). ValueError unless it is a regular file: a pipe would never open."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{where(path)} is not a regular file")
+    return open(path, "rb")
+
+
 def read_json(path):
     """The object in a JSON file. ValueError if the file contains anything else, or is broken."""
-    with open(path, encoding="utf-8") as f:
+    with open_regular(path) as f:
         try:
             content = json.load(f)
         except RecursionError:

@@ -16,6 +16,7 @@ import urllib.request
 import zlib
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -32,7 +33,7 @@ from data.nano import plain, pretrain, words
 from data.nano import prepare as nano_prepare
 from data.nano.problems import boxed, problem, problems, split_of
 from data.nano.refusals import REFUSAL, REFUSED_EXAMPLES, normal_form, refused_text
-from data.rows import Conversation, UnusableRow
+from data.rows import Conversation, UnusableRow, read_rows
 from data.samples import Samples, write_samples
 from draft_decode import RoundOutput
 from sampling import Sampling
@@ -91,6 +92,25 @@ def test_samples_of_another_target_or_run_are_refused(
     with pytest.raises(ValueError, match=f"{hint}.*run python {script}") as refusal:
         Samples(folder, split, vocab_size)
     assert len(str(refusal.value)) < 200
+
+
+@pytest.mark.parametrize("name, reason", (
+    ("meta.json", "not a regular file"), ("train.tokens.bin", "not a regular file"),
+    ("train.mask.bin", "not a regular file"), ("offsets", "offsets must ascend")))
+def test_samples_in_broken_files_are_refused(tmp_path, name, reason):
+    """A pipe with the name of our file is waited for forever; offsets that do not ascend give
+    empty samples."""
+    write_samples(str(tmp_path), {"train": [([1, 2], [0, 1])] * 3}, {"vocab_size": 512})
+    if name == "offsets":
+        np.array([0, 4, 2, 6], np.uint64).tofile(tmp_path / "train.offsets.bin")
+    else:
+        (tmp_path / name).unlink()
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{reason}.*run python"):
+        Samples(str(tmp_path), "train", 512)
+    os.mkfifo(tmp_path / "rows.jsonl")
+    with pytest.raises(ValueError, match="not a regular file"):
+        list(read_rows(str(tmp_path)))
 
 
 @pytest.mark.parametrize("token", (512, 600, -1))
