@@ -95,8 +95,8 @@ def test_samples_of_another_target_or_run_are_refused(
 
 
 @pytest.mark.parametrize("name, reason", (
-    ("meta.json", "not a regular file"), ("train.tokens.bin", "not a regular file"),
-    ("train.mask.bin", "not a regular file"), ("offsets", "offsets must ascend")))
+    ("meta.json", "meta.json is broken"), ("train.tokens.bin", "cannot read the train rows"),
+    ("train.mask.bin", "cannot read the train rows"), ("offsets", "offsets must ascend")))
 def test_samples_in_broken_files_are_refused(tmp_path, name, reason):
     """A pipe with the name of our file is waited for forever; offsets that do not ascend give
     empty samples."""
