@@ -161,7 +161,7 @@ def test_compiled_rounds_equal_plain_ones(rows, traced_only):
         decoder.state.pads_segments = True  # so that segments are compiled too
         decoder.state.segment_length = 32
         answer = []
-        for number, length in enumerate((20, 64 + K + 5, K + 1, 32, 33, 99)):
+        for number, length in enumerate((20, 64 + K + 5, K + 1, 33)):
             prompt = tokens_of(length, seed=length).tolist()
             is_new = number < 2  # the drafter's context is compiled for one length, then for all
             with torch._dynamo.config.patch(error_on_recompile=is_compiled and not is_new):

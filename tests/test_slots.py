@@ -27,8 +27,8 @@ from sampling import Sampling
 from tests.common import K, NANO_DRAFTER, NANO_TARGET, all_tokens, nano, questions, shipped
 from tokenizer import chat_prompt, stop_ids
 
-PROMPTS = int(os.environ.get("SLOT_PROMPTS", 6))
-NEW_TOKENS = 16
+PROMPTS = int(os.environ.get("SLOT_PROMPTS", 5))
+NEW_TOKENS = 14
 GREEDY = Sampling()
 SAMPLED = Sampling(1.0, top_k=20, top_p=0.95, seed=3, draft_temperature=1.0)
 UNDECIDED = Sampling(1.7, seed=3)  # so hot that the noise decides many tokens
@@ -150,7 +150,7 @@ def test_slots_are_identical_for_every_drafter(slots, dtype, sampling):
     alone = decode(dtype, None, slots, sampling, prompts)
     # The answers end at different times, so slots wait, are idle, and are used again.
     assert len({len(all_tokens(rounds)) for rounds in alone[0].values()}) > 1
-    some = prompts[:-1][::-2]
+    some = prompts[2:0:-1]
     check_same(alone, decode(dtype, None, slots, sampling, some))
 
     torch.manual_seed(0)
