@@ -21,9 +21,6 @@ from tests.common import (DRAFTERS, HIDDEN, K, LAYER_IDS, NANO_DRAFTER, NANO_TAR
                           tokens_of)
 from tokenizer import chat_prompt, load_tokenizer
 
-# ------------------------------------------------------------------------------------------------
-# the same tokens
-
 
 def test_plain_and_prepared_pairs_decode_the_same_tokens():
     """Decoding needs fast/, or returns different tokens or rounds with it. A second call of
@@ -130,9 +127,6 @@ def test_matmuls_are_joined_and_packed(monkeypatch):
         monkeypatch.setattr(cpu, "MIN_PACKED", 10**9)
         join_projections(drafter)  # as on a GPU; what is not joined stays packed
 
-# ------------------------------------------------------------------------------------------------
-# bits on a CPU
-
 
 @pytest.mark.parametrize("B, K, width", ((1, 16, 9728), (5, 16, 9728), (1, 20, 40_000)))
 def test_activations_do_not_depend_on_threads(B, K, width):
@@ -190,9 +184,6 @@ def test_small_weights_are_not_packed(monkeypatch):
     monkeypatch.setattr(cpu, "MIN_PACKED", 256)
     assert cpu.pack_weight(weight) is not None
 
-# ------------------------------------------------------------------------------------------------
-# on a GPU
-
 
 def test_matmul_of_one_token_is_summed_in_fp32(monkeypatch):
     """Compiled code sums numbers that were rounded to bf16, or its output has a different shape or
@@ -211,9 +202,6 @@ def test_matmul_of_one_token_is_summed_in_fp32(monkeypatch):
         assert ours.dtype == torch.bfloat16
         assert ours.shape == expected.shape
         assert apart(ours, expected) < 2e-3  # the output's own rounding
-
-# ------------------------------------------------------------------------------------------------
-# the drafter's attention in training
 
 
 @pytest.mark.parametrize("layer_types, window", DRAFTERS)

@@ -56,9 +56,6 @@ def test_training_form_predicts_decoded_rounds():
             anchor += predicted[-1]
         assert predicted == [len(r.tokens) for r in rounds[1:]]
 
-# ------------------------------------------------------------------------------------------------
-# where a generation ends
-
 
 @functools.cache
 def reference():
@@ -135,9 +132,6 @@ def test_generate_ends_at_the_context(monkeypatch):
             ([1], {"stop_token_ids": V}, f"stop token id {V} is outside")):
         with pytest.raises(ValueError, match=hint):
             next(generate(target, None, wrong_prompt, **options))
-
-# ------------------------------------------------------------------------------------------------
-# compiled
 
 
 @pytest.mark.parametrize("rows", (1, K))

@@ -13,9 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from loss import Targets, block_labels, block_loss, chunk_loss, dpace_weights, sample_anchors
 from tests.common import K, V, apart, random_normal, tokens_of
 
-# ------------------------------------------------------------------------------------------------
-# anchors
-
 
 def responses():
     """Supervised tokens (5, 40): none, one, two at the end, two responses, everything."""
@@ -66,9 +63,6 @@ def test_failure_12_anchors_follow_the_generator_alone():
             assert torch.equal(anchors, again)
             assert torch.equal(real, real_again)
 
-# ------------------------------------------------------------------------------------------------
-# labels and weights
-
 
 def test_padding_anchors_and_texts_end_without_weight():
     """An anchor that is padding has a weight, or labels come from after the end of the text."""
@@ -99,9 +93,6 @@ def test_dpace_weights_equal_their_definition(smoothing):
             products.append(product)
         expected = [sum(products[j:]) for j in range(K - 1)]
         assert row.tolist() == pytest.approx(expected)
-
-# ------------------------------------------------------------------------------------------------
-# the loss
 
 
 def loss_inputs(dtype=torch.float64):

@@ -13,9 +13,6 @@ from sampling import Sampling, choose, gumbel_noise, mask_unlikely, perturbed_sc
 from tests.common import K, all_tokens, nano, questions, shipped, tiny_target
 from tokenizer import chat_prompt
 
-# ------------------------------------------------------------------------------------------------
-# noise
-
 
 def mixed(x):
     """SplitMix64's finaliser, on an integer of 64 bits."""
@@ -48,9 +45,6 @@ def test_noise_equals_its_definition(seed):
         assert row[:50].tolist() == pytest.approx(expected, rel=1e-6)
         alone = gumbel_noise(seed, sequence_id[None], position[None], 1000)
         assert torch.equal(alone[0], row)
-
-# ------------------------------------------------------------------------------------------------
-# filters
 
 
 SCORES = [1.0, 5.0, 2.0, 4.0, 3.0]
@@ -115,8 +109,6 @@ def test_scores_of_bf16_logits_are_in_fp32():
     # greedy: the logits as they are, without noise or filters
     assert perturbed_scores(logits, Sampling(0.0, top_k=1), 0, noise) is logits
 
-# ------------------------------------------------------------------------------------------------
-# the rule and its distribution
 
 PROMPT = [1, 2, 3]
 SAMPLINGS = (Sampling(1.0, seed=1), Sampling(3.0, top_k=5, top_p=0.9, seed=2))
@@ -179,9 +171,6 @@ def test_sampled_distribution_is_the_softmax(sampling, varied):
     freedom = len(counts) - 1
     assert freedom > 8
     assert chi_square < freedom + 4 * math.sqrt(2 * freedom)
-
-# ------------------------------------------------------------------------------------------------
-# guesses that share the noise
 
 
 class KnowsLogits(Oracle):
