@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.drafters import Oracle
-from draft_decode import generate
+from draft_decode import generate, generate_many
 from sampling import Sampling, choose, gumbel_noise, mask_unlikely, perturbed_scores
 from tests.common import K, all_tokens, nano, questions, shipped, tiny_target
 from tokenizer import chat_prompt
@@ -133,8 +133,9 @@ def slow_distribution(logits, sampling):
 def test_sampled_tokens_are_those_of_the_rule(sampling):
     """Failure 11: the temperature or a filter is ignored, or a token gets the noise of a different
     seed, sequence, or position."""
-    answer = all_tokens(generate(
-        tiny_target(), None, PROMPT, max_new_tokens=40, sampling=sampling, sequence_id=7))
+    outputs = generate_many(
+        tiny_target(), None, [PROMPT] * 8, slots=3, max_new_tokens=20, sampling=sampling)
+    answer = all_tokens(output for index, output in outputs if index == 7)
     _, hidden = tiny_target()(torch.tensor([PROMPT + answer]))
     logits = tiny_target().logits(hidden)[0]
     for position, chosen in enumerate(answer, len(PROMPT)):
