@@ -234,10 +234,12 @@ def test_shipped_models_decode_the_rounds_of_basic(task):
     target, tokenizer = nano()
     for question, _, _ in problems("test", 2, task=task):
         prompt = chat_prompt(tokenizer, question)
-        ours = generate(target, shipped(), prompt, stop_token_ids=stop_ids(tokenizer))
-        theirs = basic.decode(*shipped_basic_pair(), {}, prompt, tokenizer.eos_token_id)
-        expected = [accepted + own for accepted, _, own in theirs]
-        assert [piece.tokens for piece in ours] == expected, question
+        ours = list(generate(target, shipped(), prompt, stop_token_ids=stop_ids(tokenizer)))
+        theirs = list(basic.decode(*shipped_basic_pair(), {}, prompt, tokenizer.eos_token_id))
+        assert [piece.tokens for piece in ours] == [
+            accepted + own for accepted, _, own in theirs], question
+        assert [piece.rejected[:1] for piece in ours[:-1]] == [
+            rejected for _, rejected, _ in theirs[:-1]], question
 
 # ------------------------------------------------------------------------------------------------
 # the same loss and gradient

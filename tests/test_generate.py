@@ -90,7 +90,9 @@ def test_generate_ends_at_the_limit(limit):
         assert rounds[0].accepted == 0
         for r in rounds:
             assert 0 <= r.accepted <= len(r.tokens) <= K
+    # of the drafter that is always right, all are guesses but the last one of a whole block
     assert [len(r.tokens) for r in rounds[1:-1]] == [K] * ((limit - 2) // K)
+    assert [r.accepted for r in rounds[1:]] == [min(K - 1, len(r.tokens)) for r in rounds[1:]]
 
 
 @pytest.mark.parametrize("place", (0, 1, 7, 16, 20))
