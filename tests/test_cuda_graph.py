@@ -163,7 +163,7 @@ def test_replays_of_graphs_are_runs(monkeypatch, slots, sampling, shortest, grap
     plain = new_decoder(slots, sampling, on_cuda=False)
     replayed = new_decoder(slots, sampling, on_cuda=True)
     with recorded_graphs() as graphs:
-        lengths = (2 * P, 5, 2 * P + K + 5, K + 1, P, 2 * P + 9)
+        lengths = (2 * P, 5, 2 * P + K + 5, K + 1, P, 2 * P + 9, 7)
         for number, length in enumerate(lengths):
             slot = number % slots
             prompt = tokens_of(length, seed=number).tolist()
