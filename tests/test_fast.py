@@ -63,6 +63,7 @@ def test_prepared_modules_compute_the_same(shape, with_bias, monkeypatch):
     if with_bias:
         drafter.config.attention_bias = True
         drafter = perturb(DFlashDraftModel(drafter.config), scale=5.0)
+        assert drafter.layers[0].self_attn.k_proj.bias.any()
     expected = results_of(target, drafter)
     models = (target, drafter)
     weights = [copy.deepcopy(model.state_dict()) for model in models]
