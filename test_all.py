@@ -36,7 +36,7 @@ import pytest
 
 TESTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tests")
 FAST = ("test_readme", "test_basic", "test_drafter", "test_loss", "test_decode_state",
-        "test_sampling", "test_prefill")
+        "test_sampling", "test_cli")
 
 
 def main():

@@ -1,12 +1,11 @@
 """
-Shared by several test files: small models, the shipped pair, oracles, files.
+Shared by several test files: small models, the shipped pair, files.
 
 Small models have random gains and biases. New ones would hide a gain of w instead of 1 + w.
 """
 import functools
 import json
 import os
-import random
 import shutil
 from pathlib import Path
 
@@ -17,7 +16,6 @@ import fast
 from tokenizer import load_tokenizer
 from checkpoint import drafter_config, load_drafter, load_target
 from data.nano.problems import problems
-from draft_decode import generate
 from model import DFlashDraftModel
 from target import Target, TargetConfig
 
@@ -180,63 +178,9 @@ def shipped():
 
 
 @functools.cache
-def untrained():
-    """A drafter of the shipped one's shape with random weights."""
-    torch.manual_seed(0)
-    return DFlashDraftModel(shipped().config).requires_grad_(False).eval()
-
-
-@functools.cache
 def questions():
     """64 word problems that the pair was not trained on."""
     return [question for question, _, _ in problems("val", 64, task="words")]
-
-# ------------------------------------------------------------------------------------------------
-# drafters that know the answer
-
-
-class Oracle:
-    """Knows the answer to a prompt of this many tokens. In each round `right` guesses are right, or
-    a random number of them if it is None."""
-    block_size = K
-    target_layer_ids = ()
-
-    def __init__(self, prompt_length, answer, right=None, seed=0):
-        self.prompt_length = prompt_length
-        self.answer = torch.tensor(answer + [0] * 2 * K)
-        self.right = right
-        self.random = random.Random(seed)
-
-    def new_cache(self, batch, length):
-        return []  # of no layer
-
-    def write_context(self, features, cache, position):
-        pass
-
-    def draft_logits(self, anchor, target, cache, position):
-        i = int(position) - self.prompt_length
-        assert self.answer[i] == anchor, "the loop gives the drafter a wrong anchor or position"
-        guesses = self.answer[i + 1:i + K].clone()
-        right = self.right
-        if right is None:
-            right = self.random.randrange(K)
-        guesses[right:] = (guesses[right:] + 1) % 8  # wrong, and in every vocabulary
-        return sure_of(guesses, target.config.vocab_size)
-
-
-def sure_of(guesses, vocab_size):
-    """Logits (1, K-1, V) that give these guesses (K-1,) with any noise and temperature."""
-    logits = torch.full((1, len(guesses), vocab_size), -1e4)
-    return logits.scatter_(-1, guesses[None, :, None], 1e4)
-
-
-@functools.cache
-def reference():
-    """(prompt, answer): 40 tokens of small_target() after a prompt of 21 tokens. 21 is not a
-    multiple of K, so rounds cross the borders of the delta rule's chunks."""
-    prompt = tokens_of(21, seed=5).tolist()
-    answer = all_tokens(generate(small_target(), None, prompt, max_new_tokens=40))
-    return prompt, answer
 
 # ------------------------------------------------------------------------------------------------
 # files: checkpoints as others publish them, and files that are broken

@@ -106,28 +106,12 @@ def new_small_run(tmp_path):
     write_samples(folder, {"train": rows, "val": rows[:3]}, meta)
 
     config = configure(vars(train), [])
-    config.target = NANO_TARGET
-    config.data = folder
-    config.out_dir = str(tmp_path / "run-dflash")
-    config.num_layers = 1
-    config.num_heads = 4
-    config.num_kv_heads = 2
-    config.head_dim = 32
-    config.intermediate_size = 64
-    config.target_layer_ids = (1, 3)
-    config.num_anchors = 64
-    config.batch_size = 2
-    config.grad_accum_steps = 2
-    config.max_length = 128
-    config.pad_to_multiple_of = 64
-    config.lr = 1e-2
-    config.warmup = 0.2
-    config.epochs = 1.2
-    config.log_every = 1
-    config.eval_every = 3
-    config.save_every = 3
-    config.device = "cpu"
-    config.dtype = "float32"
+    vars(config).update(
+        target=NANO_TARGET, data=folder, out_dir=str(tmp_path / "run-dflash"), num_layers=1,
+        num_heads=4, num_kv_heads=2, head_dim=32, intermediate_size=64, target_layer_ids=(1, 3),
+        num_anchors=64, batch_size=2, grad_accum_steps=2, max_length=128, pad_to_multiple_of=64,
+        lr=1e-2, warmup=0.2, epochs=1.2, log_every=1, eval_every=3, save_every=3, device="cpu",
+        dtype="float32")
     return config, rows
 
 

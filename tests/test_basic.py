@@ -36,14 +36,19 @@ LINEAR = "linear_attention"
 # heads that share a key head, a rotary embedding of a part of the head, one or several layers for
 # the features, blocks of 4, 8, and 16 tokens. With 24 tokens in the vocabulary, some of the random
 # guesses are accepted.
-SHAPES = {
-    "tied": {"tied": True, "value_heads": 2, "kv_heads": 2, "rotary": 0.25,
-             "target_layer_ids": (0, 2), "block_size": 16},
-    "grouped": {"tied": False, "value_heads": 6, "kv_heads": 1, "rotary": 0.5,
-                "target_layer_ids": (1, 2, 3), "block_size": 8},
-    "one layer": {"tied": False, "value_heads": 2, "kv_heads": 4, "rotary": 1.0,
-                  "target_layer_ids": (3,), "block_size": 4},
+SHAPES = {  # keys of the target, target_layer_ids, block size
+    "tied": ({"tie_word_embeddings": True}, (0, 2), 16),
+    "grouped": ({"linear_num_value_heads": 6, "num_key_value_heads": 1,
+                 "partial_rotary_factor": 0.5}, (1, 2, 3), 8),
+    "one layer": ({"num_key_value_heads": 4, "partial_rotary_factor": 1.0}, (3,), 4),
 }
+WIDTHS = {"vocab_size": 24, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5,
+          "layer_types": (LINEAR, LINEAR, FULL, LINEAR, FULL), "num_attention_heads": 4,
+          "num_key_value_heads": 2, "head_dim": 16, "linear_num_key_heads": 2,
+          "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 12,
+          "rope_theta": 1e4}
+DRAFTER = {"mask_token_id": 23, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+           "intermediate_size": 40}
 
 
 @pytest.fixture(autouse=True)
@@ -57,21 +62,14 @@ def float64():
 @functools.cache
 def small_pair(shape):
     """(Target, drafter) of one of the SHAPES, in float64, with random weights."""
-    s = SHAPES[shape]
-    config = TargetConfig(
-        vocab_size=24, hidden_size=32, intermediate_size=48, num_hidden_layers=5,
-        layer_types=(LINEAR, LINEAR, FULL, LINEAR, FULL),
-        num_attention_heads=4, num_key_value_heads=s["kv_heads"], head_dim=16,
-        linear_num_key_heads=2, linear_num_value_heads=s["value_heads"],
-        linear_key_head_dim=8, linear_value_head_dim=12,
-        partial_rotary_factor=s["rotary"], rope_theta=1e4, tie_word_embeddings=s["tied"])
+    changes, target_layer_ids, block_size = SHAPES[shape]
+    config = TargetConfig(**WIDTHS | changes)
     torch.manual_seed(0)
     target = perturb(Target(config), scale=8.0).double()
-    shape = drafter_config(
-        config, num_hidden_layers=3, target_layer_ids=s["target_layer_ids"], mask_token_id=23,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, intermediate_size=40,
-        block_size=s["block_size"])
-    drafter = perturb(DFlashDraftModel(shape), scale=5.0).double()
+    config = drafter_config(
+        config, num_hidden_layers=3, target_layer_ids=target_layer_ids, block_size=block_size,
+        **DRAFTER)
+    drafter = perturb(DFlashDraftModel(config), scale=5.0).double()
     return target, drafter
 
 
@@ -87,23 +85,14 @@ def as_basic(module, config, dtype=torch.float64):
         return basic.Model(Path(folder), dtype)
 
 
-def basic_target(target):
-    config = dict(vars(target.config))
-    config["rope_parameters"] = {
-        "rope_type": "default",
-        "rope_theta": config["rope_theta"],
-        "partial_rotary_factor": config["partial_rotary_factor"]}
-    return as_basic(target, config)
-
-
-def basic_drafter(drafter):
-    return as_basic(drafter, drafter.config.to_dict())
-
-
 @functools.cache
 def basic_pair(shape):
     target, drafter = small_pair(shape)
-    return basic_target(target), basic_drafter(drafter)
+    config = dict(vars(target.config))
+    config["rope_parameters"] = {
+        "rope_type": "default", "rope_theta": config["rope_theta"],
+        "partial_rotary_factor": config["partial_rotary_factor"]}
+    return as_basic(target, config), as_basic(drafter, drafter.config.to_dict())
 
 
 def random_tokens(n, seed=0):
@@ -125,23 +114,12 @@ def pick_features(drafter, outputs):
 # the same numbers
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@torch.no_grad()
-def test_whole_sequences_equal_basic(shape):
-    """Logits or features of a whole sequence differ from 1-token forwards."""
-    target, drafter = small_pair(shape)
-    tokens = random_tokens(75)
-    expected_logits, outputs = read_by_basic(basic_pair(shape)[0], tokens)
-    features, hidden = target(tokens[None], target_layer_ids=drafter.target_layer_ids)
-    assert apart(target.logits(hidden)[0], expected_logits) < TOLERANCE
-    assert apart(features[0], pick_features(drafter, outputs)) < TOLERANCE
-
-
-@pytest.mark.parametrize("prompt_length", (1, 7, 40))
+@pytest.mark.parametrize("prompt_length", (1, 40))
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
 def test_blocks_with_rejected_guesses_equal_basic(shape, prompt_length):
-    """Decoding: a rejected guess changes the logits or features of the tokens after it."""
+    """Failure 8: a rejected guess changes the logits or features of the tokens after it, or S is
+    right only if tokens come one at a time."""
     target, drafter = small_pair(shape)
     K = drafter.block_size
     tokens = random_tokens(75)
@@ -198,9 +176,8 @@ def test_sliding_layer_is_a_full_layer_that_gets_only_the_window(window):
     a full layer that gets the visible part of the context and of the block, and nothing else.
     """
     config = drafter_config(
-        small_pair("tied")[0].config, num_hidden_layers=1, target_layer_ids=(0, 2),
-        mask_token_id=23, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-        intermediate_size=40, block_size=8)
+        small_pair("tied")[0].config, num_hidden_layers=1, target_layer_ids=(0, 2), block_size=8,
+        **DRAFTER)
     config.layer_types = [SLIDING]
     config.sliding_window = window
     config.use_sliding_window = True
@@ -230,28 +207,18 @@ def test_small_models_decode_the_rounds_of_basic(shape):
     """Failure 5: tokens differ from the definition, or rounds have a different length."""
     target, drafter = small_pair(shape)
     accepted_lengths = set()
-    for seed in range(3):
+    for seed in range(2):
         prompt = random_tokens(9 + seed, seed).tolist()
-        ours = list(generate(target, drafter, prompt, max_new_tokens=60))
-        state = {}
-        theirs = []
-        for accepted, _, own in basic.decode(*basic_pair(shape), state, prompt, end=-1):
-            theirs.append(accepted + own)
-            if sum(map(len, theirs)) >= 60:
-                break
-        last = sum(map(len, theirs[:-1]))
-        theirs[-1] = theirs[-1][:60 - last]  # generate() ends in the middle of a round
-        assert [piece.tokens for piece in ours] == theirs
-        accepted_lengths.update(map(len, theirs))
+        ours = generate(target, drafter, prompt, max_new_tokens=24)
+        theirs = basic.decode(*basic_pair(shape), {}, prompt, end=-1)
+        room = 24
+        for output, (accepted, _, own) in zip(ours, theirs):
+            expected = (accepted + own)[:room]  # generate() ends in the middle of a round
+            assert output.tokens == expected
+            room -= len(expected)
+            accepted_lengths.add(len(expected))
+        assert room == 0 and output.is_last
     assert len(accepted_lengths) > 1  # so rejected and accepted guesses occur
-
-
-@functools.cache
-def shipped_questions():
-    """20 questions of the test split: ten word problems and ten short calculations."""
-    words = problems("test", 10, task="words")
-    plain = problems("test", 10, task="plain")
-    return [question for question, _, _ in (*words, *plain)]
 
 
 @functools.cache
@@ -259,17 +226,20 @@ def shipped_basic_pair():
     return basic.Model(Path(NANO_TARGET)), basic.Model(Path(NANO_DRAFTER))
 
 
-@pytest.mark.parametrize("first", range(0, 20, 5))
-def test_shipped_models_decode_the_rounds_of_basic(first):
-    """Failure 5: the shipped pair decodes tokens or rounds that differ from the definition."""
+@pytest.mark.parametrize("task", ("words", "plain"))
+def test_shipped_models_decode_the_rounds_of_basic(task):
+    """Failure 5: the shipped pair decodes tokens or rounds that differ from the definition, for
+    word problems or short calculations."""
     torch.set_default_dtype(torch.float32)
     target, tokenizer = nano()
-    for question in shipped_questions()[first:first + 5]:
+    for question, _, _ in problems("test", 2, task=task):
         prompt = chat_prompt(tokenizer, question)
-        ours = generate(target, shipped(), prompt, stop_token_ids=stop_ids(tokenizer))
-        theirs = basic.decode(*shipped_basic_pair(), {}, prompt, tokenizer.eos_token_id)
-        expected = [accepted + own for accepted, _, own in theirs]
-        assert [piece.tokens for piece in ours] == expected, question
+        ours = list(generate(target, shipped(), prompt, stop_token_ids=stop_ids(tokenizer)))
+        theirs = list(basic.decode(*shipped_basic_pair(), {}, prompt, tokenizer.eos_token_id))
+        assert [piece.tokens for piece in ours] == [
+            accepted + own for accepted, _, own in theirs], question
+        assert [piece.rejected[:1] for piece in ours[:-1]] == [
+            rejected for _, rejected, _ in theirs[:-1]], question
 
 # ------------------------------------------------------------------------------------------------
 # the same loss and gradient
@@ -342,27 +312,22 @@ def test_basic_stays_small_and_alone():
 
 def test_basic_prints_the_rounds_of_an_answer(monkeypatch, capsys):
     """A round is printed without its accepted, rejected, or own tokens, or tau is wrong."""
-    target, tokenizer = nano()
-    question = "What is 7 * 34?"
-    run_basic(monkeypatch, question)
-    *lines, last = capsys.readouterr().out.splitlines()
-    torch.set_default_dtype(torch.float32)
-    prompt = chat_prompt(tokenizer, question)
-    pieces = list(generate(target, shipped(), prompt, stop_token_ids=stop_ids(tokenizer)))
-    answer = tokenizer.decode(sum((piece.tokens for piece in pieces), []),
-                              skip_special_tokens=True)
-    assert lines[1] == "[ 1: 7 * 30 = ][-1-][+2+]"
-    printed = "".join(lines).replace("[-1-]", "").replace("[-6-]", "")
-    for mark in ("[+", "+]", "[", "]"):
-        printed = printed.replace(mark, "")
-    assert printed == answer.replace("\n", "\\n")
-    assert last == "58 tokens in 5 rounds: tau 11.60"
+    run_basic(monkeypatch, "What is 7 * 34?")
+    assert capsys.readouterr().out.splitlines() == [
+        "[+Step+]",
+        "[ 1: 7 * 30 = ][-1-][+2+]",
+        r"[10.\nStep 2: 7 * 4 = 2][+8+]",
+        r"[.\nStep 3: 210 + 28 = ][+2+]",
+        r"[38.\nThe answer is \boxed{2][-6-][+3+]",
+        "[8}.]",
+        "58 tokens in 5 rounds: tau 11.60"]
 
 
 def test_basic_training_lowers_the_loss():
     """The gradient does not lower the loss, or the target is trained too."""
     torch.set_default_dtype(torch.float32)
-    target, drafter = basic.Model(Path(NANO_TARGET)), basic.Model(Path(NANO_DRAFTER))
+    target, _ = shipped_basic_pair()
+    drafter = basic.Model(Path(NANO_DRAFTER))
     torch.manual_seed(0)
     for name, weight in drafter.weights.items():
         new = torch.ones_like(weight) if weight.dim() == 1 else 0.06 * torch.randn_like(weight)
@@ -370,11 +335,10 @@ def test_basic_training_lowers_the_loss():
     tokens = chat_prompt(nano()[1], "57 + 38")
     _, outputs = read_by_basic(target, torch.tensor(tokens))
     anchors = [5, 9, 14]
-    losses = []
-    for _ in range(2):
-        losses.append(basic.sample_loss(drafter, target, tokens, outputs, anchors).item())
-        basic.train(target, drafter, [(tokens, outputs, 4)], steps=15)
-    assert losses[1] < 0.8 * losses[0]
+    before = basic.sample_loss(drafter, target, tokens, outputs, anchors).item()
+    basic.train(target, drafter, [(tokens, outputs, 4)], steps=10)
+    after = basic.sample_loss(drafter, target, tokens, outputs, anchors).item()
+    assert after < 0.8 * before
     assert not any(weight.requires_grad for weight in target.weights.values())
 
 
@@ -387,12 +351,12 @@ def test_basic_refuses_what_it_does_not_compute(monkeypatch, tmp_path):
     for part in ("target", "drafter-dflash"):
         shutil.copytree(f"{NANO}/{part}", tmp_path / "data" / "nano" / part)
     config = tmp_path / "data" / "nano" / "drafter-dflash" / "config.json"
-    edit_json(config, layer_types=["sliding_attention"] * 4)
-    with pytest.raises(SystemExit, match="error: .*sliding_attention.*use draft_decode.py"):
-        run_basic(monkeypatch, "a", file=file)
-    for setting in ({"is_causal": True}, {"attention_bias": True}, {"rms_norm_eps": 1e-5},
-                    {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}):
+    for name, setting in (
+            ("sliding_attention", {"layer_types": ["sliding_attention"] * 4}),
+            ("is_causal", {"is_causal": True}),
+            ("attention_bias", {"attention_bias": True}),
+            ("rms_norm_eps", {"rms_norm_eps": 1e-5}),
+            ("rope_type", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}})):
         edit_json(config, **{"layer_types": ["full_attention"] * 4, **setting})
-        name = "rope_type" if "rope_parameters" in setting else next(iter(setting))
         with pytest.raises(SystemExit, match=f"error: .*{name}.*use draft_decode.py"):
             run_basic(monkeypatch, "a", file=file)

@@ -9,22 +9,17 @@ import re
 from types import SimpleNamespace
 
 import pytest
-import torch
-
-import fast.decoding
 
 import draft_decode
 import train
+from configurator import script_keys
 from data import conversations, regenerate
 from data.math500 import prepare as math500
 from data.samples import write_samples
 from draft_decode import Generation, RoundOutput, summary
-from fast import cpu
-from model import DFlashDraftModel
 from sampling import Sampling
-from target import Target
-from tests.common import NANO_TARGET, edit_json, nano, nano_copy, questions
-from tokenizer import chat_prompt, tokenizer_fingerprint
+from tests.common import NANO_TARGET, edit_json, nano_copy
+from tokenizer import tokenizer_fingerprint
 
 # ------------------------------------------------------------------------------------------------
 # decoding
@@ -50,59 +45,81 @@ def generation(tokens, lengths, seconds):
     return Generation(tokens, rounds, seconds)
 
 
-def test_cli_keys_arrive_where_tokens_are_chosen(main, monkeypatch):
-    """A sampling key, a limit, a dtype or thinking is ignored: with and without the comparison,
-    and with --raw."""
-    requests = []
-    compiled = []
+def observed(main, monkeypatch, *flags):
+    """What draft_decode.py hands to other functions when it runs with these flags."""
+    seen = {"runs": []}
+    target = SimpleNamespace(name="target", config=None)
+    drafter = SimpleNamespace(name="drafter", block_size=8)
+    tokenizer = SimpleNamespace(encode=lambda text: ("raw", text))
 
-    def keep(target, drafter, prompt_ids, *, max_new_tokens, stop_token_ids, tokens_per_forward,
-             sampling, decoders):
-        requests.append((prompt_ids, tokens_per_forward))
-        assert max_new_tokens == 9
-        assert stop_token_ids == {502, 504}
-        assert sampling == Sampling(0.7, top_k=5, top_p=0.9, seed=3, draft_temperature=0.5)
-        assert target.embed_tokens.weight.dtype == torch.bfloat16
-        if drafter is not None:
-            assert drafter.fc.weight.dtype == torch.bfloat16
+    def load(model, name, place):
+        seen[model.name] = name
+        seen.setdefault("places", []).append(place)
+        return model
+
+    def prepare(*models, compile):
+        assert models == (target, drafter)
+        seen["compile"] = compile
+
+    def decode(target, drafter, prompt_ids, *, max_new_tokens, stop_token_ids, tokens_per_forward,
+               sampling, decoders):
+        seen["runs"].append((drafter, tokens_per_forward))
+        seen["choice"] = (prompt_ids, max_new_tokens, stop_token_ids, sampling)
         return iter([RoundOutput([1]), RoundOutput([2, 3], 1)])
 
-    def keep_compile(target, drafter):
-        compiled.append((target, drafter))
+    class Quiet(draft_decode.Printer):
+        def __call__(self, tokens, output):
+            seen["color"] = self.color
 
-    monkeypatch.setattr(draft_decode, "generate", keep)
-    monkeypatch.setattr(fast.decoding, "compile_for_decoding", keep_compile)
-    flags = (
-        "--prompt=Hi", "--device=cpu", "--dtype=bfloat16", "--max_new_tokens=9", "--top_k=5",
-        "--temperature=0.7", "--top_p=0.9", "--seed=3", "--draft_temperature=0.5")
-    _, tokenizer = nano()
-    plain = chat_prompt(tokenizer, "Hi")
+    for name, stub in (
+            ("load_tokenizer", lambda name: seen.update(tokenizer=name) or tokenizer),
+            ("load_target", lambda name, *place: load(target, name, place)),
+            ("load_drafter", lambda name, config, *place: load(drafter, name, place)),
+            ("chat_prompt", lambda tokenizer, text, thinking: (text, thinking)),
+            ("stop_ids", lambda tokenizer: {7}),
+            ("generate", decode),
+            ("Printer", Quiet)):
+        monkeypatch.setattr(draft_decode, name, stub)
+    monkeypatch.setattr(draft_decode.fast, "prepare_for_decoding", prepare)
+    main(draft_decode, "--prompt=Hello", *flags)
+    seen["runs"] = [(guesser and guesser.name, count) for guesser, count in seen["runs"]]
+    return seen
 
-    main(draft_decode, *flags)
+
+def choice(prompt_ids=("Hello", False), max_new_tokens=2048, **sampling):
+    return {"choice": (prompt_ids, max_new_tokens, {7}, Sampling(**sampling))}
+
+
+KEYS = {  # a value for each key, and what it changes
+    "prompt": ("Hi", choice(("Hi", False))),
+    "target": ("x", {"target": "x", "tokenizer": "x"}),
+    "drafter": ("x", {"drafter": "x"}),
+    "temperature": (0.7, choice(temperature=0.7)),
+    "top_k": (5, choice(top_k=5)),
+    "top_p": (0.9, choice(top_p=0.9)),
+    "seed": (3, choice(seed=3)),
+    "draft_temperature": (0.5, choice(draft_temperature=0.5)),
+    "raw": (True, choice(("raw", "Hello"))),
+    "thinking": (True, choice(("Hello", True))),
+    "max_new_tokens": (9, choice(max_new_tokens=9)),
+    "device": ("cuda", {"places": [("cuda", draft_decode.dtype)] * 2}),
+    "dtype": ("bfloat16", {"places": [(draft_decode.device, "bfloat16")] * 2}),
+    "compile": (True, {"compile": True}),
+    "compare": (False, {"runs": [("drafter", None)]}),
+    "color": (True, {"color": True}),
+}
+
+
+@pytest.mark.parametrize("key", script_keys(vars(draft_decode))[0])
+def test_cli_keys_arrive_and_change_nothing_else(main, monkeypatch, key):
+    """A key is ignored, or arrives in one of two models or runs only. A new key must join KEYS."""
+    value, changes = KEYS[key]
+    defaults = observed(main, monkeypatch)
     # the warm-up of both, then the drafter, and the target alone in both shapes
-    assert requests == [(plain, None), (plain, 1), (plain, None), (plain, 16), (plain, 1)]
-    assert not compiled
-    main(draft_decode, *flags, "--compare=False", "--thinking", "--compile")
-    assert requests[5:] == [(chat_prompt(tokenizer, "Hi", thinking=True), None)]
-    (target, drafter), = compiled
-    assert isinstance(target, Target) and isinstance(drafter, DFlashDraftModel)
-    main(draft_decode, *flags, "--compare=False", "--raw")
-    assert requests[6:] == [(tokenizer.encode("Hi"), None)]
-
-
-@pytest.mark.parametrize("variable, largest, threads_used", (
-    (None, cpu.SMALL, 1), (None, 1000, 2), ("2", cpu.SMALL, 2)))
-def test_cli_decodes_a_small_target_with_one_thread(
-        main, monkeypatch, variable, largest, threads_used):
-    """Next to other busy processes two threads wait for each other: 22 tokens/s instead of 280. A
-    large target, or a user who chose the number, is left alone."""
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    if variable is not None:
-        monkeypatch.setenv("OMP_NUM_THREADS", variable)
-    monkeypatch.setattr(cpu, "SMALL", largest)
-    torch.set_num_threads(2)
-    main(draft_decode, *DECODE, "--compare=False")
-    assert torch.get_num_threads() == threads_used
+    assert defaults["runs"] == [
+        ("drafter", None), (None, 1), ("drafter", None), (None, 8), (None, 1)]
+    assert defaults["choice"] == choice()["choice"]
+    assert observed(main, monkeypatch, f"--{key}={value}") == defaults | changes
 
 
 def test_cli_prints_guesses_and_choices_in_their_colors(capsys):
@@ -135,25 +152,19 @@ def test_cli_summary_by_hand():
     assert line.endswith("identical")
     assert summary(ours, None, None) == "11 tokens | 2 rounds | tau 5.00 | 10 tokens/s"
 
-    other = generation(tokens[:7] + [99] + tokens[8:], [1] * 10, seconds=10.0)
-    assert summary(ours, other, one_token).endswith("first difference at token 7")
+    for other in (tokens[:7] + [99] + tokens[8:], tokens[:7]):  # also where one ends
+        line = summary(ours, generation(other, [1], seconds=10.0), one_token)
+        assert line.endswith("first difference at token 7")
 
 
 def test_cli_ctrl_c_ends_the_comparison_only(main, monkeypatch):
     """Ctrl-C while the target alone runs, which takes minutes, loses the answer's own figures."""
-    real = draft_decode.generate
-    started = []
+    def interrupted(name, token_count):
+        raise KeyboardInterrupt
 
-    def interrupted(target, drafter, *args, **options):
-        started.append(drafter)
-        if len(started) == 4:  # after both warm-ups and the answer
-            raise KeyboardInterrupt
-        return real(target, drafter, *args, **options)
-
-    monkeypatch.setattr(draft_decode, "generate", interrupted)
-    last_line = main(draft_decode, *DECODE, f"--prompt={questions()[0]}").splitlines()[-1]
+    monkeypatch.setattr(draft_decode, "bar", interrupted)
+    last_line = main(draft_decode, *DECODE).splitlines()[-1]
     assert "tau" in last_line
-    assert len(started) == 4
     assert "target alone" not in last_line
 
 
@@ -172,7 +183,9 @@ def test_cli_ctrl_c_ends_the_comparison_only(main, monkeypatch):
     (["--promt=x"], "command line: unknown key 'promt', did you mean 'prompt'"),
 ))
 def test_cli_decoding_mistakes(main, flags, hint):
-    assert re.match(hint, main(draft_decode, *DECODE, *flags))
+    line = main(draft_decode, *DECODE, *flags)
+    assert re.match(hint, line)
+    assert len(line) < 200
 
 
 @pytest.mark.parametrize("flag", (
@@ -240,36 +253,31 @@ def test_cli_broken_folders(main, tmp_path, part, file, change, hint):
 
 QUESTION = '{"messages": [{"role": "user", "content": "q"}]}\n'
 CHAT = '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}\n'
+NO_TEXT = '{"id": "1"}\n'
 
 
-@pytest.mark.parametrize("name, content, flag, hint", (
-    ("x.jsonl", CHAT * 3, "--source=no/rows", "no file 'no/rows'"),
-    ("x.jsonl", CHAT * 3, "--out_dir={source}/rows", "Not a directory"),
-    ("x.jsonl", "", None, "holds no rows"),
-    ("x.jsonl", QUESTION * 3, None, "line 1: no assistant's answer. 3 of 3 rows"),
-    ("x.jsonl", CHAT + '{"messages": [', None, "0 rows to train on and 1 to hold out.*not JSON"),
-    ("x.parquet", CHAT, None, "cannot read .*parquet"),
+@pytest.mark.parametrize("script, name, content, flags, hint", (
+    (conversations, "x.jsonl", CHAT, ["--source=no/rows"], "no file 'no/rows'"),
+    (conversations, "x.jsonl", CHAT, ["--out_dir={source}/rows"], "Not a directory"),
+    (conversations, "x.jsonl", "", [], "holds no rows"),
+    (conversations, "x.jsonl", QUESTION * 3, [], "line 1: no assistant's answer. 3 of 3 rows"),
+    (conversations, "x.jsonl", CHAT + "[", [], "0 rows to train on and 1 to hold out.*not JSON"),
+    (conversations, "x.parquet", CHAT, [], "cannot read .*parquet"),
+    (regenerate, "x.jsonl", NO_TEXT, ["--prompts={source}"], "x.jsonl, line 1: no conversation"),
+    (regenerate, "x.jsonl", NO_TEXT, [], "give --prompts and --out"),
+    (math500, "x.jsonl", NO_TEXT, ["--source={source}"], "x.jsonl, line 1: no text"),
 ))
-def test_cli_preparing_mistakes(main, tmp_path, name, content, flag, hint):
+def test_cli_preparing_mistakes(main, tmp_path, script, name, content, flags, hint):
     """Also: rows of a failed run look finished."""
     source = tmp_path / name
-    source.write_text(content, errors="surrogateescape")
-    flags = [f"--target={NANO_TARGET}", f"--source={source}", f"--out_dir={tmp_path}/rows"]
-    if flag is not None:
-        flags.append(flag.format(source=source))
-    assert re.search(hint, main(conversations, *flags, "--num_proc=1"))
+    source.write_text(content)
+    if script is conversations:
+        flags = [f"--target={NANO_TARGET}", "--source={source}", f"--out_dir={tmp_path}/rows",
+                 "--num_proc=1", *flags]
+    else:
+        flags = [f"--out={tmp_path}/y", *flags]
+    assert re.search(hint, main(script, *[flag.format(source=source) for flag in flags]))
     assert not (tmp_path / "rows" / "meta.json").exists()
-
-
-@pytest.mark.parametrize("script, flags, hint", (
-    (regenerate, ["--prompts={source}"], "x.jsonl, line 1: no conversation"),
-    (regenerate, [], "give --prompts and --out"),
-    (math500, ["--source={source}"], "x.jsonl, line 1: no text"),
-))
-def test_cli_mistakes_in_questions(main, tmp_path, script, flags, hint):
-    (tmp_path / "x.jsonl").write_text('{"id": "1"}\n')
-    flags = [flag.format(source=tmp_path / "x.jsonl") for flag in flags]
-    assert hint in main(script, *flags, f"--out={tmp_path}/y")
 
 # ------------------------------------------------------------------------------------------------
 # training
