@@ -13,7 +13,7 @@ draft and one check. *Tau* is the average number of tokens that a round adds.
 
 This file is correct but slow: its target reads the guesses one by one. The other files read all of
 them in one forward pass, and must remove the wrong ones from the memory of a Gated DeltaNet
-afterwards (decode_state.py). They train on 512 blocks, whose logits need too much memory (loss.py).
+afterwards (decode_state.py). train.py has 512 blocks per text, and loss.py never stores all logits.
 """
 import argparse
 import json
@@ -82,7 +82,7 @@ def target_step(target, state, token):
     for i, kind in enumerate(target.config["layer_types"]):
         w = target.layer(i)
         mix = gated_delta_net if kind == "linear_attention" else gated_attention
-        y = rms_norm(x, 1 + w["input_layernorm.weight"])  # the weight is gain - 1
+        y = rms_norm(x, 1 + w["input_layernorm.weight"])  # the file has gain - 1
         x = x + mix(y, w, state.setdefault(i, {}), target.config)
         x = x + mlp(rms_norm(x, 1 + w["post_attention_layernorm.weight"]), w)
         outputs.append(x[0])
@@ -112,7 +112,7 @@ def gated_delta_net(x, w, memory, c):
     inputs = torch.cat((last_three, x @ w["linear_attn.in_proj_qkv.weight"].T))
     memory["last_three"] = inputs[1:]
     q, k, v = F.silu((inputs * kernel).sum(0)).split((H * D, H * D, Hv * Dv))
-    # make queries and keys unit vectors, and repeat them, because there can be more value heads
+    # make queries and keys unit vectors, and repeat them if there are more heads of values
     qk = torch.stack((q, k)).view(2, H, D)
     qk = qk / (qk.square().sum(-1, keepdim=True) + 1e-6).sqrt()
     q, k = qk.repeat_interleave(Hv // H, 1)
@@ -128,18 +128,18 @@ def gated_delta_net(x, w, memory, c):
 def delta_rule(q, k, v, g, beta, *, S):
     """One token of the gated delta rule (Yang, Kautz, Hatamizadeh, arXiv 2412.06464) in Hv heads.
     S (Hv, D, Dv) maps keys to values. q and k are (Hv, D), v is (Hv, Dv), and g and beta are (Hv,).
-    S decays by the factor exp(g) <= 1. beta is the fraction of an old value that is replaced."""
+    S decays by the factor exp(g) <= 1. beta says how far an old value moves to v: 0 .. 1."""
     S = S * g.exp()[:, None, None]                              # S decays
     stored = torch.einsum("hdv,hd->hv", S, k)                   # read the value stored under k
-    change = beta[:, None] * (v - stored)                       # how it should change
-    S = S + torch.einsum("hd,hv->hdv", k, change)               # add that to S under k
+    change = beta[:, None] * (v - stored)                       # its correction
+    S = S + torch.einsum("hd,hv->hdv", k, change)               # write the correction under k
     o = torch.einsum("hdv,hd->hv", S, q) / q.shape[-1] ** 0.5   # read the value stored under q
     return o, S
 
 # -------------------------------------------------------------------------- the drafter
 def draft_logits(drafter, target, outputs, anchor):
     """Logits (K - 1, V) of the K - 1 tokens after the anchor. outputs (n, layers, width): what the
-    target's layers returned for the n tokens before it. Embedding and head are the target's too."""
+    target's layers returned for the n tokens before. Embedding and head belong to the target."""
     options = drafter.config["dflash_config"]
     features = outputs[:, options["target_layer_ids"]].flatten(1)
     block = torch.tensor([anchor] + [options["mask_token_id"]] * (options["block_size"] - 1))
@@ -169,7 +169,7 @@ def drafter_hidden(drafter, features, x):
 def decode(target, drafter, state, prompt, end):
     """Yields three lists per round: accepted guesses, rejected guess (if any), the target's token.
     The first yield is not a round: it has the target's token after the prompt. A guess must equal
-    the target's choice. So the drafter affects how many tokens each round adds, but never which."""
+    the target's choice, so the drafter changes only how many tokens a round adds, not which."""
     for token in prompt:
         choice = target_step(target, state, token).argmax().item()
     yield [], [], [choice]
@@ -187,7 +187,7 @@ def decode(target, drafter, state, prompt, end):
 
 def sample_loss(drafter, target, tokens, outputs, anchors):
     """Weighted mean of the cross entropy over all guesses of all blocks. tokens: a prompt and its
-    response; guesses after its end have no loss. anchors: indices of tokens in the response."""
+    response; guesses after it have no loss. anchors: indices of tokens in the response."""
     losses, weights = [], []
     for anchor in anchors:
         logits = draft_logits(drafter, target, outputs[:anchor], tokens[anchor])
@@ -232,7 +232,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)  # the models are too small for more
     parser = argparse.ArgumentParser()
     parser.add_argument("prompt", help="a question, or the word train")
-    parser.add_argument("--seed", type=int, default=0, help="of the training")
+    parser.add_argument("--seed", type=int, default=0, help="of the new drafter")
     args = parser.parse_args()
     if not NANO.is_dir():
         sys.exit(f"error: no folder {NANO}: run basic.py in a complete copy of this project")
@@ -243,7 +243,7 @@ if __name__ == "__main__":
         for name, w in drafter.weights.items():
             new = torch.ones_like(w) if w.dim() == 1 else 0.06 * torch.randn_like(w)
             drafter.weights[name] = new.requires_grad_()
-        # with any drafter, even an untrained one, the answers are the target's own
+        # an untrained drafter costs only speed, because all answers are the target's own
         samples = [answer(target, drafter, tokenizer, text, show=False) for text in QUESTIONS]
         train(target, drafter, samples)
         args.prompt = "What is 8 * 34?"

@@ -191,7 +191,7 @@ def load_drafter(name, target_config, device="cpu", dtype="float32"):
 
 
 def drafter_name(file_name):
-    """The name of a weight in model.py. In the class of transformers, two have different names."""
+    """The name of a weight in model.py. The class of transformers names two differently."""
     name = file_name.replace("encoder.output_norm_enc.", "hidden_norm.")
     return name.replace("encoder.fc.", "fc.")
 
@@ -333,7 +333,7 @@ def checkpoint_folder(name):
     wanted = ("*.json", "*.safetensors", "*.jinja", "*.txt")  # no pickles
     try:  # without a network, the hub's client would try again for seconds
         return snapshot_download(name, allow_patterns=wanted, local_files_only=not hub_answers())
-    except Exception as error:  # offline, unknown, gated: a dozen types of three libraries
+    except Exception as error:  # offline, unknown, gated: any of a dozen exception types
         raise ValueError(f"no folder {where(name)!r}, and the hub does not give it "
                          f"({type(error).__name__}): copy it here and give its folder") from None
 
@@ -383,6 +383,6 @@ def step_folders(folder):
 
 
 def save_weights(tensors, path):
-    """Write a safetensors file. Its save_file() would make one that only the owner may read, and
-    an engine often runs as a different user."""
+    """Write a safetensors file. safetensors' save_file() would let only its owner read it, and an
+    engine often runs as a different user."""
     write_whole(path, save(tensors, metadata={"format": "pt"}))

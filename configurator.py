@@ -5,8 +5,8 @@ Configuration of a script: the plain lower-case variables at its top are its key
     python train.py --help                  # every key with its default and its comment
 
 main() calls config = configure(globals()) and reads config.lr. A config file is Python that assigns
-to keys. Flags override it. The type of a key is its annotation or the type of its default: int,
-float, bool, str, a tuple of one of these, or T | None.
+to keys. Flags override it. A key has the type of its annotation, or without one the type of its
+default. Types are int, float, bool, str, a tuple of one of these, or T | None.
 """
 import os
 import re

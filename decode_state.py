@@ -10,7 +10,7 @@ its first n tokens.
 Rejected guesses are easy to remove from a key-value cache, because the next block overwrites them.
 The matrix S of a Gated DeltaNet is the hard part: a token that was written into S cannot be removed
 again. So we store an S of committed tokens only, plus the delta-rule inputs of the few tokens
-since.
+after it.
 
 Shapes: B batch, K tokens of a block, H heads of queries and keys, Hv heads of values, D and Dv
 their widths.
@@ -38,24 +38,25 @@ class DecodeState:
     Everything has a fixed place that follows from the position of its token. Therefore commit(n)
     only moves the position:
 
-    keys, values  Those of position p are at place p. A mask hides later positions from a token.
+    keys, values  The key and value of position p are at place p. A mask hides later positions.
     conv          The short convolution mixes in the last 3 tokens. Its inputs are in a ring buffer
                   of K + 3 places, position p at place p mod (K + 3).
-    S             Stored only at multiples of K tokens: after j chunks of K tokens, in place j mod 2
-                  of two.
-    delta_inputs  For the tokens since then, the *tail*, we keep the inputs of the delta rule
-                  (q k v g beta) in a ring buffer of 2 K places, position p at place p mod 2 K.
+    S             Stored only at multiples of K tokens. There are two places: S after j chunks of K
+                  tokens is in place j mod 2.
+    delta_inputs  The *tail* is the committed tokens after that S. The inputs of the delta rule
+                  (q k v g beta) for the tail and the block are in a ring buffer of 2 K places,
+                  position p at place p mod 2 K.
 
     A forward writes its block into the ring buffer after the tail. Then it runs the delta rule over
-    two chunks, the *window*, from S on:
+    the *window*, the two chunks after the stored S:
 
         position 37, K = 16         |      first chunk      |      second chunk      |
         S after 32 tokens           | 32 .. 36  | 37 .. 47  | 48 .. 52 |  53 .. 63   |
                                     |   tail    |        block         |   unused    |
 
-    The tail has 0 to K - 1 tokens, so tail plus block have K to 2 K - 1. They fill the first chunk
-    and fit into the window. On the way, the forward computes the state at the end of the first
-    chunk, here after 48 tokens, and stores it in the other place of S.
+    The tail has 0 to K - 1 tokens, so tail plus block have K to 2 K - 1. Together they always fill
+    the first chunk and never exceed the window. On the way, the forward computes the state at the
+    end of the first chunk, here after 48 tokens, and stores it in the other place of S.
 
     commit(n) moves the position to 37 + n, past at most one multiple of K. There are two cases.
 
@@ -74,19 +75,20 @@ class DecodeState:
                                     |tail|      next block       |      unused       |
 
     So rejected guesses do no harm. The next block overwrites those that it covers before anything
-    reads them. Those after the next block cannot affect it, because the delta rule is causal.
+    reads them. Rejected guesses after the next block cannot affect it, because the delta rule is
+    causal.
     docs/round.html shows the window and the commit in each round of a real run.
 
     tokens_per_forward, K, plays three roles: tokens per forward, tokens per chunk, and block size.
     K = 1 is the exception, and the fastest mode of the target alone. There are no guesses, so
     delta_step runs without a window and changes the only S in place, and commit(1) must follow.
-    (Idle slots commit 0 instead. Their S means nothing.)
+    (Idle slots commit 0 instead. Their S is garbage, and the next prefill replaces it.)
 
-    For a fixed K, results after the prompt are bitwise the same however tokens are split into
-    blocks. Chunks start at multiples of K, so a token always has the same place in its chunk and
-    the same tokens before it. Later tokens enter with a factor of exactly 0. And a chunk has the
-    same bits in the first half of the window as in the second. docs/exactness.md has the full
-    argument.
+    For a fixed K, the bits of all results after the prompt do not depend on how the tokens are
+    split into blocks. Chunks start at multiples of K, so a token always has the same place in its
+    chunk and the same tokens before it. Later tokens enter with a factor of exactly 0. And a chunk
+    has the same bits in the first half of the window as in the second. docs/exactness.md has the
+    full argument.
     """
 
     def __init__(self, target, batch, length, tokens_per_forward=16):
@@ -148,10 +150,10 @@ class DecodeState:
         return layers
 
     def put(self, slots, other, rows):
-        """Copy sequences of another state, which can be shorter: its rows, into slots of this one.
+        """Copy the given rows of another state, which can be shorter, into slots of this one.
 
         slots and rows are lists of places in the two batches. Keys and values after those of the
-        other state become 0, because a NaN there would spread through its mask: 0 * NaN is NaN.
+        other state become 0, because masked places have weight 0, and 0 * NaN is NaN.
         """
         self.position[slots] = other.position[rows]
         self.keys[:, slots] = 0
@@ -176,8 +178,8 @@ class DecodeState:
 
         segment None: a block, T = K. Otherwise the tokens are part of a prompt, see Segment.
 
-        A replayed CUDA graph skips this Python code but refills the tensors that it creates. So the
-        code that reads them must be in the same graph.
+        Replaying a CUDA graph does not run this Python code, but its kernels fill the same tensors
+        again. So the code that reads these tensors must be in the same graph.
         """
         K = self.tokens_per_forward
         self.forward_is_block = segment is None
@@ -217,10 +219,11 @@ class DecodeState:
             self.is_padding = offsets >= token_count[:, None]                # (B, T)
             self.conv_places = (end[:, None] + past) % self.conv_length      # (B, 3)
             self.conv_read_places = past_places
+            # the last 3 tokens of the prompt, counted from the 3 earlier ones in front
             self.last_positions = token_count[:, None] + self.all_positions[:self.past_length]
 
     def commit(self, n):
-        """Keep the first n tokens of the last forward: an int or a tensor, (B,) or (1,), of 0 .. K.
+        """Keep the first n tokens of the last forward. n, 0 .. K: an int or a tensor (B,) or (1,).
 
         After a segment of a prompt, n is its token_count. The update is in place, because CUDA
         graphs hold the addresses of these tensors.
@@ -325,7 +328,7 @@ class FullLayerState:
         end = self.state.segment_start + T
         keys = self.keys[:, :, :end]
         values = self.values[:, :, :end]
-        mask = causal_lower_right(T, end)  # the last token sees all, each earlier one sees one less
+        mask = causal_lower_right(T, end)  # the last token sees all keys
         return F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True)
 
 
@@ -351,7 +354,7 @@ def prefill(target, prompts, state, target_layer_ids=(), run=run_directly):
 
     prompts is a list of lists or a tensor (B, n). Returns the features (B, T, ...) of the prompts,
     and the logits (B, V) of their last tokens. T is the length of the longest prompt, or more if
-    segments are padded. Then the features after the end of a prompt mean nothing.
+    segments are padded. Ignore the features after the end of a prompt.
 
     All but the last 1 to K tokens are processed in segments, which always start at the same
     positions. The rest form one block without guesses, which starts at a multiple of K and is
@@ -406,7 +409,7 @@ def prefill(target, prompts, state, target_layer_ids=(), run=run_directly):
     if not target_layer_ids:
         return None, logits
 
-    # each prompt's block follows its part of the segments, instead of their padding
+    # put each prompt's block after its own tokens of the segments, over their padding
     room = torch.zeros_like(block_features)
     features = torch.cat((*all_features, room), 1)
     features[state.sequences[:, None], block_positions.to(device)] = block_features

@@ -12,7 +12,7 @@ values, D and Dv their widths.
 import torch
 import torch.nn.functional as F
 
-from model import to_fp32  # in the drafter's file, because that file ships alone
+from model import to_fp32  # defined there, because model.py ships alone
 
 
 def delta_step(q, k, v, g, beta, *, S):
@@ -20,7 +20,8 @@ def delta_step(q, k, v, g, beta, *, S):
 
     A head keeps a matrix S (D, Dv) that maps keys to values. The product k S reads the value stored
     under k. A token first decays S by exp(g) <= 1. Then it reads the value stored under its key and
-    moves that value towards its own value v by the fraction beta. Its output is q S times D^-0.5.
+    moves the stored value towards the token's value v by the fraction beta. Its output is q S times
+    D^-0.5.
 
     q, k (B, 1, H, D)    of unit length
     v (B, 1, Hv, Dv)     Hv is a multiple of H: several value heads share a key head
@@ -61,14 +62,15 @@ def chunk_length(v):
 # --------------------------------------------------------------------------------------------------
 # the rule in chunks
 #
-# All vectors are rows. Let S be the state before a chunk, and let token t write W_t: it adds
-# k_t^T W_t to the state. First, take a chunk of two tokens. By definition
+# All vectors are rows. Let S be the state before a chunk. Token t adds k_t^T W_t to the state, and
+# we call W_t its write. First, take a chunk of two tokens. By definition
 #
 #     W_1 = beta_1 (v_1 - exp(g_1) k_1 S)
 #     W_2 = beta_2 (v_2 - exp(g_1 + g_2) k_2 S - exp(g_2) (k_2 . k_1) W_1)
 #
-# because by token 2, S has decayed twice and W_1 once. With more tokens, token t finds S times
-# the cumulative decay c_t, and what an earlier token s wrote times the pair decay d_ts:
+# At token 2, S has decayed twice, and what token 1 wrote has decayed once. With more tokens, token
+# t finds S times the cumulative decay c_t, and what an earlier token s wrote times the pair decay
+# d_ts:
 #
 #     c_t  = exp(g_1 + g_2 + .. + g_t)                         cum_decay in the code
 #     d_ts = c_t / c_s = exp(g_(s+1) + .. + g_t)               pair_decay in the code
@@ -79,8 +81,9 @@ def chunk_length(v):
 #
 #     W, k, v, q      one row per token of the chunk: C rows
 #     d               (C, C), row t and column s
-#     [x]             the diagonal matrix of the x_t. [x] k multiplies row t by x_t, in the code
-#                     k * x[..., None]. Z [x] multiplies column t by x_t: Z * x[..., None, :]
+#     [x]             the diagonal matrix of the x_t
+#     [x] k           row t of k times x_t. In the code: k * x[..., None]
+#     Z [x]           column t of Z times x_t. In the code: Z * x[..., None, :]
 #     X * Y           the elementwise product
 #
 # (2) (I + A) W = [beta] (v - [c] k S)
@@ -96,7 +99,8 @@ def chunk_length(v):
 # (4) W = U - Y S                 U = M v                     (C, Dv)
 #                                 Y = M [c] k                 (C, D)
 #
-# From chunk to chunk, only W remains and the state after the chunk of C tokens:
+# U and Y do not depend on S, so all chunks compute them at once. Only (4) and the state after the
+# chunk's C tokens have to be computed one chunk after the other:
 #
 # (5) S <- c_C S + sum over s of d_Cs k_s^T W_s
 #
@@ -138,8 +142,8 @@ def gated_delta_rule(q, k, v, g, beta, *, S=None, chunk=None):
     chunk_decay = cum_decay[..., -1:, None]    # c_C                         (B Hv, N, 1, 1)
     decay_to_end = pair_decay[..., -1, :]      # d_Cs                        (B Hv, N, C)
 
-    # (2) to (4). A has entries on its diagonal here, but the inverse does not read them. If v is
-    # bf16, U, Y, P, k_to_end, and the writes W are bf16 too.
+    # (2) to (4). Unlike in (2), this A has entries on its diagonal, which inverse() ignores. If v
+    # is bf16, U, Y, P, k_to_end, and the writes W are bf16 too.
     k_kT = k @ k.mT
     A = k_kT.mul_(pair_decay)
     A = A.mul_(beta[..., None])                                              # [beta] (d * k k^T)
@@ -156,8 +160,8 @@ def gated_delta_rule(q, k, v, g, beta, *, S=None, chunk=None):
     k_to_end = (k * decay_to_end[..., None]).to(input_dtype)
     k_to_end_T = k_to_end.mT                                                 # (B Hv, N, D, C)
 
-    # (4) and (5), from chunk to chunk. unbind instead of an index, because in pretraining the
-    # gradient of U[:, i] would be a tensor as large as U, for every chunk.
+    # (4) and (5), from chunk to chunk. Use unbind, because in pretraining the gradient of an index
+    # U[:, i] would be a tensor as large as U for every chunk.
     if S is None:
         S = k.new_zeros(B * Hv, D, Dv)
     else:
@@ -199,8 +203,8 @@ def delta_rule_of_window(q, k, v, g, beta, *, S):
 
     All matmuls are small here, so a GPU's time depends on their number. We stack keys and queries,
     the C queries of a chunk below its C keys. Then one product with k^T gives k k^T and q k^T, and
-    one product with S gives k S and q S. So W comes from (3), which reads k S. (4) would need as
-    many products for two chunks, plus one for q S.
+    one product with S gives k S and q S. So W comes from (3), which also reads k S. Form (4) would
+    need one more product, for q S.
     """
     B, T, Hv, Dv = v.shape
     D = q.shape[-1]
@@ -210,7 +214,7 @@ def delta_rule_of_window(q, k, v, g, beta, *, S):
     k = to_chunks(k, C, dtype)
     q = to_chunks(q, C, dtype)
     keys_queries = torch.cat((k, q), 2)                                      # (B Hv, 2, 2 C, D)
-    k = keys_queries[:, :, :C]  # the same numbers, so that compiled code writes them once
+    k = keys_queries[:, :, :C]  # a view, so that compiled code stores k once
     v = to_chunks(v, C, dtype)                                               # (B Hv, 2, C, Dv)
     beta = to_chunks(beta, C, dtype)                                         # (B Hv, 2, C)
     cum_decay, pair_decay = cum_and_pair_decay(g, C, dtype)

@@ -12,12 +12,12 @@ A round has four steps:
               choice is the next anchor.
     commit    The target keeps the old anchor and the accepted guesses, and forgets the others.
 
-Every token is the target's choice. So the drafter affects how many tokens each round returns, never
-which. Does the target alone choose the same tokens? Yes, bitwise, if its forwards have the same
-shape: K tokens, and only the first is used. Then all kernels are the same, and with those used
-here a token's bits depend neither on its place nor on the tokens after it. The target alone is
-faster with 1-token forwards. Then logits match only up to rounding, and a near-tie can flip.
-docs/exactness.md has the full argument.
+Every token is the target's choice. So the drafter changes only how many tokens a round returns.
+Does the target alone choose the same tokens? Yes, bit for bit, if it also runs K-token forwards, of
+which it uses only the first output. Then all kernels are the same, and with these kernels the bits
+of a token depend neither on its place nor on the tokens after it. The target alone is faster with
+1-token forwards. Then logits match only up to rounding, and a near-tie can flip. docs/exactness.md
+has the full argument.
 """
 import contextlib
 import itertools
@@ -49,7 +49,7 @@ drafter = "data/nano/drafter-dflash"        # folder or hub id of the drafter
 temperature = 0.0                           # of the target's choice; 0 is greedy
 top_k = 0                                   # choose among this many most likely tokens; 0: all
 top_p = 1.0                                 # nucleus sampling: smallest set with this probability
-seed = 0                                    # of the noise
+seed = 0                                    # of the sampling noise
 draft_temperature = 0.0                     # above 0: guesses share the target's noise
 raw = False                                 # continue the prompt as it is, no chat template
 thinking = False                            # let a target that can think do so
@@ -73,8 +73,8 @@ class Decoder:
     tokens_per_forward    K, the tokens per target forward; with a drafter, its block size
     batch                 B. Each of the B *slots* holds a sequence at its own position, or is idle
 
-    A sequence's output bits do not depend on its slot or on the other sequences. They share
-    forwards, nothing else.
+    A sequence's output bits do not depend on its slot or on the other sequences. They only
+    share forwards.
 
     A round has static shapes and keeps its positions in tensors. So on a GPU it is recorded once as
     a CUDA graph (fast/cuda_graph.py), which all later rounds replay. Graphs hold the addresses of
@@ -111,7 +111,7 @@ class Decoder:
 
             position       p         p + 1     p + 2    ..   p + K - 1    p + K
             the block      anchor    guess 1   guess 2       guess K-1
-            choice after             token 0   token 1       token K-2    token K-1
+            its own choice           token 0   token 1       token K-2    token K-1
             noise                    0         1             K-2          K-1
         """
         positions = self.state.position[:, None] + 1 + self.offsets          # (B, K)
@@ -124,7 +124,7 @@ class Decoder:
         return torch.cat((accepted[:, None], choices, self.block[:, 1:], is_finite), 1)
 
     def draft(self, noise):
-        """Fill the block: the anchor and K - 1 guesses. Without a drafter, token 0 is padding."""
+        """Fill the block: the anchor and K - 1 guesses. Without a drafter they stay token id 0."""
         self.block[:, 0] = self.anchor
         if self.drafter is None:
             return
@@ -133,7 +133,8 @@ class Decoder:
         if noise is None or self.sampling.draft_temperature == 0:
             self.block[:, 1:] = logits.argmax(-1)
         else:
-            # the target's own noise at these positions; it chooses one token more than the drafter
+            # The target's own noise at these positions. The last one is for the token that only the
+            # target chooses.
             self.block[:, 1:] = choose(
                 logits, self.sampling, self.sampling.draft_temperature, noise[:, :-1])
 
@@ -188,7 +189,7 @@ class Decoder:
         for slots, logits in self.prefill.run(prompts):
             ids = [sequence_ids[slot] for slot in slots]
             self.sequence_ids[slots] = torch.tensor(ids, device=self.anchor.device)
-            # the tokens at these positions are chosen now
+            # a position is the index of the token to choose next
             noise = self.noise_at(self.sequence_ids[slots], self.state.position[slots])
             choices = choose(logits, self.sampling, self.sampling.temperature, noise)
             self.anchor[slots] = choices
@@ -234,7 +235,7 @@ def count_accepted(guesses, choices):
 def chosen_are_finite(logits, choices):
     """Whether the logits of the chosen tokens are finite, (...) from logits (..., V).
 
-    An argmax always chooses NaN or infinity if there is one, so other logits need no check. The
+    An argmax always chooses NaN or +infinity if there is one, so other logits need no check. The
     host gets this flag together with the tokens, without another sync.
     """
     return logits.gather(-1, choices[..., None])[..., 0].isfinite()
@@ -311,8 +312,8 @@ def generate_many(target, drafter, prompts, *, slots, max_new_tokens=2048, stop_
         raise ValueError(f"stop token id {unknown[0]} is outside the target's vocabulary of "
                          f"{target.config.vocab_size}: use the target's own tokenizer")
 
-    # Prompts whose sequences need buffers of the same length are decoded together. There are few
-    # lengths, so buffers and graphs are shared.
+    # Prompts with the same buffer length are decoded together. There are few lengths, so buffers
+    # and graphs are shared.
     by_length = {}
     for index, prompt_ids in enumerate(prompts):
         try:
@@ -334,7 +335,7 @@ def generate_many(target, drafter, prompts, *, slots, max_new_tokens=2048, stop_
 
 
 def decode_in_slots(decoder, waiting, slots):
-    """Yields (index, RoundOutput) of waiting Requests, in the order in which they become known."""
+    """Yields (index, RoundOutput) of waiting Requests, each as soon as it is ready."""
     for slot in range(slots):
         decoder.release_slot(slot)  # an earlier generation may have been left unfinished
     waiting = deque(waiting)
@@ -384,7 +385,7 @@ class Request:
         self.stops = stops
         self.has_ended = False
         # Prompt, answer, and one block must fit into the target's context. 1-token forwards reserve
-        # room for 16 too, so that answers end at the same token in both modes.
+        # a block of 16 too, so that answers end at the same token with and without a drafter.
         block_room = max(tokens_per_forward, 16)
         longest = config.max_position_embeddings
         self.tokens_left = min(max_new_tokens, longest - len(self.prompt_ids) - block_room)
@@ -511,8 +512,8 @@ def tokens_per_second(generation):
 def summary(ours, same_shape, one_token):
     """The line under the text, for one answer with the drafter and two of the target alone.
 
-    same_shape: in K-token forwards, so it must be identical. one_token: in 1-token forwards, the
-    speed to beat.
+    same_shape: the target alone in K-token forwards, which must equal `ours`. one_token: the target
+    alone in 1-token forwards, the speed to beat.
     """
     in_rounds = sum(len(output.tokens) for output in ours.rounds)
     tau = in_rounds / max(1, len(ours.rounds))

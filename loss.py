@@ -23,8 +23,8 @@ def sample_anchors(supervised, count, generator, max_length):
     """Draws anchors from the responses: positions (B, A), and whether each is valid, (B, A).
 
     supervised (B, T) marks the tokens of responses. An anchor and the token after it are both
-    supervised. The anchors of a sequence are distinct and ascend. A is `count`, or T if that is
-    less. Sequences with fewer candidates are padded with invalid anchors at position 0.
+    supervised. The anchors of a sequence are distinct and ascend. A = min(count, T). Sequences with
+    fewer candidates are padded with invalid anchors at position 0.
 
     The generator draws one random number for each position below max_length. So the anchors of a
     sequence do not depend on its padding.
@@ -33,12 +33,12 @@ def sample_anchors(supervised, count, generator, max_length):
     candidates = supervised[:, :-1] & supervised[:, 1:]
     candidates = F.pad(candidates, (0, 1))  # the last token has none after it
 
-    # Random numbers, padded or cut to T on the device. A copy from pinned memory does not wait for
-    # the device.
+    # Random numbers, padded or cut to T on the device. They are in
+    # pinned memory, so that the copy does not wait for the device.
     is_pinned = supervised.is_cuda
     random_numbers = torch.rand(B, max_length, generator=generator, pin_memory=is_pinned)
     random_numbers = random_numbers.to(supervised.device, non_blocking=True)
-    random_numbers = F.pad(random_numbers, (0, T - max_length))  # a negative width cuts
+    random_numbers = F.pad(random_numbers, (0, T - max_length))  # a negative width removes some
 
     # candidates in random order, then all other positions
     random_numbers = random_numbers.masked_fill(~candidates, -1.0)
@@ -57,8 +57,8 @@ def sample_anchors(supervised, count, generator, max_length):
 def block_labels(tokens, supervised, anchors, is_valid, *, K, gamma):
     """Labels x_{anchor+k} and weights exp(-(k-1)/gamma) for k = 1 .. K-1, both (B, A, K-1).
 
-    The weight decays because a guess counts only if all guesses before it are right. It is zero
-    after the end of the response that contains the anchor, and for invalid anchors.
+    The weight decays because a guess counts only if all guesses before it are right. The weight is
+    zero after the end of the response that contains the anchor, and for invalid anchors.
     Source: arXiv 2602.06036, the position-decayed loss.
     """
     k = torch.arange(1, K, device=tokens.device)
@@ -70,7 +70,7 @@ def block_labels(tokens, supervised, anchors, is_valid, *, K, gamma):
         return gathered.view_as(positions)
 
     labels = at_positions(tokens)
-    # cumprod: a later response of the same sequence does not count
+    # the product stays 0 after the response, so a later response of the same text does not count
     in_response = at_positions(supervised).long()
     in_response = in_response.cumprod(-1)
     counted = in_response * is_valid[:, :, None]
@@ -90,11 +90,11 @@ def block_labels(tokens, supervised, anchors, is_valid, *, K, gamma):
 #     d loss / d z = weight * (softmax(z) - onehot)            (weights scale rows)
 #     d loss / d h = (d loss / d z) head
 #
-# This gradient is available as soon as the logits are. So we multiply the guesses with the head in
-# chunks. Each chunk yields its part of the loss and of d loss / d h, and then its logits are
-# dropped. Memory: the logits of one chunk (1.0 GB in fp32 for 1,024 guesses, plus half of that for
-# a copy in bf16), and until the backward pass the gradient d loss / d h, which is as large as h (31
-# MB in bf16). The backward pass only multiplies it by the incoming scalar.
+# The logits are all that this gradient needs. So we multiply the guesses with the head in chunks.
+# Each chunk yields its part of the loss and of d loss / d h, and then its logits are dropped.
+# Memory: the logits of one chunk (1.0 GB in fp32 for 1,024 guesses, plus half of that for a copy in
+# bf16), and until the backward pass the gradient d loss / d h, which is as large as h (31 MB in
+# bf16). The backward pass only multiplies this gradient by the incoming scalar.
 
 
 class Targets(NamedTuple):
@@ -107,14 +107,14 @@ def block_loss(hidden, head, targets, *, loss_chunk_size=1024, chunk_loss_functi
     """The loss of training blocks: the *sum* of weight * nll.
 
     The caller divides it by the sum of all weights of a step, over micro-batches and processes. So
-    the split of a step does not matter, up to rounding.
+    it does not matter how a step is split, up to rounding.
 
     hidden (B, A, K, width)     from the drafter's forward
     head (V, width)             the target's, frozen
     targets                     Targets (B, A, K-1)
     loss_chunk_size             guesses whose logits exist at once, rounded down to whole blocks,
                                 because dpace_weights() needs whole blocks
-    chunk_loss_function         chunk_loss (None), or a form of it: compiled, or with D-PACE
+    chunk_loss_function         None: chunk_loss; or a version of it, compiled or with D-PACE
 
     Returns the scalar loss and, for each guess, all (B, A, K-1): the nll, whether the greedy guess
     is right, and the weight that was used.
@@ -168,8 +168,8 @@ def chunk_loss(hidden, head, targets, wants_grad, dpace_smoothing=None):
     Returns nll, whether the greedy guess is right, the weights used, all (N, K-1), and the gradient
     of the sum of weights * nll with respect to hidden, or None if it is not needed.
 
-    dpace_smoothing: D-PACE's a, to use the weights of dpace_weights(). Then the given weights only
-    say which guesses count: those above 0.
+    dpace_smoothing: D-PACE's a, to use the weights of dpace_weights(). Then a given weight only
+    says whether the guess counts: it is above 0.
 
     The fp32 tensor z (N, K-1, V) is used three times: for the logits, then their exponentials, then
     the gradient with respect to the logits. If hidden is bf16, both products with the head are
@@ -202,7 +202,8 @@ def chunk_loss(hidden, head, targets, wants_grad, dpace_smoothing=None):
         return nll, correct, weights, None
 
     # z becomes weight (softmax - onehot), the gradient with respect to the logits. The entries of
-    # the labels are written last, so that compiled code never has to write z in fp32.
+    # the labels are written last, after the conversion to hidden's dtype. Then torch.compile fuses
+    # the steps before into one kernel, which never stores z in fp32.
     w = weights.to(z.dtype)
     z = z.mul_(w[..., None] / total)
     z = z.to(hidden.dtype)
@@ -226,8 +227,8 @@ def dpace_weights(q, in_response, smoothing):
     q (N, K-1) are the probabilities of the true tokens. in_response (N, K-1) is false after the
     response. With a = 0, w_j is the derivative of the expected accepted length with respect to
     log q_j. The weights are detached.
-    Source: arXiv 2605.18810. There the loss is divided by the batch size, here by the sum of all
-    weights.
+    Source: arXiv 2605.18810. The paper divides the loss by the batch size, we divide it by the
+    sum of all weights.
     """
     smoothed = (1 - smoothing) * q + smoothing
     products = (smoothed * in_response).cumprod(-1)

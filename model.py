@@ -70,19 +70,20 @@ class DFlashDraftModel(PreTrainedModel):
     def context(self, features):
         """The context (B, T, width) from features (B, T, len(target_layer_ids) * width).
 
-        hidden_norm norms it once for all layers. Their input_layernorm is for the block only.
+        hidden_norm is applied once for all layers. Their input_layernorm is not applied to the
+        context.
         """
         mixed = self.fc(features)
         return self.hidden_norm(mixed)
 
     def rotary(self, positions):
-        """cos and sin for integer positions. The drafter rotates whole heads; the target a part."""
+        """cos and sin for integer positions. The target rotates only a part of each head."""
         theta = self.config.rope_parameters["rope_theta"]
         return rotary_table(positions, self.config.head_dim, theta)
 
     # Decoding: one block per sequence. The cache holds each layer's keys and values by position.
-    # write_context() fills the positions of committed tokens, for good. decode_block() fills the
-    # positions of its block, which come next, until the next write_context() overwrites them.
+    # write_context() fills the positions of committed tokens, for good. decode_block() writes its
+    # block at the positions after them. The next write_context() overwrites these.
 
     def new_cache(self, batch, length):
         """Keys and values of each layer for `length` positions, both (B, Hkv, length, D)."""
@@ -97,7 +98,8 @@ class DFlashDraftModel(PreTrainedModel):
     def write_context(self, features, cache, position):
         """Write the keys and values of features (B, T, ...) into the cache, from position (B,) on.
 
-        The last features can belong to rejected guesses, because the next block overwrites them.
+        The last features may belong to rejected guesses. That is harmless, because the next block
+        overwrites them.
         """
         T = features.shape[1]
         offsets = torch.arange(T, device=features.device)
@@ -175,7 +177,8 @@ def block_visibility(anchors, T, K, sliding_window=None, is_causal=False):
     sequence, then the block positions again: T .. T + A K - 1.
 
     In a full layer, a query sees the context strictly before its anchor and all K positions of its
-    block, also the later ones. It never sees a different block. Other layers see less of that.
+    block, also the later ones. It never sees a different block. Causal layers and sliding windows
+    hide a part of this, see narrow().
     """
     def visible(batch, head, query, key):
         block_of_query = query // K
@@ -187,7 +190,7 @@ def block_visibility(anchors, T, K, sliding_window=None, is_causal=False):
         if sliding_window is None and not is_causal:
             return seen
 
-        # Keys of other blocks get a wrong position here. They are not visible anyway.
+        # Keys of other blocks get a meaningless position, but `seen` hides them already.
         query_position = anchor + query % K
         block_key_position = anchor + (key - T) % K
         key_position = torch.where(key < T, key, block_key_position)
@@ -197,7 +200,7 @@ def block_visibility(anchors, T, K, sliding_window=None, is_causal=False):
 
 
 def narrow(seen, query_position, key_position, sliding_window, is_causal):
-    """The mask `seen` of a full layer, without what a causal layer or a sliding window hides.
+    """Remove from a full layer's mask `seen` what a causal layer or a sliding window hides.
 
     A causal layer hides the positions after the query's own. A window of w shows the query's own
     position and w - 1 positions on either side.
@@ -327,13 +330,15 @@ class Attention(nn.Module):
         """Decoding. x (B, K, width) at positions (B, K).
 
         keys and values (B, Hkv, length, D): this layer's part of the cache. It holds the context of
-        all positions before the block. The block's own keys and values are written after it.
+        all positions before the block. The block's own keys and values go to the positions after
+        them.
         """
         q, k, v = self.queries_keys_values(x, rotary)
         write_at(keys, positions, k)
         write_at(values, positions, v)
 
-        # the mask of block_visibility() for one block: everything up to its last position
+        # the mask of block_visibility() for one block: everything up to its last position,
+        # because the buffer's later places hold older data
         length = keys.shape[2]
         key_position = torch.arange(length, device=x.device)
         query_position = positions[:, :, None]

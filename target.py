@@ -51,7 +51,7 @@ class GatedDeltaNet(nn.Module):
         self.act = nn.SiLU()
 
     def forward(self, x, layer_state, rotary):
-        """x (B, T, width). The recurrence orders the tokens, so rotary is not used."""
+        """x (B, T, width). rotary is not used: the recurrence knows the order."""
         qkv, z, b, a = self.project(x)
         q, k, v = self.convolve_and_split(qkv, layer_state)
 
@@ -62,7 +62,7 @@ class GatedDeltaNet(nn.Module):
         g = -self.A_log.exp() * time_step
 
         if layer_state is None:
-            # autocast, which pretraining of the nano target uses, would make these products bf16
+            # pretraining of the nano target uses autocast, which would make these products bf16
             with torch.autocast(x.device.type, enabled=False):
                 o, _ = gated_delta_rule(q, k, v, g, beta)
         else:
@@ -80,13 +80,13 @@ class GatedDeltaNet(nn.Module):
         T = qkv.shape[1]
         conv_width = self.conv1d.weight.shape[-1]
 
-        # put the few tokens before in front: zeros at the start of a sequence, or the stored ones
+        # put the inputs of the last 3 tokens in front: stored ones, or zeros at the start of a text
         if layer_state is None:
             qkv = F.pad(qkv, (0, 0, conv_width - 1, 0))
         else:
             qkv = layer_state.convolution_input(qkv)
 
-        # A sum instead of a call of conv1d, because its order is the same for every T.
+        # Added by hand, because conv1d may add in an order that depends on T.
         weight = self.conv1d.weight[:, 0].T                              # (conv_width, channels)
         mixed = weight[0] * qkv[:, :T]
         for i in range(1, conv_width):
@@ -256,7 +256,7 @@ class TargetConfig:
         if unknown or len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(f"layer_types has {len(self.layer_types)} entries for "
                              f"{self.num_hidden_layers} layers; unknown kinds: {sorted(unknown)}")
-        # several query heads share a key head, and in linear layers several value heads do
+        # several query heads share a key head; in linear layers, several value heads share one
         for many, few in (("linear_num_value_heads", "linear_num_key_heads"),
                           ("num_attention_heads", "num_key_value_heads")):
             number_of_many = getattr(self, many)
@@ -304,9 +304,10 @@ class Target(nn.Module):
         the tokens that it holds: a block of K tokens, or a part of a prompt if a Segment is given.
 
         Returns features (B, T, len(target_layer_ids) * width) and hidden states (B, T, width). The
-        features are the residual stream after each of these layers, before any norm, in ascending
-        order (None without ids). logits() turns the hidden states, which are normed, into logits.
-        With features_only, the layers above the last id do not run and hidden states are None.
+        features are the residual stream after each of these layers, before any norm. They are in
+        ascending order of the ids, or None without ids. logits() turns the hidden states, which are
+        normed, into logits. With features_only, the layers above the last id do not run and hidden
+        states are None.
         """
         T = tokens.shape[1]
         if state is None:

@@ -7,8 +7,8 @@ Every test of the project. None needs the network, a GPU, or files that are not 
     python test_all.py cuts resume        # tests with "cuts" or "resume" in their name
     python test_all.py -k "cuts and bf16" # options of pytest
 
-Each test's docstring names the failure that it catches. Numbers in docstrings mean failures that
-people reported with this method:
+Each test's docstring names the failure that it catches. "Failure 5" in a docstring is number 5 of
+this list of failures that people reported with this method:
 
     1  training leaks, or labels are off by one
     2  labels, mask, or blocks differ from decoding

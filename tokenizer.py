@@ -125,7 +125,7 @@ def special_tokens(tokenizer):
 
 @functools.cache
 def max_characters(tokenizer, count):
-    """So many characters are always more than `count` tokens."""
+    """A text of more characters than this always has more than `count` tokens."""
     longest = max(map(len, tokenizer.get_vocab()))
     # normalization can join two characters into one, for example a letter and its accent
     return 2 * longest * (count + 1)

@@ -7,8 +7,9 @@ Trains a DFlash drafter for a frozen target, which computes the features on the 
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT train.py
 
 A sample is a question and the target's own answer. A step trains on batch_size x grad_accum_steps x
-processes samples. Engines load the checkpoints, out_dir/step-000123. log.jsonl and training.png are
-next to them. Only process 0 writes, so several nodes need a shared file system.
+processes samples. SGLang and vLLM can load the checkpoints, out_dir/step-000123. log.jsonl and
+training.png are next to them. Only process 0 writes, and the other processes read its files, so
+several nodes need a shared file system.
 
 The defaults are the recipe of "Phase 1.2", the published drafter for Qwen3.5-0.8B.
 """
@@ -61,7 +62,7 @@ intermediate_size = 3584                    # channels of the MLP
 initializer_range = 0.02                    # standard deviation of the first weights
 target_layer_ids = (3, 7, 11, 15, 19)       # target layers whose outputs are the features
 block_size = 16                             # K: the anchor and K - 1 guesses
-mask_token_id: int | None = None            # id of the mask; None: the first after the tokenizer's
+mask_token_id: int | None = None            # None: the first id after the tokenizer's
 # the loss
 num_anchors = 512                           # blocks per sample
 weighting = "decay"                         # of guesses: decay, or dpace (the drafter's confidence)
@@ -112,7 +113,7 @@ class MicroBatches:
         self.samples = samples
         self.config = config
         self.lengths = np.array([len(tokens) for tokens, _ in samples])
-        # the few samples left over differ from epoch to epoch
+        # a few samples are left out, in each epoch different ones
         self.per_epoch = len(samples) // config.batch_size
         self.order = functools.lru_cache(1)(self.shuffled)  # computed once per epoch
 
@@ -127,8 +128,8 @@ class MicroBatches:
     def shuffled(self, epoch):
         """Indices of the samples in all micro-batches of an epoch, (micro-batches, batch_size).
 
-        Samples are shuffled, sorted by length within windows of bucket_size micro-batches to save
-        padding, and shuffled again, because short samples first would be a different distribution.
+        Samples are shuffled. Windows of bucket_size micro-batches are sorted by length, which saves
+        padding. Then the micro-batches are shuffled, so that short samples do not come first.
         """
         random = np.random.default_rng((self.config.seed, epoch))
         batch_size = self.config.batch_size
@@ -236,8 +237,9 @@ def train_step(run):
     config = run.config
     sums = add_up_gradients(run)
 
-    # From sums to weighted means. DDP and FSDP have averaged the gradients over the processes. If
-    # all samples of a step were cut before their answer, the clamp keeps the gradient 0.
+    # Divide the sums by the weight. DDP and FSDP averaged the gradients instead of adding them,
+    # hence the number of processes. If all samples of a step were cut before their answer, the
+    # weight is 0, and the clamp avoids 0 / 0.
     factor = world_size() / sums.weight.clamp(min=1e-9)
     for parameter in run.drafter.parameters():
         parameter.grad *= factor.to(parameter.dtype)
@@ -297,11 +299,12 @@ def learning_rate(step, total_steps, config):
 def evaluate(run, samples):
     """Loss and acceptance on held-out samples, with the same anchors every time, in every process.
 
-    It can overestimate: anchors are random here, but in decoding they follow a failed guess. It
-    underestimates near the end of a response, where positions after the end count as wrong.
+    It can overestimate: anchors are random here, but in decoding most of them follow a guess that
+    failed, and such places are harder. It underestimates near the end of a response, where
+    positions after the end count as wrong.
 
-    Batch size and grad mode are the same as in training, because compiled code would compile again
-    for others. So samples that do not fill a batch are left out, unless there are no others.
+    Batch size and grad mode are the same as in training, because other ones would need another
+    compilation. So samples that do not fill a batch are left out, unless no batch would be left.
     """
     batch_size = run.config.batch_size
     count = min(EVAL_SAMPLES, len(samples))
@@ -333,7 +336,7 @@ def loop(run, held_out):
             while run.step < run.total_steps and not is_stopped:
                 entry, sums = train_step(run)
                 log.count(sums)
-                # a signal reaches the processes at different times, so they agree on it
+                # a signal reaches the processes at different times, so they ask each other
                 is_stopped = any_rank_received(received, config.device)
                 is_end = run.step == run.total_steps
                 if config.log_every and (run.step % config.log_every == 0 or is_end):
@@ -370,7 +373,7 @@ def setup(config):
     samples = load_samples(config, "train", target_config.vocab_size)
     held_out = load_samples(config, "val", target_config.vocab_size)
 
-    # A saved drafter's weights are loaded before sharding, its moments after.
+    # Load a saved drafter's weights before it is sharded. Its moments are loaded after that.
     saved = None
     if checkpoint is not None:
         saved = load_training_state(checkpoint, drafter, target_config, config)
@@ -390,7 +393,7 @@ def new_run(config, target, drafter, samples):
     total_steps = int(config.epochs * micro_batches.per_epoch) // micro_batches_per_step
     if total_steps < 1:
         raise ValueError(
-            f"{len(samples)} samples make no step of {config.batch_size} x "
+            f"{len(samples)} samples are too few for a step of {config.batch_size} x "
             f"{micro_batches_per_step} samples: lower batch_size or raise epochs")
     wrapped_drafter = distribute(target, drafter, config.parallel, config.device)
     optimizer = new_optimizer(
@@ -467,7 +470,7 @@ def main(argv=None):
         sys.exit(f"error: process {rank()} lost contact with another process; see the error of "
                  "that process. Continue with --resume")
     except KeyboardInterrupt:
-        sys.exit("interrupted between steps: nothing is lost. If there is a checkpoint, --resume "
+        sys.exit("interrupted outside of the training steps. If there is a checkpoint, --resume "
                  "continues from it")
 
 

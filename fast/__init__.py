@@ -1,7 +1,9 @@
 """
-The same numbers, computed faster. The files that show the method import nothing from here.
+The same computation, faster. The files that define target, drafter, loss, and state import nothing
+from here.
 
     decoding.py      prepare_for_decoding(): joined and packed weights, torch.compile
+    prefill.py       several prompts at once on a GPU
     cuda_graph.py    a decoding round is recorded once and replayed
     attention.py     the drafter's attention in training, for GPUs and for CPUs
     training.py      compiled layers and CUDA graphs in training

@@ -58,7 +58,7 @@ def grouped_attend(visible, anchors, T, K, group_size=8):
             keys = torch.cat((context_k[:, :, :seen_tokens], block_k[:, :, own]), 2)
             values = torch.cat((context_v[:, :, :seen_tokens], block_v[:, :, own]), 2)
 
-            # the mask, with the numbers that block_visibility() gives queries and keys
+            # the mask; queries and keys are numbered as in block_visibility()
             queries = all_queries[own]
             context_numbers = torch.arange(seen_tokens, device=anchors.device)
             key_numbers = torch.cat((context_numbers, T + queries))

@@ -6,7 +6,7 @@ import os
 
 import torch
 
-MIN_PACKED = 1 << 18        # from this many numbers in a weight on, packing pays
+MIN_PACKED = 1 << 18        # packing makes weights of this size and more faster
 PARALLEL_ELEMENTS = 32768   # torch gives no thread fewer elements than this
 SMALL = 50_000_000          # below this many parameters, one thread is enough
 
@@ -56,8 +56,8 @@ def on_few_tokens(function, x):
 
     Threads split a large tensor at any element, also inside a token. At the split, scalar code
     takes over from vector code, and the two round exp differently. Then the bits of a token would
-    depend on its place among the tokens of all B blocks. So torch gets only as much as one thread
-    takes. Prompts are split too. They do not need it, but it costs only a few percent.
+    depend on its place among the tokens of all B blocks. So torch gets parts that a single thread
+    handles. Prompts are split too. They do not need it, but it costs only a few percent.
     """
     if x.device.type != "cpu" or x.numel() <= PARALLEL_ELEMENTS:
         return function(x)

@@ -55,7 +55,7 @@ class Graphs:
         return recording.outputs
 
     def record(self, function, inputs):
-        """Record the kernels of function(*inputs). None of them runs."""
+        """Record the kernels of function(*inputs). Recording runs none of them."""
         inputs = [x.clone() for x in inputs]
         graph = torch.cuda.CUDAGraph()
         # other threads, such as NCCL's in training, may still call CUDA

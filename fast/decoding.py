@@ -4,12 +4,12 @@ Makes a loaded target and drafter decode faster:
     fast.prepare_for_decoding(target, drafter)                  # once, after loading
     fast.prepare_for_decoding(target, drafter, compile=True)    # takes a minute or two, then faster
 
-target.py and model.py show the mathematics in plain PyTorch. Here each of their classes that takes
-time has a faster subclass. The call changes the class of every such module. Weights keep their
+target.py and model.py show the mathematics in plain PyTorch. Here each slow class of them has
+a faster subclass. The call changes the class of every such module. Weights keep their
 names and their values, and decoding returns the same tokens.
 
     joined weights   Layers with the same input (q, k, v) become one matmul. On a GPU a small matmul
-                     takes as long as one of several times its size.
+                     takes as long as a matmul of several times its size.
     packed weights   On a CPU, large weights are stored in the order in which oneDNN reads them.
     few tokens       On a CPU, activation functions run on few tokens at a time, because the bits of
                      a token would depend on the split between threads otherwise (fast/cpu.py).
@@ -73,8 +73,8 @@ class FastEmbedding(nn.Embedding):
 class Joined:
     """A module whose project() multiplies its input with the weights of several layers at once.
 
-    An output of a matmul depends only on its own column of W^T. So the weights can be next to each
-    other in one tensor, and each layer's weight becomes a view of it.
+    Each output of a matmul depends only on its own row of the weight, so joining weights changes no
+    output. The joined weights are one tensor, and each layer's weight becomes a view of it.
     """
 
     joined_names = ()
@@ -127,7 +127,7 @@ class FastDrafterAttention(Joined, Attention):
 
 
 class FastTarget(Target):
-    """Only the head of a target is not in a layer. A tied head is the embedding's weight."""
+    """Outside the layers, only the head is large. A tied head is the embedding's weight."""
 
     def prepare(self):
         self.packed_head = pack_weight(self.head_weight)
@@ -146,9 +146,9 @@ class FastTarget(Target):
 def tf32_if_bfloat16(target):
     """Let a bf16 target multiply fp32 numbers in TF32 in a `with` block. Otherwise change nothing.
 
-    A bf16 target multiplies in fp32 only inside the delta rule, whose inputs had 8 bits. So the
-    11 bits of TF32 are enough, and faster on a GPU (docs/speed.md). The setting is one of the
-    process, so it is put back for the caller's own code.
+    A bf16 target multiplies in fp32 only inside the delta rule, whose inputs had 8 bits. So the 11
+    bits of TF32 are enough, and faster on a GPU (docs/speed.md). The setting is global, so it is
+    restored for the caller's own code.
     """
     setting = torch.backends.cuda.matmul
     before = setting.fp32_precision
@@ -188,8 +188,8 @@ class FewTokensSigmoid(nn.Sigmoid):
 class CompiledLayer(Layer):
     """A layer of the target, compiled for blocks and padded segments. Other shapes vary.
 
-    All layers of a kind share compiled code. The stack is not compiled as a whole, because a layer
-    that feeds the drafter would be fused differently then, and round differently.
+    All layers of a kind share compiled code. The stack is not compiled as a whole, because then a
+    layer that feeds the drafter would be fused, and rounded, differently from the others.
     """
 
     def forward(self, x, layer_state, rotary):
@@ -217,7 +217,7 @@ class CompiledDrafter(DFlashDraftModel):
 
 def compile_for_decoding(target, drafter=None):
     """Compile the forwards of decoding. torch.compile compiles each when it first runs."""
-    # kinds of layer x (block sizes and segments) x buffer lengths
+    # at most: kinds of layer x (block sizes + lengths of segments) x buffer lengths
     torch._dynamo.config.recompile_limit = 64
     options = {"combo_kernels": True}  # fuses independent small kernels into one launch
     compiled_forward = torch.compile(Layer.forward, dynamic=False, options=options)

@@ -1,8 +1,8 @@
 """
 Prefills the prompts of a Decoder, on a GPU several at once.
 
-A GPU takes as long for one prompt of 256 tokens as for eight. So short prompts are prefilled
-together, in a separate DecodeState with a few rows, and then copied into their slots.
+A GPU takes hardly longer for eight prompts of 256 tokens together than for one. So short prompts
+are prefilled together, in a separate DecodeState with a few rows, and then copied into their slots.
 
 The bits of a prompt must not depend on the prompts that happen to wait with it. Therefore all
 shapes follow from the prompt's own length and the number of slots. Prompts with segments of the
@@ -74,7 +74,7 @@ class Prefill:
         if segment_length < state.segment_length:
             length = min(length, segment_length + state.tokens_per_forward)
         elif slots == 1:
-            return Reader(state, decoder.cache)  # long buffers exist only once
+            return Reader(state, decoder.cache)  # prefill directly in the decoder's state
         else:
             rows = 1
         new_state = DecodeState(decoder.target, rows, length, state.tokens_per_forward)
@@ -116,7 +116,7 @@ class Prefill:
         for keys, values in reader.cache:
             keys.zero_()
             values.zero_()
-        if features is not None:  # a drafter can do without
+        if features is not None:  # some drafters use no features
             features = features[:, :length]
         decoder.drafter.write_context(features, reader.cache, start)
         if reader.cache is decoder.cache:

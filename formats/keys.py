@@ -25,8 +25,8 @@ NUMBERS = {  # type, smallest value, largest value; for a list, of each entry
     "rms_norm_eps": (float, 1e-12, 0.1), "rope_theta": (float, 1, 1e12),
     "partial_rotary_factor": (float, 0.001, 1), "initializer_range": (float, 0, 10)}
 
-# Keys that change what a model computes, by the only value that we compute. First null alone: rope
-# per type of layer, chunks, other drafters' layers.
+# Keys that change what a model computes, under the only value that we support. The first ones must
+# be null: they are about rope for each type of layer, chunks, and layers of other drafters.
 NULL = (
     "full_attention", "sliding_attention", "linear_attention", "chunked_attention",
     "rope_local_base_freq", "local_rope_theta", "swa_rope_theta", "no_rope_layers",
@@ -195,7 +195,7 @@ def drafter_keys(config):
         if unknown or len(kinds) != keys["num_hidden_layers"]:
             raise ValueError(f"layer_types has {len(kinds)} entries for {keys['num_hidden_layers']}"
                              f" layers; unknown kinds: {short(unknown)}")
-        # without its flag transformers forgets the window, and some published files lack the flag
+        # without use_sliding_window transformers drops the window, and some published files lack it
         keys["use_sliding_window"] = "sliding_attention" in kinds
     if keys.get("use_sliding_window") and "sliding_window" not in keys:
         raise ValueError("it has sliding_attention layers, but no sliding_window")

@@ -25,7 +25,7 @@ def stored_tensors(folder, our_name, num_hidden_layers):
     our_name(name in the file) is the name in the module, or None for a tensor to skip.
     ValueError for a file that is broken or outside the folder, a tensor that is there twice, dtypes
     that would be rounded or mean something else, such as integers, and if config.json has more
-    layers than the files: they would be built for nothing.
+    layers than the files.
     """
     path = os.path.join(folder, "model.safetensors.index.json")
     found = {}

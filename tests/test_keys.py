@@ -70,7 +70,7 @@ def test_numbers_out_of_range_are_refused_in_one_line(small_run, key):
     ("--data=nowhere", "error: no meta.json in 'nowhere'"),
     ("--target=nowhere", "error: no .* 'nowhere'"),
     ("--weighting=linear", "error: weighting = 'linear': use decay or dpace"),
-    ("--batch_size=64", "error: 20 samples make no step"),
+    ("--batch_size=64", "error: 20 samples are too few for a step"),
     ("--parallel=fsdp", "error: parallel = 'fsdp' .* torchrun"),
 ))
 def test_training_mistakes_end_in_one_line(main, small_run, monkeypatch, tmp_path, flag, hint):

@@ -75,7 +75,7 @@ Step {run.step} of {run.total_steps}; data: {data_name}.
 
 
 def prune_checkpoints(out_dir, newest):
-    """Delete old checkpoints, but not the newest, and the remains of interrupted saves.
+    """Delete old checkpoints and the remains of interrupted saves. Keep the newest checkpoint.
 
     A folder is renamed first, because half of a folder would look like a checkpoint.
     """
@@ -113,7 +113,7 @@ def load_training_state(folder, drafter, target_config, config):
     """Load a checkpoint's weights into the drafter; returns the rest as a SavedRun.
 
     ValueError if the checkpoint is broken, does not fit, or is from a run with other settings,
-    because resuming it would silently be a third run.
+    because the result would be neither the old run nor the new one.
     """
     state = read_state_file(folder)
     moments = state["optimizer_state_dict"]["state"]

@@ -2,7 +2,7 @@
 Ctrl-C and SIGTERM during training: every process first ends its step.
 
 If a process dies, torchrun sends SIGTERM to the others on its node. They can be stuck in NCCL,
-which waits for the dead process. Then each of them ends with one line.
+which waits for the dead process. Then each of them prints one line and exits.
 """
 import contextlib
 import os

@@ -56,7 +56,7 @@ def figures(sums):
     up to each of the K-1 positions.
 
     tau is 1 (the target's own token) plus the mean number of right guesses before the first wrong
-    one. A fraction counts only blocks whose response reaches the position; all reach the first.
+    one. Position k averages over the blocks whose response has at least k more tokens.
     """
     blocks = sums.reached[0].clamp(min=1)
     return {"loss": (sums.loss / sums.weight.clamp(min=1e-9)).item(),  # 0 without any weight

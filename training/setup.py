@@ -132,8 +132,8 @@ def load_samples(config, split, vocab_size):
 def new_drafter(config, target_config, tokenizer):
     """An untrained drafter, always the same for a seed.
 
-    Its mask is by default the first id after the tokenizer's, where embeddings have some unused
-    rows, or without a tokenizer the last row.
+    Its default mask id is the first one after the tokenizer's, where embeddings have unused rows.
+    Without a tokenizer it is the last row of the embedding.
     """
     mask_token_id = config.mask_token_id
     if mask_token_id is None:
