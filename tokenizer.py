@@ -3,7 +3,7 @@ From a question to token ids and back: tokenizer, chat template, and the ids tha
 
 Decoding, benchmarks, and training data all use chat_prompt, so that no two of them can use
 different templates. A drafter that is trained on one template and served with a different one loses
-half of its acceptance.
+much of its acceptance.
 """
 import functools
 import json

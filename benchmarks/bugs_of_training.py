@@ -60,7 +60,7 @@ TRAINING = (
         "anchors[:, :, None] + k + 1 "),
 
     # All positions have the same weight, although late guesses seldom count.
-    Bug("uniform_slots", LABELS, block_labels,
+    Bug("uniform_positions", LABELS, block_labels,
         "torch.exp(-(k - 1) / gamma)",
         "torch.ones(K - 1)"),
 

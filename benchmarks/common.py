@@ -228,15 +228,15 @@ def round_figures(of_prompts, block_size):
     of_prompts = [rounds for rounds in of_prompts if rounds]  # an answer can be one token long
     rounds = sum(of_prompts, [])
     lengths = [len(tokens) for _, tokens in rounds]
-    accepted_up_to_slot = []
-    for slot in range(1, block_size):
-        count = sum(accepted >= slot for accepted, _ in rounds)
-        accepted_up_to_slot.append(count / max(1, len(rounds)))
+    accepted_up_to_position = []
+    for position in range(1, block_size):
+        count = sum(accepted >= position for accepted, _ in rounds)
+        accepted_up_to_position.append(count / max(1, len(rounds)))
     taus = [mean_round_length(rounds) for rounds in of_prompts]
     return {
         "rounds": len(rounds), "tokens": sum(lengths),
         "tau_micro": mean_round_length(rounds), "tau_macro": sum(taus) / max(1, len(taus)),
-        "accepted_up_to_slot": accepted_up_to_slot,
+        "accepted_up_to_position": accepted_up_to_position,
         "rounds_of_length": [lengths.count(n) for n in range(1, block_size + 1)]}
 
 

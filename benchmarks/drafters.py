@@ -27,7 +27,7 @@ class Oracle:
         # by absolute position: the answers and the guesses
         self.tokens = torch.zeros(prompts, length, dtype=torch.long, device=device)
         self.guesses = torch.zeros_like(self.tokens)
-        self.slots = torch.arange(1, block_size, device=device)
+        self.offsets = torch.arange(1, block_size, device=device)
 
     def learn(self, prompt_ids, answer, p, number=0):
         """Learn the answer to prompt `number`; each of its tokens is guessed right with
@@ -52,7 +52,7 @@ class Oracle:
         logits = torch.zeros(shape, device=anchor.device)
         is_its_own = self.tokens[:, position] == anchor                      # (prompts, B)
         number = is_its_own.long().argmax(0)                                 # (B,); the first one
-        guesses = self.guesses[number[:, None], position[:, None] + self.slots]  # (B, K-1)
+        guesses = self.guesses[number[:, None], position[:, None] + self.offsets]  # (B, K-1)
         return logits.scatter_(-1, guesses[:, :, None], CERTAIN)
 
 

@@ -62,7 +62,7 @@ def acceptance(path, report):
         [["positions", "lengths"], ["text", "text"]], figsize=(13, 2.6 + text_height),
         height_ratios=(2.6, text_height), width_ratios=(5, 2), layout="constrained")
 
-    shares = report["accepted_up_to_slot"]
+    shares = report["accepted_up_to_position"]
     positions = range(1, len(shares) + 1)
     axes["positions"].bar(positions, shares, color=GREEN)
     axes["positions"].set(xlabel="position in the block", ylabel="fraction of rounds", ylim=(0, 1),

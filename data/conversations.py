@@ -3,12 +3,12 @@ Training samples for train.py from conversations whose answers the target wrote 
 
     python data/conversations.py --source=answers.jsonl --target=DIR --out_dir=data/mine
 
-A source is a file of JSON lines or parquet, a .json array, a folder of such files, or a data set on
+A source is a file of JSON lines or parquet, a folder of them, a .json array, or a data set on
 the hub. data/rows.py says which rows can be read. If a row has "target_turns" (data/regenerate.py
 writes them), only these messages are supervised; without them, all answers of the row are.
 
 A sample begins with exactly the tokens that chat_prompt gives to decoding. A drafter that was
-trained with a different template loses half of its acceptance.
+trained with a different template loses much of its acceptance.
 """
 import collections
 import functools

@@ -1,7 +1,7 @@
 """
 Conversations from files that other people made: the only reader of training rows and of prompts.
 
-    a source    JSON lines, a .json array, parquet, a folder of such files, or a hub data set
+    a source    JSON lines, parquet, a folder of these, a .json array, or a hub data set
     messages    a list, or its JSON text, under "conversations" or "messages". A message has role
                 and content, or from and value (ShareGPT). Or the row has a question and its answer
                 under the names below. "tools" belong to the row.

@@ -4,9 +4,9 @@ Makes a loaded target and drafter decode faster:
     fast.prepare_for_decoding(target, drafter)                  # once, after loading
     fast.prepare_for_decoding(target, drafter, compile=True)    # takes a minute or two, then faster
 
-target.py and model.py show the mathematics in plain PyTorch. Here each slow class of them has
-a faster subclass. The call changes the class of every such module. Weights keep their
-names and their values, and decoding returns the same tokens.
+target.py and model.py show the mathematics in plain PyTorch. Here each slow class of them has a
+faster subclass. The call changes the class of every such module. Weights keep their names and their
+values. Decoding returns the same tokens, but compiled code can round differently.
 
     joined weights   Layers with the same input (q, k, v) become one matmul. On a GPU a small matmul
                      takes as long as a matmul of several times its size.

@@ -79,4 +79,6 @@ def whole_file(path):
 def write_whole(path, content):
     """Write a file of text or bytes, complete or not at all."""
     with whole_file(path) as f:
-        f.write(content.encode() if isinstance(content, str) else content)
+        if isinstance(content, str):
+            content = content.encode()
+        f.write(content)

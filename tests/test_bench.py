@@ -119,7 +119,7 @@ def test_bench_tau_by_hand():
         rounds((15, 16), (15, 16)), []], K)
     assert figures["tau_micro"] == (19 + 10 + 32) / (5 + 3 + 2) == 6.1
     assert figures["tau_macro"] == pytest.approx((19 / 5 + 10 / 3 + 16) / 3)
-    assert figures["accepted_up_to_slot"] == [1.0, 1.0, 0.9] + [0.2] * 12
+    assert figures["accepted_up_to_position"] == [1.0, 1.0, 0.9] + [0.2] * 12
     assert figures["rounds_of_length"] == [0, 1, 1, 6] + [0] * 11 + [2]
 
 

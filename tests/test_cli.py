@@ -261,7 +261,7 @@ NO_TEXT = '{"id": "1"}\n'
     (conversations, "x.jsonl", CHAT, ["--out_dir={source}/rows"], "Not a directory"),
     (conversations, "x.jsonl", "", [], "holds no rows"),
     (conversations, "x.jsonl", QUESTION * 3, [], "line 1: no assistant's answer. 3 of 3 rows"),
-    (conversations, "x.jsonl", CHAT + "[", [], "0 rows to train on and 1 to hold out.*not JSON"),
+    (conversations, "x.jsonl", CHAT + "[", [], "0 rows to train on and 1 to hold out"),
     (conversations, "x.parquet", CHAT, [], "cannot read .*parquet"),
     (regenerate, "x.jsonl", NO_TEXT, ["--prompts={source}"], "x.jsonl, line 1: no conversation"),
     (regenerate, "x.jsonl", NO_TEXT, [], "give --prompts and --out"),

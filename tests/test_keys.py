@@ -122,12 +122,12 @@ def test_folders_can_be_paths(tmp_path):
 def test_log_of_a_stranger_overwrites_nothing(tmp_path, capfd):
     """A link in a run folder leads to a file of the user; a damaged line, or a list of the wrong
     length, stops --resume or the plot."""
-    entry = {"kind": "val", "step": 1, "loss": 1.0, "tau": 2.0, "accepted_up_to_slot": [0.5]}
+    entry = {"kind": "val", "step": 1, "loss": 1.0, "tau": 2.0, "accepted_up_to_position": [0.5]}
     lines = ["\0\0", "[" * 10**5, "1", "{}", json.dumps(entry), json.dumps(entry)[:-5]]
     for key, values in {
             "step": ("1", True, -1, 2, 10**400), "loss": (None, 1, "\x1b[2J", 10**400),
             "tau": ([2.0], {}), "kind": ("\x1b[2J", ["val"]),
-            "accepted_up_to_slot": ([], [0.5, 0.5], 0.5, ["\x1b[2J"], [[0.5]])}.items():
+            "accepted_up_to_position": ([], [0.5, 0.5], 0.5, ["\x1b[2J"], [[0.5]])}.items():
         lines += [json.dumps(entry | {key: value}) for value in values]
     outside = tmp_path / "outside"
     outside.write_text("\n".join(lines))

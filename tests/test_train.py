@@ -324,10 +324,10 @@ def test_step_counts_acceptance_up_to_the_end_of_a_response(small_run, monkeypat
     assert sums.reached.tolist() == [10, 8, 6, 5, 4, 3, 2, 1] + [0] * 7
     assert sums.right_up_to.tolist() == sums.reached.tolist()
     assert figures(sums)["tau"] == pytest.approx(1 + 39 / 10)
-    assert figures(sums)["accepted_up_to_slot"] == [1.0] * 8 + [0.0] * 7
+    assert figures(sums)["accepted_up_to_position"] == [1.0] * 8 + [0.0] * 7
     supervised[:] = False
     _, sums = train.micro_batch_loss(run, tokens, supervised, torch.Generator(), run.drafter)
-    assert figures(sums) == {"loss": 0.0, "tau": 1.0, "accepted_up_to_slot": [0.0] * 15}
+    assert figures(sums) == {"loss": 0.0, "tau": 1.0, "accepted_up_to_position": [0.0] * 15}
 
 
 def test_step_draws_anchors_by_seed_and_batch(small_run, seen):
@@ -490,9 +490,9 @@ def test_log_by_hand(small_run, monkeypatch, capsys, wandb):
     clock.now = 1050.0
     fractions = [slot / 100 for slot in range(1, 16)]
     entry = {"lr": 3e-4, "loss": 1.25, "grad_norm": 0.5, "tau": 4.0, "skipped": 2,
-             "accepted_up_to_slot": fractions}
+             "accepted_up_to_position": fractions}
     log.training(run, dict(entry))
-    val = {"loss": 2.5, "tau": 3.0, "accepted_up_to_slot": fractions}
+    val = {"loss": 2.5, "tau": 3.0, "accepted_up_to_position": fractions}
     log.held_out(run, val)
 
     first, second = capsys.readouterr().out.splitlines()
@@ -779,7 +779,7 @@ def test_ranks_are_the_same_run(small_run, tmp_path):
             step = (name, entry["step"])
             assert entry["loss"] == pytest.approx(same["loss"], rel=rel), step
             if rel == 1e-6:
-                assert entry["accepted_up_to_slot"] == same["accepted_up_to_slot"], step
+                assert entry["accepted_up_to_position"] == same["accepted_up_to_position"], step
 
     # two processes, resumed
     states = []

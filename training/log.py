@@ -61,7 +61,7 @@ def figures(sums):
     blocks = sums.reached[0].clamp(min=1)
     return {"loss": (sums.loss / sums.weight.clamp(min=1e-9)).item(),  # 0 without any weight
             "tau": 1 + (sums.right_up_to.sum() / blocks).item(),
-            "accepted_up_to_slot": (sums.right_up_to / sums.reached.clamp(min=1)).tolist()}
+            "accepted_up_to_position": (sums.right_up_to / sums.reached.clamp(min=1)).tolist()}
 
 # --------------------------------------------------------------------------------------------------
 # the log
@@ -112,7 +112,7 @@ class TrainingLog:
 
     def held_out(self, run, entry):
         """Write the entry of an evaluation."""
-        fractions = entry["accepted_up_to_slot"]
+        fractions = entry["accepted_up_to_position"]
         shown = " ".join(f"{k}:{fractions[k - 1]:.2f}" for k in self.shown)
         self.write(run, "val", entry, f"accepted up to position {shown}")
 
@@ -171,7 +171,7 @@ def read_log(config):
         for line in f:
             with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
                 entry = json.loads(line)
-                numbers = [entry["loss"], entry["tau"], *entry["accepted_up_to_slot"]]
+                numbers = [entry["loss"], entry["tau"], *entry["accepted_up_to_position"]]
                 has_step = type(entry["step"]) is int and entry["step"] >= 0
                 has_numbers = all(type(x) is float for x in numbers)
                 has_all = len(numbers) == 2 + config.block_size - 1
@@ -194,7 +194,7 @@ def plot_training(path, log, positions):
         axis.plot(training_steps, [entry[key] for entry in training], label="training")
         axis.plot(held_out_steps, [entry[key] for entry in held_out], label="held out", marker="o")
     for position in positions:
-        fractions = [entry["accepted_up_to_slot"][position - 1] for entry in held_out]
+        fractions = [entry["accepted_up_to_position"][position - 1] for entry in held_out]
         acceptance_axis.plot(held_out_steps, fractions, label=f"position {position}", marker="o")
     loss_axis.set(xlabel="step", ylabel="loss (nats)")
     tau_axis.set(xlabel="step", ylabel="estimated tau (tokens per round)")

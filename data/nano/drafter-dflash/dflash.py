@@ -140,7 +140,7 @@ class DFlashDraftModel(PreTrainedModel):
 
         features (B, T, ...)        of whole sequences
         embedded (B, A, K, width)   the blocks, from embed_block()
-        anchors  (B, A)             positions of the anchors, in ascending order
+        anchors  (B, A)             positions of the anchors: ascending, then invalid ones (0)
         new_attend                  masked_attend() below, or a faster form from fast/
         """
         B, A, K, _ = embedded.shape
