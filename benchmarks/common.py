@@ -200,8 +200,8 @@ def decode_in_turns(modes, prompts, slots=1, repeats=1):
 
 
 def groups_of(prompts, slots):
-    """The prompts in groups that are decoded together: one by one, or with several slots so many
-    that few slots wait for the last one."""
+    """The prompts in groups that are decoded together: one by one, or 8 per slot, so that few slots
+    are idle at the end."""
     size = 1 if slots == 1 else 8 * slots
     return [prompts[first:first + size] for first in range(0, len(prompts), size)]
 

@@ -12,7 +12,7 @@ CERTAIN = 1e9  # a logit so large that no noise changes the choice
 
 class Oracle:
     """Replays known answers to prompts. Each guess is right with probability p, so tau is 1 + p +
-    p^2 + .. + p^(K-1) for every target.
+    p^2 + .. + p^(K-1), whatever the target is.
 
     prompts: how many answers it knows. It does not know which sequence is in which slot, so it
     replays the first answer that has the anchor at this position, which can be the wrong one.

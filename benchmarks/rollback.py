@@ -5,10 +5,10 @@ Three ways to roll back rejected guesses, in rounds of the target alone with blo
     replay      wait for the number of accepted tokens, and run these again in a second forward
     commit      ours (decode_state.py): keep S at a multiple of K tokens, and the inputs since then
 
-Keys, values, and the convolution need no rollback, so they do not count in mb_per_sequence. A round
-accepts ACCEPTED guesses. Two runs over one text are compared, which commit 1 token per forward,
-like the target alone, and 1 + ACCEPTED: the fraction of tokens with bitwise equal logits, and with
-the same most likely next token.
+In keys, values, and the convolution, later tokens overwrite rejected ones, so they do not count in
+mb_per_sequence. A round accepts ACCEPTED guesses. We compare two runs over one text. One commits 1
+token per forward, like the target alone, and the other commits 1 + ACCEPTED. The table has the
+fraction of tokens with bitwise equal logits, and with the same most likely next token.
 """
 from functools import partial
 

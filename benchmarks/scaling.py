@@ -42,7 +42,7 @@ def run(config):
     length = 0 if config.mixed else settings.max_length
     prepare.main([f"--target={config.target}", f"--out_dir={samples}", f"--length={length}",
                   f"--max_length={settings.max_length}",
-                  f"--rows={(config.steps + 1) * samples_per_step}"])
+                  f"--rows={config.steps * samples_per_step}"])
     rows = []
     for parallel, processes in modes:
         accumulation = settings.grad_accum_steps * largest // processes
@@ -76,24 +76,18 @@ def train_in_processes(config, name, processes, flags):
 def add_speed(row, samples_per_step):
     """Add the speed of all processes together after the warm-up. Tokens include padding.
 
-    The rates in a log are means since the first step. An entry's minutes_left are as many seconds
-    per step times the steps that are left, so the last entry has none.
+    The rates in a log are means since the first step.
     """
-    *entries, end = row["log"]
-    seconds = {}  # until the end of each step
-    for entry in entries:
-        seconds_per_step = 60 * entry["minutes_left"] / (end["step"] - entry["step"])
-        seconds[entry["step"]] = seconds_per_step * entry["step"]
-    first = entries[WARM_UP_STEPS - 1]
-    last = entries[-1]
-    elapsed = seconds[last["step"]] - seconds[first["step"]]
-    row["samples_per_s"] = samples_per_step * (last["step"] - first["step"]) / elapsed
+    first = row["log"][WARM_UP_STEPS - 1]
+    last = row["log"][-1]
+    seconds = last["seconds"] - first["seconds"]
+    row["samples_per_s"] = samples_per_step * (last["step"] - first["step"]) / seconds
     for rate in ("tokens_per_s", "mfu"):
         row[rate] = None  # the peak of a CPU is not known
         if last[rate] is not None:
-            before = first[rate] * seconds[first["step"]]
-            row[rate] = (last[rate] * seconds[last["step"]] - before) / elapsed
-    row["peak_gb"] = end["peak_gb"]
+            before = first[rate] * first["seconds"]
+            row[rate] = (last[rate] * last["seconds"] - before) / seconds
+    row["peak_gb"] = last["peak_gb"]
 
 
 def compare(row, one):

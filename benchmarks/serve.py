@@ -67,7 +67,7 @@ def request_body(config, url):
     body = {"model": model, "max_tokens": config.max_new_tokens, "seed": config.seed,
             "temperature": config.temperature, "top_p": config.top_p,
             "chat_template_kwargs": {"enable_thinking": config.thinking}}
-    if config.top_k:  # 0 means all, which servers write in other ways
+    if config.top_k:  # 0 means all, which servers write differently
         body["top_k"] = config.top_k
     return body
 

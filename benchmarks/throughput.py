@@ -7,8 +7,9 @@ one sequence reading the weights dominates, so a round with its 16-token forward
 longer than a step. With more sequences computing dominates. So the break-even tau, which is the
 time of a round divided by the time of a step, rises with B. Below that tau speculation is slower.
 
-Both are timed with all slots busy, after 256 tokens, in a buffer of 1,024. The time of a round does
-not depend on tau, so tau is a key: set --assumed_tau to the tau that acceptance measures.
+Rounds and steps are timed with all slots busy, after 256 tokens, in a buffer of 1,024. The time of
+a round does not depend on tau, so tau is a key: set --assumed_tau to the tau that acceptance
+measures.
 """
 import os
 

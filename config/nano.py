@@ -4,7 +4,7 @@ target = "data/nano/target"
 data = "data/nano"
 out_dir = "out/nano-dflash"
 # the drafter
-num_layers = 4                      # of twelve: a guess must cost far less than what it may save
+num_layers = 4                      # of twelve: a draft must cost far less than a target forward
 num_heads = 4
 num_kv_heads = 2
 head_dim = 32

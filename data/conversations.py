@@ -132,8 +132,8 @@ def held_out_keys(counts, val_rows):
     """The questions to hold out: those with the smallest keys, together val_rows rows, but at most
     a tenth of all. The choice depends neither on the order of the rows nor on chance.
 
-    counts: Counter of the rows per question_key(). A key with more rows than that stays in the
-    training data, unless no other key is left.
+    counts: Counter of the rows per question_key(). A key with more rows than are still wanted
+    stays in the training data, unless no other key is left.
     """
     wanted = min(val_rows, max(1, counts.total() // 10))
     held_out = set()
@@ -259,7 +259,7 @@ def find_all(part, tokens):
 def encode(conversation, target, thinking, max_length):
     """The EncodedRow of a Conversation; UnusableRow says why there is none.
 
-    Supervised is what the target says, with the closing <|im_end|>.
+    What the target says is supervised, with the closing <|im_end|>.
     """
     template = answer_template(target, thinking)
     tokenizer = template.tokenizer

@@ -66,7 +66,7 @@ thinking = False                # let a target that can think do so
 max_new_tokens = 2048           # per answer; an answer that does not end within them is left out
 
 LONGEST_REPLY = 2 ** 26     # bytes of a server's reply
-MAX_REFUSALS = 16           # a run ends if all of so many first prompts are refused
+MAX_REFUSALS = 16           # a run ends if the first 16 prompts are all refused
 
 
 def main(argv=None):
@@ -115,8 +115,7 @@ def regenerate(config):
 
 
 def answer_all(config, part):
-    """Add the answers that a PartFile lacks. A message of each conversation comes before the next
-    message of any."""
+    """Add the answers that a PartFile lacks. Each pass answers one message per conversation."""
     answer_some = ask_all if config.server else decode_here
     waiting = part.requests()
     while waiting:
@@ -348,8 +347,8 @@ def chat_request(config, messages, tools):
 
 
 def send(request, seconds):
-    """(status, body) of a request. TimeoutError if the whole of it takes longer than this: the
-    timeout of urlopen() begins again with every byte."""
+    """(status, body) of a request. TimeoutError if the whole of it takes longer than this. (The
+    timeout of urlopen() limits each read, not their total.)"""
     replies = queue.SimpleQueue()
 
     def fetch():

@@ -67,7 +67,7 @@ class Dropped:
         self.places = {}    # by reason: the first three places, and the count
 
     def usable(self, rows):
-        """Yield the usable ones of (place, row or UnusableRow). Count all of them."""
+        """From pairs (place, row or UnusableRow), yield the usable ones. Count all of them."""
         for place, row in rows:
             self.read += 1
             if isinstance(row, UnusableRow):
@@ -76,7 +76,7 @@ class Dropped:
                 yield place, row
 
     def add(self, reason, place):
-        """Count a row that usable() gave as dropped. reason: an UnusableRow."""
+        """Count as dropped a row that usable() yielded before. reason: an UnusableRow."""
         self.unusable += not isinstance(reason, UnwantedRow)
         reason = str(reason)
         if reason not in self.places and len(self.places) >= MOST_REASONS:

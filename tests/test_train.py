@@ -70,6 +70,7 @@ def train_into(folder, config, resume=False, draws=False):
     for entry in log:
         entry.pop("tokens_per_s", None)
         entry.pop("minutes_left", None)
+        entry.pop("seconds", None)
     return Outcome(run.drafter.state_dict(), run.optimizer.state_dict()["state"], log)
 
 
@@ -501,7 +502,7 @@ def test_log_by_hand(small_run, monkeypatch, capsys, wandb):
     assert second == ("step 11/15 | held out: loss 2.5000 | tau 3.00 | accepted up to position "
                       "1:0.01 2:0.02 4:0.04 8:0.08 15:0.15")
     training, held_out = read_jsonl(Path(config.out_dir) / "log.jsonl")
-    expected = {"kind": "train", "step": 11, "tokens_per_s": 40.0, "mfu": 0.25,
+    expected = {"kind": "train", "step": 11, "seconds": 50.0, "tokens_per_s": 40.0, "mfu": 0.25,
                 "minutes_left": pytest.approx(100 / 60), "peak_gb": [1.0, 3.5]}
     assert training == entry | expected
     assert held_out == val | {"kind": "val", "step": 11}

@@ -100,7 +100,8 @@ class TrainingLog:
         flops = mfu(self.operations / seconds, config.device, config.dtype)
         memory = peak_memory(config.device)
         minutes = steps_left * seconds / (run.step - self.first_step) / 60
-        entry |= {"tokens_per_s": speed, "mfu": flops, "peak_gb": memory, "minutes_left": minutes}
+        entry |= {"seconds": seconds, "tokens_per_s": speed, "mfu": flops, "peak_gb": memory,
+                  "minutes_left": minutes}
         line = f"norm {entry['grad_norm']:.2f} | lr {entry['lr']:.1e} | {speed:,.0f} tokens/s | "
         if flops:
             line += f"{flops:.1%} MFU | "

@@ -17,9 +17,9 @@ from data.nano.plain import pick
 from data.nano.refusals import REFUSAL, refused_text
 
 KINDS = {"words": words.KINDS, "plain": plain.KINDS}
-# The tasks of 20 consecutive seeds, repeated, for each part that learns. The target needs most
-# practice in plain arithmetic. Its drafter needs most practice in word problems, because they have
-# the most kinds and the longest answers.
+# The tasks of 20 consecutive seeds, repeated, for tokenizer, target, and drafter. The target needs
+# most practice in plain arithmetic. Its drafter needs most practice in word problems, because they
+# have the most kinds and the longest answers.
 MIXES = {
     "tokenizer": ("words",) * 9 + ("plain",) * 7 + ("refusals",) * 4,
     "target": ("words",) * 7 + ("plain",) * 10 + ("refusals",) * 3,

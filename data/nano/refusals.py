@@ -20,8 +20,8 @@ LISTS = read_lists("refusals.txt")
 # them in capitals and punctuation only, because refused_text draws again.
 REFUSED_EXAMPLES = tuple(LISTS["held out"])
 
-# A sort is listed more than once if people type it first, or if it is hard to tell from what the
-# target should answer.
+# A sort is listed more than once if it is common, or hard to tell from questions that the target
+# should answer.
 SORTS = ("openers", "openers", "two openers", "requests", "requests", "facts", "facts", "numbers",
          "numbers", "code", "beyond", "beyond", "beyond", "fragment", "fragment", "word", "english",
          "english", "foreign", "script", "letters", "marks")
