@@ -62,7 +62,7 @@ def load_target(name, device="cpu", dtype="float32"):
     stored = stored_tensors(folder, our_name, config.num_hidden_layers)
     with torch.device("meta"):  # without memory
         target = Target(config)
-    return load_weights(target, folder, stored, device, dtype, FP32_WEIGHTS)
+    return load_weights(target, folder, stored, device, dtype, fp32=FP32_WEIGHTS)
 
 
 def parse_dtype(device, dtype):

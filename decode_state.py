@@ -277,11 +277,11 @@ class LinearLayerState:
             beta = beta.masked_fill(is_padding, 0)
             o, S = gated_delta_rule(q, k, v, g, beta, S=S)  # in longer chunks
         else:
-            o, S = self.delta_rule_of_block(q, k, v, g, beta, S)
+            o, S = self.delta_rule_of_block(q, k, v, g, beta, S=S)
         self.S[state.next_S_place, state.sequences] = S
         return o.to(v.dtype)
 
-    def delta_rule_of_block(self, q, k, v, g, beta, S):
+    def delta_rule_of_block(self, q, k, v, g, beta, *, S):
         """Outputs (B, K, Hv, Dv) of a block after its tail, and S at the end of the first chunk."""
         state = self.state
         sequences = state.sequences[:, None]

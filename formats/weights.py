@@ -71,7 +71,7 @@ def check_location(folder, path):
         raise ValueError("it is outside of the checkpoint's folder: copy the file into it")
 
 
-def load_weights(module, folder, stored, device, dtype, fp32=()):
+def load_weights(module, folder, stored, device, dtype, *, fp32=()):
     """Give a module on the meta device its stored tensors. Return it frozen, in eval mode.
 
     fp32: endings of the names of weights that stay in fp32.
