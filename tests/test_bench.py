@@ -3,6 +3,7 @@ import itertools
 import json
 import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -79,6 +80,31 @@ def test_bench_loads_by_its_keys(monkeypatch):
         assert workload.prompts[0].ids == chat_prompt(tokenizer, question, thinking)
         assert len(workload.prompts) == 3 - thinking
         assert compiled == ["target", "drafter"] * thinking
+    with pytest.raises(ValueError, match="device = 'tpu'"):
+        common.load(configure(vars(bench), ("--device=tpu",)), 1)
+
+
+KEYS = {  # the test that fails if a key has no effect; a new key must join
+    "keys_arrive_where_tokens_are_chosen":
+        "limit max_new_tokens temperature temperatures top_k top_p seed draft_temperature dtype "
+        "out_dir",
+    "loads_by_its_keys": "target device thinking compile",
+    "figures_follow_from_the_rounds": "drafter slots",
+    "measures_on_training_rows": "prompts",
+    "scaling_compares_modes_with_the_same_samples": "processes steps",
+    "scaling_reads_the_log_of_train_py": "recipe mixed",
+    "throughput": "assumed_tau",
+    "serve": "base_url baseline_url concurrency",
+    "bugs_are_measured": "only"}
+
+
+def test_bench_every_key_names_its_test():
+    """A key is added without a test, or the test of a key is deleted."""
+    keys = " ".join(KEYS.values()).split()
+    assert sorted(keys) == sorted(vars(configure(vars(bench), [])))
+    sources = [path.read_text() for path in Path(ROOT, "tests").glob("test_*.py")]
+    for name in KEYS:
+        assert any(re.search(f"^def test_(bench_)?{name}\\(", text, re.M) for text in sources), name
 
 
 @pytest.mark.parametrize("command, slots, limit", (("acceptance", 2, 2), ("speedup", 1, 1)))
