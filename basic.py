@@ -128,7 +128,7 @@ def gated_delta_net(x, w, memory, c):
 def delta_rule(q, k, v, g, beta, *, S):
     """One token of the gated delta rule (Yang, Kautz, Hatamizadeh, arXiv 2412.06464) in Hv heads.
     S (Hv, D, Dv) maps keys to values. q and k are (Hv, D), v is (Hv, Dv), and g and beta are (Hv,).
-    S decays by the factor exp(g) <= 1. beta says how far an old value moves to v: 0 .. 1."""
+    S decays by the factor exp(g) <= 1. beta (0 .. 1) says how far an old value moves toward v."""
     S = S * g.exp()[:, None, None]                              # S decays
     stored = torch.einsum("hdv,hd->hv", S, k)                   # read the value stored under k
     change = beta[:, None] * (v - stored)                       # its correction
@@ -187,7 +187,7 @@ def decode(target, drafter, state, prompt, end):
 
 def sample_loss(drafter, target, tokens, outputs, anchors):
     """Weighted mean of the cross entropy over all guesses of all blocks. tokens: a prompt and its
-    response; guesses after it have no loss. anchors: indices of tokens in the response."""
+    response; guesses past the response have no loss. anchors: indices of tokens in the response."""
     losses, weights = [], []
     for anchor in anchors:
         logits = draft_logits(drafter, target, outputs[:anchor], tokens[anchor])

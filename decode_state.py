@@ -43,12 +43,12 @@ class DecodeState:
                   of K + 3 places, position p at place p mod (K + 3).
     S             Stored only at multiples of K tokens. There are two places: S after j chunks of K
                   tokens is in place j mod 2.
-    delta_inputs  The *tail* is the committed tokens after that S. The inputs of the delta rule
-                  (q k v g beta) for the tail and the block are in a ring buffer of 2 K places,
-                  position p at place p mod 2 K.
+    delta_inputs  The *tail* is the committed tokens since the last multiple of K. The inputs of the
+                  delta rule (q k v g beta) for the tail and the block are in a ring buffer of 2 K
+                  places, position p at place p mod 2 K.
 
-    A forward writes its block into the ring buffer after the tail. Then it runs the delta rule over
-    the *window*, the two chunks after the stored S:
+    A forward writes its block into the ring buffer, right after the tail. Then it runs the delta
+    rule over the *window*, the two chunks after the stored S:
 
         position 37, K = 16         |      first chunk      |      second chunk      |
         S after 32 tokens           | 32 .. 36  | 37 .. 47  | 48 .. 52 |  53 .. 63   |
@@ -67,22 +67,21 @@ class DecodeState:
         S after 32 tokens           | 32 .. 41  | 42 .. 47  | 48 .. 57 |             |
                                     |   tail    |     next block       |   unused    |
 
-    n = 12: the position reaches 48, so the first chunk contains only committed tokens. The next
+    n = 12: the position is 49, so the first chunk contains only committed tokens. The next
     forward starts from the other S, and its window is 16 places further on in the ring.
 
         position 49                 |      first chunk      |      second chunk      |
         S after 48 tokens           | 48 |     49 .. 63     | 64 |                   |
                                     |tail|      next block       |      unused       |
 
-    So rejected guesses do no harm. The next block overwrites those that it covers before anything
-    reads them. Rejected guesses after the next block cannot affect it, because the delta rule is
-    causal.
-    docs/round.html shows the window and the commit in each round of a real run.
+    So rejected guesses do no harm: the next block overwrites all of them before anything reads
+    them. The unused places hold older inputs. These cannot affect the block, because the delta rule
+    is causal. docs/round.html shows the window and the commit in each round of a real run.
 
-    tokens_per_forward, K, plays three roles: tokens per forward, tokens per chunk, and block size.
-    K = 1 is the exception, and the fastest mode of the target alone. There are no guesses, so
-    delta_step runs without a window and changes the only S in place, and commit(1) must follow.
-    (Idle slots commit 0 instead. Their S is garbage, and the next prefill replaces it.)
+    tokens_per_forward, K, is both the block size and the chunk length. K = 1 is the exception, and
+    the fastest mode of the target alone. There are no guesses, so delta_step runs without a window
+    and changes the only S in place, and commit(1) must follow. (Rows of the batch without a
+    sequence commit 0 instead. Their S is garbage until put() replaces it.)
 
     For a fixed K, the bits of all results after the prompt do not depend on how the tokens are
     split into blocks. Chunks start at multiples of K, so a token always has the same place in its
@@ -152,8 +151,8 @@ class DecodeState:
     def put(self, slots, other, rows):
         """Copy the given rows of another state, which can be shorter, into slots of this one.
 
-        slots and rows are lists of places in the two batches. Keys and values after those of the
-        other state become 0, because masked places have weight 0, and 0 * NaN is NaN.
+        slots and rows are lists of places in the two batches. The rest of the keys and
+        values becomes 0: an old NaN would survive the mask, because 0 * NaN is NaN.
         """
         self.position[slots] = other.position[rows]
         self.keys[:, slots] = 0
@@ -178,8 +177,8 @@ class DecodeState:
 
         segment None: a block, T = K. Otherwise the tokens are part of a prompt, see Segment.
 
-        Replaying a CUDA graph does not run this Python code, but its kernels fill the same tensors
-        again. So the code that reads these tensors must be in the same graph.
+        When a CUDA graph is replayed, this Python code does not run, but the recorded kernels fill
+        the same tensors again. So the code that reads these tensors must be in the same graph.
         """
         K = self.tokens_per_forward
         self.forward_is_block = segment is None
@@ -191,7 +190,7 @@ class DecodeState:
         sin = self.sin[self.token_positions]
         self.rotary = (cos, sin)
 
-        # where S is read and written, and the convolution's earlier tokens
+        # the place of S, and the places of the earlier tokens for the convolution
         chunk = self.position // K
         self.S_place = chunk % self.S_count                                  # (B,)
         past = self.all_positions[:self.past_length] - self.past_length      # -3, -2, -1
@@ -219,7 +218,7 @@ class DecodeState:
             self.is_padding = offsets >= token_count[:, None]                # (B, T)
             self.conv_places = (end[:, None] + past) % self.conv_length      # (B, 3)
             self.conv_read_places = past_places
-            # the last 3 tokens of the prompt, counted from the 3 earlier ones in front
+            # the last 3 tokens of the segment, counted from the 3 earlier ones in front
             self.last_positions = token_count[:, None] + self.all_positions[:self.past_length]
 
     def commit(self, n):
@@ -242,7 +241,7 @@ class LinearLayerState:
         self.widths = delta_rule_widths(config)
 
     def convolution_input(self, qkv):
-        """qkv (B, T, channels) with the few earlier tokens that the convolution needs in front.
+        """qkv (B, T, channels) after the few earlier tokens that the convolution needs.
 
         Before the start of a prompt these are zeros, which reset() wrote.
         """
@@ -253,7 +252,7 @@ class LinearLayerState:
             return self.conv[sequences, state.conv_read_places]
         past = self.conv[sequences, state.conv_read_places]
         qkv = torch.cat((past, qkv), 1)
-        # keep the last of the prompt's tokens, not the padding
+        # keep the last of the segment's tokens, not the padding
         last = qkv[sequences, state.last_positions]
         self.conv[sequences, state.conv_places] = last
         return qkv
@@ -343,14 +342,14 @@ class Segment(NamedTuple):
 
 
 def run_directly(name, function, *inputs):
-    """Runs a forward. fast/cuda_graph.py has a form that records it under its name and replays
-    it."""
+    """Runs a forward. On a GPU, Graphs.run() of fast/cuda_graph.py takes its place. It records the
+    forward under this name, and replays it."""
     return function(*inputs)
 
 
 @torch.no_grad()
 def prefill(target, prompts, state, target_layer_ids=(), run=run_directly):
-    """Process prompts into a state, from its beginning: B sequences of 1 to length - K tokens.
+    """Reset a state, and process B prompts of 1 to length - K tokens into it.
 
     prompts is a list of lists or a tensor (B, n). Returns the features (B, T, ...) of the prompts,
     and the logits (B, V) of their last tokens. T is the length of the longest prompt, or more if
@@ -361,11 +360,11 @@ def prefill(target, prompts, state, target_layer_ids=(), run=run_directly):
     padded to K tokens. So the end of a prompt runs the same code as everything after it. With
     n = 37 and K = 16: a segment of 32 tokens, and a block of 5 tokens and padding.
 
-    If segments are padded, all shapes depend only on B and segment_length. So the bits of a
-    sequence depend neither on its row nor on the other prompts.
+    If segments are padded, all shapes depend only on B, segment_length, and length. So the bits of
+    a sequence depend neither on its row nor on the other prompts.
 
-    run: runs each forward. Blocks at the end of prompts share one name, because they have one
-    shape. Segments have one name per start if they are padded, and otherwise run directly.
+    run(name, function, *inputs) runs a forward. There is one name for all blocks at the end of
+    prompts, and one for each start of a padded segment. Other segments do not use run.
     """
     K = state.tokens_per_forward
     device = state.position.device
@@ -409,7 +408,7 @@ def prefill(target, prompts, state, target_layer_ids=(), run=run_directly):
     if not target_layer_ids:
         return None, logits
 
-    # put each prompt's block after its own tokens of the segments, over their padding
+    # put the features of each block right after those of its prompt's segments, over the padding
     room = torch.zeros_like(block_features)
     features = torch.cat((*all_features, room), 1)
     features[state.sequences[:, None], block_positions.to(device)] = block_features

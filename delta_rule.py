@@ -28,7 +28,7 @@ def delta_step(q, k, v, g, beta, *, S):
     g, beta (B, 1, Hv)   log of the decay, at most 0; and the fraction, 0 .. 1
     S (B, Hv, D, Dv)
 
-    Returns o (B, 1, Hv, Dv) and the new S. It is written as elementwise products and sums because
+    Returns o (B, 1, Hv, Dv) and the new S. The code has elementwise products and sums because
     torch.compile fuses these into a few kernels. It cannot fuse three matrix products.
     """
     Hv = v.shape[2]
@@ -68,9 +68,9 @@ def chunk_length(v):
 #     W_1 = beta_1 (v_1 - exp(g_1) k_1 S)
 #     W_2 = beta_2 (v_2 - exp(g_1 + g_2) k_2 S - exp(g_2) (k_2 . k_1) W_1)
 #
-# At token 2, S has decayed twice, and what token 1 wrote has decayed once. With more tokens, token
-# t finds S times the cumulative decay c_t, and what an earlier token s wrote times the pair decay
-# d_ts:
+# At token 2, S has decayed twice, and what token 1 wrote has decayed once. With more tokens: until
+# token t, S has decayed by the cumulative decay c_t, and the write of an earlier token s by the
+# pair decay d_ts:
 #
 #     c_t  = exp(g_1 + g_2 + .. + g_t)                         cum_decay in the code
 #     d_ts = c_t / c_s = exp(g_(s+1) + .. + g_t)               pair_decay in the code
@@ -99,8 +99,8 @@ def chunk_length(v):
 # (4) W = U - Y S                 U = M v                     (C, Dv)
 #                                 Y = M [c] k                 (C, D)
 #
-# U and Y do not depend on S, so all chunks compute them at once. Only (4) and the state after the
-# chunk's C tokens have to be computed one chunk after the other:
+# Only W = U - Y S and the state after the C tokens of a chunk have to be computed one chunk after
+# the other:
 #
 # (5) S <- c_C S + sum over s of d_Cs k_s^T W_s
 #
@@ -110,8 +110,7 @@ def chunk_length(v):
 # (6) o = D^-0.5 ([c] q S + P W)
 #     P = d * q k^T on and below the diagonal, and 0 above
 #
-# Source: arXiv 2412.06464, section 3.3, which writes the inverse out (the WY form). Its W is our
-# Y.
+# Source: arXiv 2412.06464, section 3.3. The W of that paper is our Y.
 
 
 def gated_delta_rule(q, k, v, g, beta, *, S=None, chunk=None):
@@ -142,7 +141,7 @@ def gated_delta_rule(q, k, v, g, beta, *, S=None, chunk=None):
     chunk_decay = cum_decay[..., -1:, None]    # c_C                         (B Hv, N, 1, 1)
     decay_to_end = pair_decay[..., -1, :]      # d_Cs                        (B Hv, N, C)
 
-    # (2) to (4). Unlike in (2), this A has entries on its diagonal, which inverse() ignores. If v
+    # (2) to (4). Unlike in (2), this A has entries on its diagonal. The inverse ignores them. If v
     # is bf16, U, Y, P, k_to_end, and the writes W are bf16 too.
     k_kT = k @ k.mT
     A = k_kT.mul_(pair_decay)
@@ -160,8 +159,8 @@ def gated_delta_rule(q, k, v, g, beta, *, S=None, chunk=None):
     k_to_end = (k * decay_to_end[..., None]).to(input_dtype)
     k_to_end_T = k_to_end.mT                                                 # (B Hv, N, D, C)
 
-    # (4) and (5), from chunk to chunk. Use unbind, because in pretraining the gradient of an index
-    # U[:, i] would be a tensor as large as U for every chunk.
+    # (4) and (5), from chunk to chunk. Use unbind, because in pretraining the backward of each
+    # U[:, i] would allocate a tensor as large as U.
     if S is None:
         S = k.new_zeros(B * Hv, D, Dv)
     else:
@@ -203,8 +202,8 @@ def delta_rule_of_window(q, k, v, g, beta, *, S):
 
     All matmuls are small here, so a GPU's time depends on their number. We stack keys and queries,
     the C queries of a chunk below its C keys. Then one product with k^T gives k k^T and q k^T, and
-    one product with S gives k S and q S. So W comes from (3), which also reads k S. Form (4) would
-    need one more product, for q S.
+    one product with S gives k S and q S. So we compute W by (3), which needs just this k S. With
+    (4), q S would be a separate product.
     """
     B, T, Hv, Dv = v.shape
     D = q.shape[-1]

@@ -13,11 +13,11 @@ A round has four steps:
     commit    The target keeps the old anchor and the accepted guesses, and forgets the others.
 
 Every token is the target's choice. So the drafter changes only how many tokens a round returns.
-Does the target alone choose the same tokens? Yes, bit for bit, if it also runs K-token forwards, of
-which it uses only the first output. Then all kernels are the same, and with these kernels the bits
-of a token depend neither on its place nor on the tokens after it. The target alone is faster with
-1-token forwards. Then logits match only up to rounding, and a near-tie can flip. docs/exactness.md
-has the full argument.
+Does the target alone choose the same tokens? Yes, bit for bit, if it also runs K-token forwards and
+uses only the first output of each. Then all kernels are the same, and with these kernels a token's
+bits depend neither on its place in the block nor on the tokens after it. The target alone is faster
+with 1-token forwards, but then logits match only up to rounding, and a near-tie can flip.
+docs/exactness.md has the full argument.
 """
 import contextlib
 import itertools
@@ -46,10 +46,10 @@ from tokenizer import chat_prompt, load_tokenizer, stop_ids
 prompt = ""                                 # the question
 target = "data/nano/target"                 # folder or hub id of the target
 drafter = "data/nano/drafter-dflash"        # folder or hub id of the drafter
-temperature = 0.0                           # of the target's choice; 0 is greedy
+temperature = 0.0                           # for the target's choice; 0 is greedy
 top_k = 0                                   # choose among this many most likely tokens; 0: all
 top_p = 1.0                                 # nucleus sampling: smallest set with this probability
-seed = 0                                    # of the sampling noise
+seed = 0                                    # for the sampling noise
 draft_temperature = 0.0                     # above 0: guesses share the target's noise
 raw = False                                 # continue the prompt as it is, no chat template
 thinking = False                            # let a target that can think do so
@@ -73,13 +73,13 @@ class Decoder:
     tokens_per_forward    K, the tokens per target forward; with a drafter, its block size
     batch                 B. Each of the B *slots* holds a sequence at its own position, or is idle
 
-    A sequence's output bits do not depend on its slot or on the other sequences. They only
-    share forwards.
+    A sequence's output bits do not depend on its slot or on the other sequences. Sequences
+    only share forwards.
 
     A round has static shapes and keeps its positions in tensors. So on a GPU it is recorded once as
     a CUDA graph (fast/cuda_graph.py), which all later rounds replay. Graphs hold the addresses of
-    tensors, so state that one round leaves to the next is updated in place. Each round syncs with
-    the GPU once.
+    tensors, so tensors that carry state from round to round are updated in place. Each round syncs
+    with the GPU once.
     """
 
     def __init__(self, target, drafter, *, length, tokens_per_forward, sampling, batch=1):
@@ -111,7 +111,7 @@ class Decoder:
 
             position       p         p + 1     p + 2    ..   p + K - 1    p + K
             the block      anchor    guess 1   guess 2       guess K-1
-            its own choice           token 0   token 1       token K-2    token K-1
+            target's choice          token 0   token 1       token K-2    token K-1
             noise                    0         1             K-2          K-1
         """
         positions = self.state.position[:, None] + 1 + self.offsets          # (B, K)
@@ -124,7 +124,7 @@ class Decoder:
         return torch.cat((accepted[:, None], choices, self.block[:, 1:], is_finite), 1)
 
     def draft(self, noise):
-        """Fill the block: the anchor and K - 1 guesses. Without a drafter they stay token id 0."""
+        """Fill the block: the anchor and K - 1 guesses. Without a drafter, these stay 0."""
         self.block[:, 0] = self.anchor
         if self.drafter is None:
             return
@@ -133,8 +133,7 @@ class Decoder:
         if noise is None or self.sampling.draft_temperature == 0:
             self.block[:, 1:] = logits.argmax(-1)
         else:
-            # The target's own noise at these positions. The last one is for the token that only the
-            # target chooses.
+            # the target's own noise, without the last position, where only the target chooses
             self.block[:, 1:] = choose(
                 logits, self.sampling, self.sampling.draft_temperature, noise[:, :-1])
 
@@ -158,9 +157,9 @@ class Decoder:
     def commit(self, accepted, features):
         """Add the old anchor and the accepted guesses to the sequence: accepted + 1 tokens.
 
-        The target processes the new anchor in the next round. Idle slots commit nothing. The
-        drafter's context grows by the same tokens. Because shapes are static, it gets the features
-        of all K tokens. With two accepted guesses:
+        The target processes the new anchor in the next round. The drafter's context grows by these
+        tokens too, but shapes are static, so the drafter gets the features of all K tokens. Idle
+        slots commit nothing. With two accepted guesses:
 
             p            p + 1        p + 2      p + 3       ..   p + K - 1
             anchor       guess 1      guess 2    new anchor
@@ -181,15 +180,15 @@ class Decoder:
         return gumbel_noise(self.sampling.seed, sequence_ids, positions, vocab_size)
 
     def start_sequences(self, prompts, sequence_ids):
-        """Prefill prompts into free slots: {slot: token ids}. sequence_ids: {slot: int}.
+        """Prefill prompts {slot: token ids} into free slots. sequence_ids: {slot: int}.
 
-        Returns {slot: first token}: the target's choice after the prompt, and the first anchor.
+        Returns {slot: the target's choice after the prompt}, which is also the first anchor.
         """
         first_tokens = {}
         for slots, logits in self.prefill.run(prompts):
             ids = [sequence_ids[slot] for slot in slots]
             self.sequence_ids[slots] = torch.tensor(ids, device=self.anchor.device)
-            # a position is the index of the token to choose next
+            # state.position is the index of the token that is chosen now
             noise = self.noise_at(self.sequence_ids[slots], self.state.position[slots])
             choices = choose(logits, self.sampling, self.sampling.temperature, noise)
             self.anchor[slots] = choices
@@ -375,7 +374,7 @@ def decode_in_slots(decoder, waiting, slots):
 
 
 class Request:
-    """A prompt and its answer so far: how long it may become, and whether it has ended."""
+    """A prompt, how many more tokens its answer may get, and whether the answer has ended."""
 
     def __init__(self, index, prompt_ids, *, sequence_id, stops, max_new_tokens, config,
                  tokens_per_forward):
@@ -385,7 +384,7 @@ class Request:
         self.stops = stops
         self.has_ended = False
         # Prompt, answer, and one block must fit into the target's context. 1-token forwards reserve
-        # a block of 16 too, so that answers end at the same token with and without a drafter.
+        # a block of 16 too, so that answers end at the same token as with blocks of 16.
         block_room = max(tokens_per_forward, 16)
         longest = config.max_position_embeddings
         self.tokens_left = min(max_new_tokens, longest - len(self.prompt_ids) - block_room)
@@ -434,7 +433,7 @@ def check_request(prompt_ids, limit, config):
                          "block")
     lowest, highest = min(prompt_ids), max(prompt_ids)
     if lowest < 0 or highest >= config.vocab_size:
-        raise ValueError(f"token ids {lowest}..{highest} are outside the target's vocabulary of "
+        raise ValueError(f"token ids {lowest}..{highest} are not all in the target's vocabulary of "
                          f"{config.vocab_size}: use the target's own tokenizer")
 
 
@@ -496,7 +495,7 @@ class Printer:
 
 
 def first_difference(a, b):
-    """Index of the first token in which two lists differ; one can end early. None if equal."""
+    """Index of the first token in which two lists differ; None if they are equal."""
     for i, (x, y) in enumerate(zip(a, b)):
         if x != y:
             return i
@@ -541,7 +540,7 @@ def decode(config):
     check_ranges(config, RANGES)
     sampling = Sampling(config.temperature, config.top_k, config.top_p, config.seed,
                         config.draft_temperature)
-    tokenizer = load_tokenizer(config.target)  # before the weights, because it fails sooner
+    tokenizer = load_tokenizer(config.target)  # before the weights, to fail sooner
     target = load_target(config.target, config.device, config.dtype)
     drafter = load_drafter(config.drafter, target.config, config.device, config.dtype)
     fast.prepare_for_decoding(target, drafter, compile=config.compile)

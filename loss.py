@@ -2,8 +2,8 @@
 Training blocks: where they begin, what each position should guess, and the loss.
 
 A block begins at an anchor, a random position of a response. Position k of the block should guess
-the k-th token after the anchor. basic.py computes the same loss one block at a time. Here up to 512
-blocks of a text use the target's head together, and their logits never exist all at once.
+the k-th token after the anchor. basic.py computes the same loss one block at a time. Here one call
+handles up to 512 blocks of a text in chunks, so their logits never exist all at once.
 
 Shapes: B batch, T tokens of a sequence, A anchors in a sequence, K block size, V vocabulary size;
 `width` is the residual stream's width.
@@ -33,8 +33,8 @@ def sample_anchors(supervised, count, generator, max_length):
     candidates = supervised[:, :-1] & supervised[:, 1:]
     candidates = F.pad(candidates, (0, 1))  # the last token has none after it
 
-    # Random numbers, padded or cut to T on the device. They are in
-    # pinned memory, so that the copy does not wait for the device.
+    # Random numbers, drawn in pinned memory, so that the copy does not wait for the device. There
+    # they are padded or cut to T.
     is_pinned = supervised.is_cuda
     random_numbers = torch.rand(B, max_length, generator=generator, pin_memory=is_pinned)
     random_numbers = random_numbers.to(supervised.device, non_blocking=True)
@@ -70,7 +70,7 @@ def block_labels(tokens, supervised, anchors, is_valid, *, K, gamma):
         return gathered.view_as(positions)
 
     labels = at_positions(tokens)
-    # the product stays 0 after the response, so a later response of the same text does not count
+    # cumprod stays 0 after the response, so a later response of the same text does not count
     in_response = at_positions(supervised).long()
     in_response = in_response.cumprod(-1)
     counted = in_response * is_valid[:, :, None]
@@ -90,7 +90,7 @@ def block_labels(tokens, supervised, anchors, is_valid, *, K, gamma):
 #     d loss / d z = weight * (softmax(z) - onehot)            (weights scale rows)
 #     d loss / d h = (d loss / d z) head
 #
-# The logits are all that this gradient needs. So we multiply the guesses with the head in chunks.
+# Each row of this gradient needs only its own logits. So we multiply h with the head in chunks.
 # Each chunk yields its part of the loss and of d loss / d h, and then its logits are dropped.
 # Memory: the logits of one chunk (1.0 GB in fp32 for 1,024 guesses, plus half of that for a copy in
 # bf16), and until the backward pass the gradient d loss / d h, which is as large as h (31 MB in
@@ -168,8 +168,8 @@ def chunk_loss(hidden, head, targets, wants_grad, dpace_smoothing=None):
     Returns nll, whether the greedy guess is right, the weights used, all (N, K-1), and the gradient
     of the sum of weights * nll with respect to hidden, or None if it is not needed.
 
-    dpace_smoothing: D-PACE's a, to use the weights of dpace_weights(). Then a given weight only
-    says whether the guess counts: it is above 0.
+    dpace_smoothing: if given, use the weights of dpace_weights() with this smoothing. Then a guess
+    counts if its given weight is above 0.
 
     The fp32 tensor z (N, K-1, V) is used three times: for the logits, then their exponentials, then
     the gradient with respect to the logits. If hidden is bf16, both products with the head are
@@ -202,8 +202,8 @@ def chunk_loss(hidden, head, targets, wants_grad, dpace_smoothing=None):
         return nll, correct, weights, None
 
     # z becomes weight (softmax - onehot), the gradient with respect to the logits. The entries of
-    # the labels are written last, after the conversion to hidden's dtype. Then torch.compile fuses
-    # the steps before into one kernel, which never stores z in fp32.
+    # the labels are written last, after the conversion to hidden's dtype. So torch.compile can
+    # fuse all earlier steps into one kernel, which never stores z in fp32.
     w = weights.to(z.dtype)
     z = z.mul_(w[..., None] / total)
     z = z.to(hidden.dtype)

@@ -77,13 +77,13 @@ class DFlashDraftModel(PreTrainedModel):
         return self.hidden_norm(mixed)
 
     def rotary(self, positions):
-        """cos and sin for integer positions. The target rotates only a part of each head."""
+        """cos and sin for integer positions. All channels rotate, unlike in the target."""
         theta = self.config.rope_parameters["rope_theta"]
         return rotary_table(positions, self.config.head_dim, theta)
 
     # Decoding: one block per sequence. The cache holds each layer's keys and values by position.
     # write_context() fills the positions of committed tokens, for good. decode_block() writes its
-    # block at the positions after them. The next write_context() overwrites these.
+    # block at the positions after them. The next write_context() overwrites the block.
 
     def new_cache(self, batch, length):
         """Keys and values of each layer for `length` positions, both (B, Hkv, length, D)."""
@@ -200,7 +200,7 @@ def block_visibility(anchors, T, K, sliding_window=None, is_causal=False):
 
 
 def narrow(seen, query_position, key_position, sliding_window, is_causal):
-    """Remove from a full layer's mask `seen` what a causal layer or a sliding window hides.
+    """Takes a full layer's mask `seen`, and removes what a causal layer or a window hides.
 
     A causal layer hides the positions after the query's own. A window of w shows the query's own
     position and w - 1 positions on either side.
@@ -338,7 +338,7 @@ class Attention(nn.Module):
         write_at(values, positions, v)
 
         # the mask of block_visibility() for one block: everything up to its last position,
-        # because the buffer's later places hold older data
+        # because the buffer has stale data after that
         length = keys.shape[2]
         key_position = torch.arange(length, device=x.device)
         query_position = positions[:, :, None]

@@ -7,8 +7,8 @@ The logits are those that predict position t. top_k and top_p can remove unlikel
 temperature 0 there is no noise, so the rule is greedy. Above 0 the noise has a Gumbel distribution.
 Then the argmax is a sample of softmax(logits / temperature). This is the Gumbel-max trick.
 
-The noise depends only on the seed, the sequence, the position, and the token id. So also with
-sampling, the logits determine the target's choice. It does not matter whether the position is
+The noise depends only on the seed, the sequence, the position, and the token id. So even with
+sampling, the logits determine the target's choice. The noise is the same whether the position is
 computed alone or in a block of 16. Therefore verification only compares tokens. The output is the
 target's own sample, and no guess can change it.
 
@@ -91,8 +91,8 @@ def mask_unlikely(scores, top_k, top_p):
         scores = scores.masked_fill(scores < smallest_kept, -torch.inf)
     if top_p < 1:
         ordered, token_ids = scores.sort(descending=True, stable=True)
-        # Probabilities are summed as integers, in units of 2^-52. With more rows, cumsum may add in
-        # a different order. A sum of floats depends on the order, a sum of integers does not.
+        # Probabilities are summed as integers, in units of 2^-52. The order of a cumsum may
+        # depend on the number of rows. That changes a sum of floats, but not a sum of integers.
         probabilities = ordered.double().softmax(-1)
         units = (probabilities * 2.0 ** 52).long()
         units_before = units.cumsum(-1) - units
@@ -108,9 +108,9 @@ def mask_unlikely(scores, top_k, top_p):
 def gumbel_noise(seed, sequence_ids, positions, vocab_size):
     """Standard Gumbel noise (..., vocab_size) in fp32 for absolute positions (...) of sequences.
 
-    A pure function of (seed, sequence, position, token id), like a hash. No generator has a state
-    that a different order of calls could change. Equal prompts with different sequence ids
-    get different samples, and a sequence gets the same sample when it is decoded alone.
+    A pure function of (seed, sequence, position, token id), like a hash. There is no generator with
+    a state, so the order of calls does not matter. Equal prompts with different sequence ids get
+    different samples, and a sequence gets the same sample when it is decoded alone.
     """
     keys = mix_bits(torch.full_like(positions, seed))
     keys = mix_bits(keys + sequence_ids)

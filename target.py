@@ -9,9 +9,9 @@ Three out of four layers are Gated DeltaNets. They keep one matrix S per head in
 cache, and delta_rule.py updates it. decode_state.py keeps what decoding needs of a sequence, and
 rolls back rejected guesses. Parameters have the names of the public checkpoints.
 
-Shapes: B batch, T tokens, K tokens of a block, H heads of queries and keys, Hkv key-value heads, Hv
-value heads of a Gated DeltaNet, D and Dv their widths, V vocabulary; `width` is the
-residual stream's width.
+Shapes: B batch, T tokens, K tokens of a block, H query heads (in a Gated DeltaNet also key heads),
+Hkv key-value heads of attention, Hv value heads of a Gated DeltaNet, D and Dv the widths of heads,
+V vocabulary; `width` is the residual stream's width.
 """
 from dataclasses import dataclass
 
@@ -86,7 +86,7 @@ class GatedDeltaNet(nn.Module):
         else:
             qkv = layer_state.convolution_input(qkv)
 
-        # Added by hand, because conv1d may add in an order that depends on T.
+        # written out, because conv1d may add in an order that depends on T
         weight = self.conv1d.weight[:, 0].T                              # (conv_width, channels)
         mixed = weight[0] * qkv[:, :T]
         for i in range(1, conv_width):
@@ -225,7 +225,7 @@ def unit_length(x):
 
 @dataclass
 class TargetConfig:
-    """The keys of text_config in a Qwen3.5 config.json that decide what is computed."""
+    """The settings in a Qwen3.5 config.json that affect the computation."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -256,7 +256,7 @@ class TargetConfig:
         if unknown or len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(f"layer_types has {len(self.layer_types)} entries for "
                              f"{self.num_hidden_layers} layers; unknown kinds: {sorted(unknown)}")
-        # several query heads share a key head; in linear layers, several value heads share one
+        # several value heads, or several query heads, share a key head
         for many, few in (("linear_num_value_heads", "linear_num_key_heads"),
                           ("num_attention_heads", "num_key_value_heads")):
             number_of_many = getattr(self, many)
@@ -305,9 +305,9 @@ class Target(nn.Module):
 
         Returns features (B, T, len(target_layer_ids) * width) and hidden states (B, T, width). The
         features are the residual stream after each of these layers, before any norm. They are in
-        ascending order of the ids, or None without ids. logits() turns the hidden states, which are
-        normed, into logits. With features_only, the layers above the last id do not run and hidden
-        states are None.
+        ascending order of the ids. Without ids, None is returned instead. logits() turns the hidden
+        states, which are normed, into logits. With features_only, the layers above the last id do
+        not run and hidden states are None.
         """
         T = tokens.shape[1]
         if state is None:

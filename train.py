@@ -6,9 +6,9 @@ Trains a DFlash drafter for a frozen target, which computes the features on the 
     torchrun --standalone --nproc_per_node=8 train.py config/phase1_2.py
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT train.py
 
-A sample is a question and the target's own answer. A step trains on batch_size x grad_accum_steps x
-processes samples. SGLang and vLLM can load the checkpoints, out_dir/step-000123. log.jsonl and
-training.png are next to them. Only process 0 writes, and the other processes read its files, so
+A sample is a question and the target's own answer. In each process, a step trains on batch_size x
+grad_accum_steps samples. SGLang and vLLM can load the checkpoints, out_dir/step-000123. log.jsonl
+and training.png are next to them. Only process 0 writes, and the other processes read its files, so
 several nodes need a shared file system.
 
 The defaults are the recipe of "Phase 1.2", the published drafter for Qwen3.5-0.8B.
@@ -66,13 +66,13 @@ mask_token_id: int | None = None            # None: the first id after the token
 # the loss
 num_anchors = 512                           # blocks per sample
 weighting = "decay"                         # of guesses: decay, or dpace (the drafter's confidence)
-gamma = 7.0                                 # positions over which the decay falls to 1/e
+gamma = 7.0                                 # positions after which a weight has fallen to 1/e
 # optimization
 batch_size = 2                              # samples per micro-batch
 grad_accum_steps = 2                        # micro-batches per step and process
 max_length = 3072                           # longer samples are cut to this many tokens
 pad_to_multiple_of = 512                    # fewer different lengths, so fewer to compile
-bucket_size = 64                            # micro-batches sorted by length together: less padding
+bucket_size = 64                            # samples of so many micro-batches are sorted by length
 epochs = 1.0                                # passes over the samples
 lr = 3e-4                                   # peak learning rate
 warmup = 0.04                               # fraction of steps spent warming up; then cosine to 0
@@ -113,7 +113,7 @@ class MicroBatches:
         self.samples = samples
         self.config = config
         self.lengths = np.array([len(tokens) for tokens, _ in samples])
-        # a few samples are left out, in each epoch different ones
+        # each epoch leaves out a few samples, different ones each time
         self.per_epoch = len(samples) // config.batch_size
         self.order = functools.lru_cache(1)(self.shuffled)  # computed once per epoch
 
@@ -128,8 +128,9 @@ class MicroBatches:
     def shuffled(self, epoch):
         """Indices of the samples in all micro-batches of an epoch, (micro-batches, batch_size).
 
-        Samples are shuffled. Windows of bucket_size micro-batches are sorted by length, which saves
-        padding. Then the micro-batches are shuffled, so that short samples do not come first.
+        Samples are shuffled. Within windows of bucket_size micro-batches they are sorted by length,
+        which saves padding. Then the micro-batches are shuffled, so that short samples do not come
+        first.
         """
         random = np.random.default_rng((self.config.seed, epoch))
         batch_size = self.config.batch_size
@@ -202,7 +203,7 @@ def micro_batch_loss(run, tokens, supervised, generator, module):
     anchors, is_valid = sample_anchors(supervised, config.num_anchors, generator, config.max_length)
     labels, weights = block_labels(
         tokens, supervised, anchors, is_valid, K=drafter.block_size, gamma=config.gamma)
-    in_response = weights > 0  # D-PACE uses nothing else of these weights
+    in_response = weights > 0  # all that D-PACE needs of these weights
 
     # the frozen target reads the samples
     features = run.target_features(tokens)
@@ -231,22 +232,23 @@ def micro_batch_loss(run, tokens, supervised, generator, module):
 def train_step(run):
     """One optimizer step. Returns its entry in the log and its BlockSums.
 
-    Loss, gradients, and weights are summed over micro-batches and processes and divided once. So
-    the result does not depend on how samples were split, up to rounding.
+    Losses, gradients, and the weights of guesses are summed over micro-batches and processes. Then
+    we divide once by the sum of the weights. So the result does not depend on how samples were
+    split, up to rounding.
     """
     config = run.config
     sums = add_up_gradients(run)
 
-    # Divide the sums by the weight. DDP and FSDP averaged the gradients instead of adding them,
-    # hence the number of processes. If all samples of a step were cut before their answer, the
-    # weight is 0, and the clamp avoids 0 / 0.
+    # Divide the sums by the weight. DDP and FSDP averaged the gradients, so multiply by the number
+    # of processes. If all samples of a step were cut before their answer, the weight is 0, and the
+    # clamp avoids 0 / 0.
     factor = world_size() / sums.weight.clamp(min=1e-9)
     for parameter in run.drafter.parameters():
         parameter.grad *= factor.to(parameter.dtype)
     grad_norm = torch.nn.utils.clip_grad_norm_(run.drafter.parameters(), config.grad_clip)
 
-    # So far everything was queued on the GPU. Here the CPU waits once: for the norm before
-    # clipping, and for the log.
+    # So far everything was queued on the GPU. Here the CPU waits once, to read the norm
+    # before clipping and the figures for the log.
     grad_norm = gather_full(grad_norm).item()
     sums = BlockSums(*[x.cpu() for x in sums])
 
@@ -299,9 +301,9 @@ def learning_rate(step, total_steps, config):
 def evaluate(run, samples):
     """Loss and acceptance on held-out samples, with the same anchors every time, in every process.
 
-    It can overestimate: anchors are random here, but in decoding most of them follow a guess that
-    failed, and such places are harder. It underestimates near the end of a response, where
-    positions after the end count as wrong.
+    It can overestimate the acceptance: anchors are random here, but in decoding most of them follow
+    a guess that failed, and such places are harder. It underestimates near the end of a response,
+    where positions after the end count as wrong.
 
     Batch size and grad mode are the same as in training, because other ones would need another
     compilation. So samples that do not fill a batch are left out, unless no batch would be left.
@@ -404,7 +406,7 @@ def new_run(config, target, drafter, samples):
 
 
 def decode_held_out(config, folder, samples, stops):
-    """(tau, prompts) of greedy decoding on held-out prompts. tau is all tokens over all rounds.
+    """(tau, prompts) of greedy decoding on held-out prompts. tau is tokens of rounds over rounds.
 
     It loads the target again, because the target of the run can be sharded or compiled.
     """
