@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import fast
 from benchmarks.drafters import Oracle
-from draft_decode import Decoder, collect, count_accepted, generate
+from draft_decode import Decoder, check_finite, collect, count_accepted, generate
 from fast.decoding import join_projections
 from sampling import Sampling
 from tests.common import (K, V, all_tokens, apart, nano, questions, shipped, small_drafter,
@@ -93,6 +93,19 @@ def test_generate_ends_at_the_limit(limit):
     # of the drafter that is always right, all are guesses but the last one of a whole block
     assert [len(r.tokens) for r in rounds[1:-1]] == [K] * ((limit - 2) // K)
     assert [r.accepted for r in rounds[1:]] == [min(K - 1, len(r.tokens)) for r in rounds[1:]]
+
+
+@pytest.mark.parametrize("tokens_per_forward", (1, K))
+def test_logits_that_are_not_finite_are_marked(tokens_per_forward):
+    """Without a mark, the tokens of a broken target look like an answer, and both modes seem
+    identical. The prefill's token and the tokens of rounds have marks of their own."""
+    target = small_target()
+    target.norm.weight.data.fill_(float("inf"))
+    outputs = list(generate(
+        target, None, [1, 2, 3], max_new_tokens=3, tokens_per_forward=tokens_per_forward))
+    assert [output.is_finite for output in outputs] == [False] * 3
+    with pytest.raises(ValueError, match="'broken' gives logits that are NaN or infinite"):
+        next(check_finite(outputs, "broken"))
 
 
 @pytest.mark.parametrize("place", (0, 1, 7, 16, 20))
