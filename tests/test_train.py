@@ -812,6 +812,7 @@ def test_specforge_checkpoints_are_resumed(finished, tmp_path):
     config, whole, ours = finished
     folder = Path(shutil.copytree(whole / "step-000003", tmp_path / "theirs-dflash"))
     saved = checkpoints.read_state_file(folder)
+    assert saved["scheduler_state_dict"] == {"last_epoch": saved["global_step"]}
     state = {
         "epoch": 0,
         "global_step": 6,
@@ -909,6 +910,10 @@ def test_held_out_prompts_are_decoded(small_run, monkeypatch, capsys):
     assert tau == pytest.approx((4 + 7 + 11) / 3)
     assert prompts == 3
     assert capsys.readouterr().out.count(": skipped") == 2
+
+    config.decode_prompts = 50  # more than there are
+    monkeypatch.setattr(train, "generate_many", lambda target, drafter, prompts, **options: [])
+    assert train.decode_held_out(config, NANO_DRAFTER, rows, stops=())[1] == 4
 
 # ------------------------------------------------------------------------------------------------
 # every key has an effect: a new key must join one of the tables
