@@ -231,7 +231,10 @@ def test_a_question_that_is_asked_often_is_not_held_out_with_all_its_rows(prepar
 
 
 def test_no_question_is_in_both_splits(prepare, tmp_path):
-    """The same question with two system prompts is trained on and held out."""
+    """The same question with two system prompts is trained on and held out; the split changes from
+    one process to the next."""
+    conversation = conversation_of({"messages": turns(" q\n", "a")})
+    assert conversations.question_key(conversation) == 4110462503  # crc32 of "q"
     asked = []
     for i in range(300):
         system = {"role": "system", "content": ("Be brief.", "Be kind.")[i % 2]}
@@ -368,7 +371,7 @@ def start(script, *flags, tmp_path, code=""):
     program += f"{script}.main({list(flags)!r})"
     return subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
 
 
 DIE_AT_77 = """
@@ -397,7 +400,10 @@ def test_conversations_that_end_early(tmp_path, how, error):
     if how != "abort":
         while not list(tmp_path.glob("out/train.tokens.bin.*.tmp")):
             time.sleep(0.01)
-        process.send_signal(signal.SIGINT if how == "Ctrl-C" else signal.SIGKILL)
+        if how == "Ctrl-C":
+            os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the workers too
+        else:
+            process.kill()
     _, printed = process.communicate(timeout=120)
     if error:
         assert process.returncode == 1
