@@ -383,6 +383,14 @@ def dying(conversation, *args):
     return encode(conversation, *args)
 conversations.encode = dying
 """
+MARK_BUSY = """
+from pathlib import Path
+encode = conversations.encode
+def marking(*args):
+    Path("busy").touch()
+    return encode(*args)
+conversations.encode = marking
+"""
 
 
 @pytest.mark.parametrize("how, error", (
@@ -396,9 +404,9 @@ def test_conversations_that_end_early(tmp_path, how, error):
     flags = (f"--source={source}", f"--target={NANO_TARGET}", f"--out_dir={tmp_path}/out",
              "--num_proc=2")
     process = start("conversations", *flags, tmp_path=tmp_path,
-                    code=DIE_AT_77 if how == "abort" else "")
+                    code=DIE_AT_77 if how == "abort" else MARK_BUSY)
     if how != "abort":
-        while not list(tmp_path.glob("out/train.tokens.bin.*.tmp")):
+        while not (tmp_path / "busy").exists():  # the workers are at work
             time.sleep(0.01)
         if how == "Ctrl-C":
             os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the workers too
