@@ -499,6 +499,7 @@ MANY = {f"\x1b[2J{i}.{300 * 'x'}": torch.ones(1) for i in range(1000)}
 WEIGHTS = (  # how the folder is broken, the reason
     (norm(torch.int8), "'norm.weight' is I8; weights must be"),
     (norm(torch.float8_e4m3fn), "'norm.weight' is F8_E4M3"),
+    (norm(torch.float64), "'norm.weight' is F64"),
     (with_tensors(**MANY), "1000 tensors of"),
     (with_tensors("layers.0."), "11 tensors of"),
     (with_two_copies, "'norm.weight' is in the checkpoint twice"),

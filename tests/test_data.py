@@ -458,6 +458,28 @@ def test_regenerate_sends_its_keys_until_it_has_an_answer(monkeypatch):
          "chat_template_kwargs": {"enable_thinking": True}}]
 
 
+@pytest.mark.parametrize("status, result", (
+    (400, "refused: 400 no"), (500, "refused: 500 no"), (429, None), (503, None)))
+def test_regenerate_stops_if_a_server_is_away(monkeypatch, status, result):
+    """A server that restarts for a minute refuses all prompts for good; a prompt that a server
+    refuses stops the run."""
+    monkeypatch.setattr(regenerate, "send", lambda request, seconds: (status, b"no"))
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    config = regenerate_config(server="http://x", model="m")
+    if result:
+        assert regenerate.ask(config, turns("q"), None) == regenerate.Answer(None, result)
+    else:
+        with pytest.raises(ValueError, match=f"gave no answer in 7 tries .{status} no"):
+            regenerate.ask(config, turns("q"), None)
+
+
+def test_regenerate_drops_an_answer_that_changes_as_text():
+    """Training sees other tokens than the target wrote."""
+    tokenizer = SimpleNamespace(decode=lambda tokens: "ab", encode=lambda text: [1])
+    assert regenerate.text_answer(tokenizer, [1, 7], {7}).message["content"] == "ab"
+    assert regenerate.text_answer(tokenizer, [5, 7], {7}).why_none == "does not survive as text"
+
+
 @pytest.mark.parametrize("server, flag, hint", (
     ("", "--retries=2", "1 answered"),
     ("", "--max_new_tokens=9", "1 did not end"),
@@ -521,10 +543,11 @@ def test_regenerate_resumes(main, monkeypatch, tmp_path):
     asked = []
 
     def decode_here(config, waiting):
-        """The last prompt ends first. The first run is interrupted after two answers."""
+        """The last prompt ends first. The first run is interrupted after two answers, the second
+        one after one more."""
         asked.append(set(waiting))
         for number in sorted(waiting, reverse=True):
-            if number == 2 and len(asked) == 1:
+            if number == 3 - len(asked) > 0:
                 raise KeyboardInterrupt
             answer = regenerate.Answer({"role": "assistant", "content": f"a{number}"})
             yield number, answer if number else regenerate.Answer(None, "did not end")
@@ -538,8 +561,9 @@ def test_regenerate_resumes(main, monkeypatch, tmp_path):
         assert "in another way" in main(regenerate, *args)
     write_jsonl(f"{out}.part", [header, *some, {"half": "a line"}])
     os.truncate(f"{out}.part", os.path.getsize(f"{out}.part") - 9)
+    assert "interrupted" in main(regenerate, *args)
     assert "4 answered, 1 did not end" in main(regenerate, *args)
-    assert asked == [{0, 1, 2, 3, 4}, {0, 1, 2}]
+    assert asked == [{0, 1, 2, 3, 4}, {0, 1, 2}, {0, 1}]
     assert read_jsonl(out) == [
         {"id": str(i), "messages": turns(f"q{i}", f"a{i}"), "target_turns": [1]}
         for i in range(1, 5)]

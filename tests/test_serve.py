@@ -158,15 +158,15 @@ def test_bench_serve_report_by_hand():
     rows = [{"known": [None, "7"], "speculative": group(3.0, ("a", 9), ("\\boxed{7}", 6)),
              "baseline": group(9.0, ("a", 9), ("c", 8))},
             {"known": [None], "speculative": group(5.0, ("d", 9)),
-             "baseline": group(4.0, ("d", 9))},
+             "baseline": group(10.0, ("d", 9))},
             {"known": ["7"], "speculative": group(6.0, ("e", 5)), "baseline": dead}]
     assert serve.report_of(rows, {"speculative": 5.25, "baseline": None}) == {
-        "groups": 2, "faster": 1, "speedup": pytest.approx((24 / 8) / (26 / 13)),
+        "groups": 2, "faster": 2, "speedup": pytest.approx((24 / 8) / (26 / 19)),
         "same_text": pytest.approx(2 / 3),
         "speculative": {"errors": {}, "tau": 5.25, "accuracy": 1, "throughput": 3.0,
                         "seconds_per_group": 4.0},
-        "baseline": {"errors": {"dead": 1}, "tau": None, "accuracy": 0, "throughput": 2.0,
-                     "seconds_per_group": 6.5}}
+        "baseline": {"errors": {"dead": 1}, "tau": None, "accuracy": 0, "throughput": 26 / 19,
+                     "seconds_per_group": 9.5}}
     with pytest.raises(ValueError, match="in each group of prompts a request failed.*dead"):
         serve.report_of(rows[2:], {})
 
