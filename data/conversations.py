@@ -15,7 +15,6 @@ import functools
 import itertools
 import multiprocessing
 import os
-import pickle
 import signal
 import sys
 import tempfile
@@ -91,19 +90,23 @@ def prepare(config):
           tempfile.TemporaryFile(dir=config.out_dir) as waiting):
         # All questions together decide which rows are held out, so until then the rows wait on disk
         counts = collections.Counter()
-        for placed_row in dropped.usable(progress(encode_all(config), "row")):
-            pickle.dump(placed_row, waiting)
-            row = placed_row[1]
+        rows = []
+        for place, row in dropped.usable(progress(encode_all(config), "row")):
             counts[row.key] += row.mask[row.answer_start:].any()
+            waiting.write(row.tokens.tobytes())
+            waiting.write(row.mask.tobytes())
+            rows.append((place, len(row.mask), row._replace(tokens=None, mask=None)))
         held_out = held_out_keys(counts, config.val_rows)
 
         # A sample to train on has all answers of the target. A held-out sample has the last one
         # only: it follows the prompt that decoding gets.
         sums = collections.Counter(cut=0, answers=0, other_answers=0, unmarked=0)
-        rows = collections.Counter(train=0, val=0)
+        kept = collections.Counter(train=0, val=0)
         waiting.seek(0)
-        for _ in range(dropped.kept()):
-            place, row = pickle.load(waiting)
+        for place, length, row in rows:
+            tokens = np.frombuffer(waiting.read(4 * length), np.uint32)
+            mask = np.frombuffer(waiting.read(length), np.uint8)
+            row = row._replace(tokens=tokens, mask=mask)
             split = "train"
             if row.key in held_out:
                 split = "val"
@@ -113,17 +116,17 @@ def prepare(config):
                 dropped.add(reason, place)
                 continue
             writers[split].add(row.tokens, row.mask)
-            rows[split] += 1
+            kept[split] += 1
             sums.update(cut=row.was_cut, answers=row.answers, other_answers=row.other_answers,
                         unmarked=not row.is_marked)
         meta |= sums
         meta["read"] = dropped.read
         meta["dropped"] = dropped.counts()
         dropped.finish()
-        if not rows["train"] or not rows["val"]:
+        if not kept["train"] or not kept["val"]:
             raise ValueError(
-                f"{where(config.source)!r} gives {rows['train']} rows to train on and "
-                f"{rows['val']} to hold out, and needs one of each with another question; "
+                f"{where(config.source)!r} gives {kept['train']} rows to train on and "
+                f"{kept['val']} to hold out, and needs one of each with another question; "
                 f"{dropped.read} were read")
     return meta
 

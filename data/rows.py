@@ -87,13 +87,10 @@ class Dropped:
     def counts(self):
         return {reason: count for reason, (_, count) in sorted(self.places.items())}
 
-    def kept(self):
-        return self.read - sum(self.counts().values())
-
     def finish(self):
         """Print a line per reason. ValueError if no row is kept, or if more than half of the rows
         are unusable."""
-        kept = self.kept()
+        kept = self.read - sum(self.counts().values())
         if not self.read:
             raise ValueError(f"{where(self.source)!r} holds no rows")
         if not kept or self.unusable > self.read / 2:
