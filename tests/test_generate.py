@@ -99,7 +99,7 @@ def test_generate_ends_at_the_limit(limit):
 def test_logits_that_are_not_finite_are_marked(tokens_per_forward):
     """Without a mark, the tokens of a broken target look like an answer, and both modes seem
     identical. The prefill's token and the tokens of rounds have marks of their own."""
-    target = small_target()
+    target = copy.deepcopy(small_target())
     target.norm.weight.data.fill_(float("inf"))
     outputs = list(generate(
         target, None, [1, 2, 3], max_new_tokens=3, tokens_per_forward=tokens_per_forward))
