@@ -61,7 +61,7 @@ draft_temperature = 0.0                 # above 0: guesses share the target's no
 # of single commands
 temperatures: tuple[float] = (0.0, 0.7, 1.0)             # exactness: to compare at
 recipe = "config/nano.py"               # scaling: config file of the training steps
-processes: tuple[int] = (1, 2)          # scaling: numbers of processes; the largest is a multiple
+processes: tuple[int] = (1, 2)          # scaling: how many processes; all divide the largest
 steps = 20                              # scaling: steps of a run; the first two are its warm-up
 mixed = False                           # scaling: samples of mixed lengths
 assumed_tau = 11.6                      # throughput: tokens per round

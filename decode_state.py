@@ -81,7 +81,7 @@ class DecodeState:
     tokens_per_forward, K, is both the block size and the chunk length. K = 1 is the exception, and
     the fastest mode of the target alone. There are no guesses, so delta_step runs without a window
     and changes the only S in place, and commit(1) must follow. (Rows of the batch without a
-    sequence commit 0 instead. Their S is garbage until put() replaces it.)
+    sequence commit 0 instead. Their S is garbage until the next prompt is prefilled into them.)
 
     For a fixed K, the bits of all results after the prompt do not depend on how the tokens are
     split into blocks. Chunks start at multiples of K, so a token always has the same place in its

@@ -110,7 +110,7 @@ def chunk_length(v):
 # (6) o = D^-0.5 ([c] q S + P W)
 #     P = d * q k^T on and below the diagonal, and 0 above
 #
-# Source: arXiv 2412.06464, section 3.3. The W of that paper is our Y.
+# Source: arXiv 2412.06464, section 3.3. Our Y is the W of that paper, decayed.
 
 
 def gated_delta_rule(q, k, v, g, beta, *, S=None, chunk=None):

@@ -216,7 +216,7 @@ class CompiledDrafter(DFlashDraftModel):
 
 
 def compile_for_decoding(target, drafter=None):
-    """Compile the forwards of decoding. torch.compile compiles each when it first runs."""
+    """Compile the forwards that decoding runs. Each is compiled when it first runs."""
     # at most: kinds of layer x (block sizes + lengths of segments) x buffer lengths
     torch._dynamo.config.recompile_limit = 64
     options = {"combo_kernels": True}  # fuses independent small kernels into one launch

@@ -1,8 +1,9 @@
 """
 Prefills the prompts of a Decoder, on a GPU several at once.
 
-A GPU takes hardly longer for eight prompts of 256 tokens together than for one. So short prompts
-are prefilled together, in a separate DecodeState with a few rows, and then copied into their slots.
+A GPU takes much less time for eight short prompts together than for one after the other. So short
+prompts are prefilled together, in a separate DecodeState with a few rows, and then copied into
+their slots.
 
 The bits of a prompt must not depend on the prompts that happen to wait with it. Therefore all
 shapes follow from the prompt's own length and the number of slots. Prompts with segments of the
