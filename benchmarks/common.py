@@ -36,7 +36,7 @@ from benchmarks.prompts import fraction_correct, load_prompts
 from benchmarks.timing import alternating_order, device_name, progress
 from checkpoint import load_drafter, load_target
 from draft_decode import collect, generate_many
-from formats.files import printable, write_whole
+from formats.files import printable, where, write_whole
 from sampling import Sampling
 from tokenizer import load_tokenizer, stop_ids
 
@@ -159,17 +159,17 @@ def mode_of(config, workload, drafter, tokens_per_forward):
             sequence_ids=[0] * len(prompts),  # a sample does not depend on the other prompts
             decoders=workload.decoders)
         for index, output in outputs:
-            check_finite(output.is_finite)
+            check_finite(output.is_finite, config.target)
             outputs_of[index].append(output)
         return [collect(outputs) for outputs in outputs_of]
     return decode
 
 
-def check_finite(is_finite):
+def check_finite(is_finite, name):
     """All modes choose the same token from NaN, so they would seem identical and right."""
     if not is_finite:
-        raise ValueError("the target's logits are not finite, so its tokens mean nothing: use "
-                         "other weights or --dtype=float32")
+        raise ValueError(f"the target in {where(name)!r} gives logits that are not finite, so its "
+                         "tokens mean nothing: use other weights or --dtype=float32")
 
 
 def decode_in_turns(modes, prompts, slots=1, repeats=1):

@@ -96,7 +96,7 @@ def timed_rounds(target, drafter, tokens_per_forward, slots=1):
     def seconds_per_round():
         decoder.state.position.fill_(CONTEXT)  # every repeat begins at the end of the prompt
         seconds = seconds_of(decoder.run_round, CALLS)
-        check_finite(all(decoder.is_finite))
+        check_finite(all(decoder.is_finite), "--target")
         return seconds
 
     return seconds_per_round

@@ -239,7 +239,7 @@ def test_bench_mistakes_are_one_line(run_bench, main, monkeypatch, tmp_path):
     output = RoundOutput([1])
     output.is_finite = False  # logits of NaN: all modes choose token 0, so all are identical
     monkeypatch.setattr(common, "generate_many", lambda *args, **options: [(0, output)])
-    with pytest.raises(SystemExit, match="logits are not finite"):
+    with pytest.raises(SystemExit, match="in .data/nano/target. gives logits that are not"):
         run_bench("acceptance")
     monkeypatch.setattr(common, "generate_many", interrupt)
     with pytest.raises(SystemExit, match="^interrupted: nothing was written"):
